@@ -1,0 +1,1 @@
+"""Ready-made tasks; data is opened here and nowhere else."""

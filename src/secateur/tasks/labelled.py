@@ -1,0 +1,173 @@
+"""Examples with a class each, held in memory: vectors, images, sequences."""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+
+from secateur.errors import TaskError, did_you_mean
+from secateur.task import Batch, Task, generator
+from secateur.tasks.learners import Learner, Sgd
+
+
+@dataclass(frozen=True, eq=False)
+class Labelled:
+    """Classification of examples held in memory; the loss is cross-entropy.
+
+    `splits` maps "train", "val", "test" and any other name (such as "forget") to inputs [N, ...] and labels [N].
+    "calibration" is drawn from "train" by the seed, unless there is a split of that name.
+    """
+
+    name: str
+    splits: Mapping[str, tuple[Tensor, Tensor]]
+    seed: int = 0
+    batch: int = 128  # examples that go through a model together
+    samples: int = 512  # calibration examples, where a method does not say how many
+    learner: Learner = field(default_factory=Sgd)
+    clients: Sequence[Task] = ()
+    metric: str = field(default="accuracy", init=False)
+    higher_is_better: bool = field(default=True, init=False)
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise TaskError(f"{self.name} with batches of {self.batch} was asked for", "one is the least", "Give 1.")
+        for split, (inputs, labels) in self.splits.items():
+            if len(inputs) != len(labels):
+                raise TaskError(
+                    f"split {split!r} of {self.name} was given {len(inputs)} examples",
+                    f"there are {len(labels)} labels",
+                    "Give one label per example.",
+                )
+
+    @property
+    def example(self) -> Batch:
+        """Two examples of the first split, for tracing."""
+        inputs, labels = next(iter(self.splits.values()))
+        return Batch((self.prepare(inputs[:2], None),), labels[:2].long())
+
+    @property
+    def classes(self) -> int:
+        """How many classes there are."""
+        return int(max(int(labels.max()) for _, labels in self.splits.values() if len(labels))) + 1
+
+    def prepare(self, inputs: Tensor, noise: torch.Generator | None) -> Tensor:
+        """What the model is given for stored inputs; `noise` drives augmentation, and is None outside training."""
+        return inputs
+
+    def batches(self, split: str, n: int | None = None, epoch: int = 0) -> Iterator[Batch]:
+        """Batches of a split, up to n examples; raises TaskError when there are fewer."""
+        inputs, labels = self._split("train" if split == "calibration" and split not in self.splits else split)
+        if split == "calibration":
+            n = min(self.samples, len(labels)) if n is None else n
+        if len(labels) == 0 or (n is not None and n > len(labels)):
+            raise TaskError(
+                f"{n or 'some'} examples of {self.name}'s {split!r} split were asked for",
+                f"it holds {len(labels)}",
+                "Ask for fewer, or give more data.",
+            )
+        order, noise = torch.arange(len(labels)), None
+        if split == "train":
+            noise = generator(self, f"train {epoch}")
+            order = torch.randperm(len(labels), generator=noise)
+        elif split == "calibration":
+            order = torch.randperm(len(labels), generator=generator(self, "calibration"))
+        for place in pieces(order[:n], self.batch):
+            yield Batch((self.prepare(inputs[place], noise),), labels[place].long())
+
+    def _split(self, split: str) -> tuple[Tensor, Tensor]:
+        if split not in self.splits:
+            raise TaskError(
+                f"split {split!r} of {self.name} was asked for", "it has none", did_you_mean(split, self.splits)
+            )
+        return self.splits[split]
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Mean cross-entropy in float32."""
+        batch = batch.to(device_of(model))
+        return F.cross_entropy(logits_of(batch.through(model)).float(), batch.target)
+
+    def measure(self, model: nn.Module, split: str = "val") -> dict[str, float]:
+        """{"accuracy" in [0, 1], "loss" in nats, "examples"}; training splits are measured without augmentation."""
+        inputs, labels = self._split(split)
+        right, total, device = 0, 0.0, device_of(model)
+        with evaluating(model):
+            for place in pieces(torch.arange(len(labels)), self.batch):
+                target = labels[place].long().to(device)
+                logits = logits_of(model(self.prepare(inputs[place], None).to(device))).float()
+                right += int((logits.argmax(-1) == target).sum())
+                total += float(F.cross_entropy(logits, target, reduction="sum"))
+        count = max(len(labels), 1)
+        return {"accuracy": right / count, "loss": total / count, "examples": float(len(labels))}
+
+    def optimizer(self, parameters: Iterable[Any]) -> Optimizer:
+        """A fresh optimizer of the task's learner."""
+        return self.learner(parameters)
+
+    def fingerprint(self) -> str:
+        """A short hash of the examples, the labels and the settings."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("splits", "clients")}
+        held = {f"{split} {i}": t for split, pair in sorted(self.splits.items()) for i, t in enumerate(pair)}
+        return digest(plain, held, [c.fingerprint() for c in self.clients])
+
+
+def pieces(values: Tensor, size: int) -> list[Tensor]:
+    """A tensor cut along its first axis into pieces of a size, the last one perhaps shorter."""
+    return [values[i : i + size] for i in range(0, len(values), size)]
+
+
+def digest(settings: Mapping[str, Any], tensors: Mapping[str, Tensor], more: Sequence[str] = ()) -> str:
+    """Sixteen hexadecimal digits for settings that print the same everywhere, and tensors."""
+    found = hashlib.sha256(repr(sorted((k, repr(v)) for k, v in settings.items())).encode())
+    for name, value in tensors.items():
+        found.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        found.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+    for text in more:
+        found.update(text.encode())
+    return found.hexdigest()[:16]
+
+
+def logits_of(answer: Any) -> Tensor:
+    """The logits in a model's answer: a tensor, something with `logits`, or a tuple that starts with them."""
+    if isinstance(answer, Tensor):
+        return answer
+    found = answer.get("logits") if isinstance(answer, Mapping) else getattr(answer, "logits", None)
+    if found is None and isinstance(answer, tuple):
+        found = answer[0]
+    if not isinstance(found, Tensor):
+        raise TaskError(
+            "a model's answer was to be compared with its target",
+            f"it is a {type(answer).__name__} without logits",
+            "Give a model with a head: for classification, or for language modelling.",
+        )
+    return found
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's first tensor is."""
+    first = next(model.parameters(), None)
+    return torch.device("cpu") if first is None else first.device
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; every module's own mode comes back after."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
