@@ -1,0 +1,378 @@
+"""Writes what is derived from the code, so that no table is kept by hand.
+
+python tools/generate.py            writes every generated file that is stale
+python tools/generate.py --check    says which are stale, and fails if any is
+
+README.md                       the table between <!-- methods --> and <!-- /methods -->
+src/secateur/methods/README.md  the catalogue
+docs/reference/*.md             a page per method and per study: idea, source, settings
+claims/README.md                every claim, what was measured, the verdict
+docs/record.schema.json         the run record
+docs/claim.schema.json          the result of a claim
+"""
+
+import argparse
+import ast
+import importlib
+import inspect
+import io
+import json
+import pkgutil
+import sys
+import tokenize
+from dataclasses import MISSING, fields
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import secateur.studies  # noqa: E402
+from claims import harness  # noqa: E402
+from secateur import method as catalogue  # noqa: E402
+from secateur.claims import ClaimResult, Figure, Finding, claim_schema  # noqa: E402
+from secateur.method import Card, Method  # noqa: E402
+from secateur.outcome import record_schema, write_text  # noqa: E402
+
+NOTE = "<!-- Written by tools/generate.py: do not edit. -->"
+
+
+def generated() -> dict[str, str]:
+    """Every generated file by its path in the repository, with the text it should have."""
+    methods = {name: catalogue.load(name) for name in catalogue.names()}
+    measured = claim_results()
+    pages = {
+        "src/secateur/methods/README.md": methods_page(methods, measured),
+        "claims/README.md": claims_page(measured),
+        "docs/reference/README.md": reference_index(methods),
+        "docs/record.schema.json": json.dumps(record_schema(), indent=1, sort_keys=True) + "\n",
+        "docs/claim.schema.json": json.dumps(claim_schema(), indent=1, sort_keys=True) + "\n",
+    }
+    for name, kind in methods.items():
+        pages[f"docs/reference/{name}.md"] = method_page(name, kind, measured.get(name))
+    for name, module in studies().items():
+        pages[f"docs/reference/{name}.md"] = study_page(name, module, measured.get(name))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    if "<!-- methods -->" in readme and "<!-- /methods -->" in readme:
+        head, rest = readme.split("<!-- methods -->", 1)
+        tail = rest.split("<!-- /methods -->", 1)[1]
+        table = method_table(methods, measured, "docs/reference/")
+        pages["README.md"] = f"{head}<!-- methods -->\n\n{table}\n\n<!-- /methods -->{tail}"
+    return pages
+
+
+def stale(pages: dict[str, str]) -> list[str]:
+    """The generated files that are not what they should be, and those that should not be there."""
+    found = [path for path, text in pages.items() if not (ROOT / path).exists() or _read(path) != text]
+    gone = [p.relative_to(ROOT).as_posix() for p in (ROOT / "docs/reference").glob("*.md")]
+    return sorted([*found, *(path for path in gone if path not in pages)])
+
+
+def _read(path: str) -> str:
+    return (ROOT / path).read_text(encoding="utf-8")
+
+
+def claim_results() -> dict[str, ClaimResult]:
+    """The measured claims of the repository, at our size, by name."""
+    found = (ClaimResult.read(path) for path in sorted(harness.RESULTS.glob("*.json")))
+    return {result.name: result for result in found if not result.large}
+
+
+def studies() -> dict[str, ModuleType]:
+    """The studies by name."""
+    names = sorted(m.name for m in pkgutil.iter_modules(secateur.studies.__path__) if not m.name.startswith("_"))
+    return {name: importlib.import_module(f"secateur.studies.{name}") for name in names}
+
+
+# Tables
+
+
+def row(*cells: object) -> str:
+    """A line of a table."""
+    return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
+def table(*heads: str) -> list[str]:
+    """The first two lines of a table."""
+    return [row(*heads), "|" + " --- |" * len(heads)]
+
+
+def paper(card: Card) -> str:
+    """A paper as a link where it is on arXiv."""
+    if card.arxiv:
+        return f"[{card.title}](https://arxiv.org/abs/{card.arxiv})"
+    return card.title
+
+
+def source(card: Card) -> str:
+    """Where and when a paper appeared."""
+    return ", ".join(str(v) for v in (f"arXiv:{card.arxiv}" if card.arxiv else "", card.venue, card.year or "") if v)
+
+
+def method_table(methods: dict[str, type[Method]], measured: dict[str, ClaimResult], link: str) -> str:
+    """Every method in a line, papers first, baselines last."""
+    lines = table("method", "paper", "year", "when", "removes", "models", "needs", "its claim, measured here")
+    for name, kind in sorted(methods.items(), key=lambda m: (m[1].card.number == 0, m[0])):
+        card = kind.card
+        lines.append(
+            row(
+                f"[{name}]({link}{name}.md)",
+                paper(card),
+                card.year or "",
+                card.when,
+                ", ".join(card.granularity),
+                ", ".join(card.families),
+                ", ".join(card.needs) or "nothing",
+                measured[name].verdict if name in measured else "not measured",
+            )
+        )
+    return "\n".join(lines)
+
+
+def methods_page(methods: dict[str, type[Method]], measured: dict[str, ClaimResult]) -> str:
+    """The catalogue beside the method files."""
+    papers = sum(kind.card.number > 0 for kind in methods.values())
+    return "\n".join(
+        [
+            NOTE,
+            "# Methods",
+            "",
+            f"{len(methods)} methods, {papers} of them from the list of papers. One paper, one file;",
+            "`secateur explain NAME` prints its page.",
+            "",
+            method_table(methods, measured, "../../../docs/reference/"),
+            "",
+        ]
+    )
+
+
+# Pages
+
+
+def reference_index(methods: dict[str, type[Method]]) -> str:
+    """The first page of the reference."""
+    lines = [NOTE, "# Reference", "", "Methods:", ""]
+    lines += [f"- [{name}]({name}.md): {first_line(kind)}" for name, kind in methods.items()]
+    lines += ["", "Studies:", ""]
+    lines += [
+        f"- [{name}]({name}.md): {(module.__doc__ or name).splitlines()[0]}" for name, module in studies().items()
+    ]
+    lines += ["", "Files: the [run record](../record.schema.json), the [result of a claim](../claim.schema.json).", ""]
+    return "\n".join(lines)
+
+
+def first_line(kind: type[Method]) -> str:
+    """A method's idea in a line."""
+    text = sys.modules[kind.__module__].__doc__ or kind.__doc__ or kind.__name__
+    return text.strip().splitlines()[0]
+
+
+def method_page(name: str, kind: type[Method], result: ClaimResult | None) -> str:
+    """A method: its idea, its source, its settings, what was measured."""
+    card = kind.card
+    module = sys.modules[kind.__module__]
+    lines = [NOTE, f"# {name}", "", prose(module), ""]
+    facts = {
+        "paper": f"{paper(card)}{', ' + source(card) if source(card) else ''}",
+        "when": card.when,
+        "removes": ", ".join(card.granularity),
+        "models": ", ".join(card.families),
+        "needs": ", ".join(card.needs) or "nothing but the weights",
+        "made of": card.axes,
+        "the paper reports": card.reports,
+        "pinned by": f"`{card.checked}`" if card.checked else "",
+    }
+    lines += [*table("", ""), *(row(key, value) for key, value in facts.items() if value), ""]
+    if card.differs:
+        lines += ["Differs from the paper:", "", *(f"- {text}" for text in card.differs), ""]
+    lines += ["## Settings", "", *settings_table(kind), ""]
+    lines += [
+        "```python",
+        "from secateur.method import load, prune",
+        f'outcome = prune(model, load("{name}")(), task)',
+        "```",
+        "",
+    ]
+    return "\n".join([*lines, *claim_section(result)])
+
+
+def study_page(name: str, module: ModuleType, result: ClaimResult | None) -> str:
+    """A study: its question and source, and what was measured."""
+    return "\n".join([NOTE, f"# {name}", "", prose(module), "", *claim_section(result)])
+
+
+def prose(module: ModuleType) -> str:
+    """A module's docstring as Markdown: indented lines, which are formulas, stay as they are."""
+    lines = inspect.cleandoc(module.__doc__ or "").splitlines()
+    return "\n".join(line if line.startswith("    ") else line.replace("*", "\\*") for line in lines)
+
+
+def settings_table(kind: type[Method]) -> list[str]:
+    """A method's fields: type, default, and the comment beside each."""
+    comments = field_comments(kind)
+    lines = table("setting", "type", "default", "")
+    for field in fields(kind):  # type: ignore[arg-type]
+        given = field.default if field.default is not MISSING else None
+        if field.default is MISSING and field.default_factory is not MISSING:
+            given = field.default_factory()
+        missing = field.default is MISSING and field.default_factory is MISSING
+        shown = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
+        default = "" if missing else f"`{_text(given)}`"
+        lines.append(row(f"`{field.name}`", f"`{shown}`", default, comments.get(field.name, "")))
+    return lines
+
+
+def _text(value: Any) -> str:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return str(value)
+    if isinstance(value, (tuple, list)):
+        return ", ".join(_text(v) for v in value)
+    if isinstance(value, Method):
+        return value.name
+    from secateur.axes import text_of
+
+    return str(text_of(value))
+
+
+def field_comments(kind: type) -> dict[str, str]:
+    """The comment that stands on the line of each field of a class."""
+    text = Path(inspect.getsourcefile(kind) or "").read_text(encoding="utf-8")
+    comments = {
+        token.start[0]: token.string.lstrip("# ")
+        for token in tokenize.generate_tokens(io.StringIO(text).readline)
+        if token.type == tokenize.COMMENT
+    }
+    found: dict[str, str] = {}
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ClassDef) and node.name == kind.__name__:
+            for line in node.body:
+                if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
+                    beside = comments.get(line.lineno) or comments.get(line.end_lineno or line.lineno)
+                    if beside:
+                        found[line.target.id] = beside
+    return found
+
+
+# Claims
+
+
+def claims_page(measured: dict[str, ClaimResult]) -> str:
+    """Every claim, what was measured, the verdict."""
+    tally = {v: sum(r.verdict == v for r in measured.values()) for v in _PLURAL}
+    known = harness.names()
+    lines = [
+        NOTE,
+        "# Claims",
+        "",
+        "What each paper claims, measured again here. A claim is a file with its expectations written down before",
+        "anything is measured; the harness measures every condition with every seed and calculates the verdict from",
+        "the 95 % t-interval of the advantage, paired by seed:",
+        "",
+        "- **holds**: the interval lies above the margin.",
+        "- **does not hold at this size**: it lies below. The models here are small: it says nothing of larger ones.",
+        "- **inconclusive**: it contains the margin.",
+        "",
+        "`make claims NAME=wanda` measures one again; a run that was cut off goes on where it was.",
+        "",
+        f"{len(known)} claims, {len(measured)} measured: "
+        + ", ".join(f"{count} {_PLURAL[v]}" for v, count in tally.items())
+        + ".",
+        "",
+    ]
+    if known:
+        lines += table("claim", "the paper says", "measured here", "seeds", "verdict")
+    for name in known:
+        claim, _ = harness.load(name)
+        result = measured.get(name)
+        says = f"{claim.says} ({claim.source})"
+        if result is None:
+            lines.append(row(f"[{name}]({name}.py)", says, claim.here, len(claim.seeds), "not measured"))
+            continue
+        shown = "; ".join(finding_text(f) for f in result.findings if f.central)
+        lines.append(
+            row(
+                f"[{name}](results/{name}.json)",
+                says,
+                f"{claim.here} {shown}",
+                len(result.seeds),
+                f"**{result.verdict}**",
+            )
+        )
+    return "\n".join([*lines, ""])
+
+
+_PLURAL = {
+    "holds": "hold",
+    "does not hold at this size": "do not hold at this size",
+    "inconclusive": "are inconclusive",
+}
+
+
+def finding_text(finding: Finding) -> str:
+    """An expectation and its advantage in a phrase."""
+    times = "x" if finding.ratio else ""
+    spread = "" if finding.low is None else f" [{finding.low:.3g}, {finding.high:.3g}]"
+    return f"{finding.says}: {finding.metric} better by {finding.advantage:.3g}{times}{spread}"
+
+
+def claim_section(result: ClaimResult | None) -> list[str]:
+    """What was measured of a method's claim."""
+    lines = ["## Its claim, measured here", ""]
+    if result is None:
+        return [*lines, "Not measured yet.", ""]
+    lines += [f"The paper: {result.says} ({result.source})", "", f"Here: {result.here}", ""]
+    lines += table("expected", "better by", "95 % interval", "more than", "seeds above", "verdict")
+    for f in result.findings:
+        times = "x" if f.ratio else ""
+        spread = "" if f.low is None else f"{f.low:.4g} to {f.high:.4g}"
+        says = f.says if f.central else f"({f.says})"
+        lines.append(
+            row(
+                says,
+                f"{f.advantage:.4g}{times}",
+                spread,
+                f"{f.margin:g}{times}",
+                f"{f.wins} of {len(f.seeds)}",
+                f.verdict,
+            )
+        )
+    lines += ["", *table("condition", "metric", "mean", "95 % interval", "each seed")]
+    lines += [figure_row(f) for f in result.figures]
+    lines += ["", f"Verdict: **{result.verdict}**. {len(result.cells)} runs, {result.seconds / 60:.0f} minutes on "]
+    lines[-1] += (
+        f"{result.machine.get('processor', 'an unknown machine')}, {result.machine.get('threads', '?')} threads."
+    )
+    return [*lines, ""]
+
+
+def figure_row(figure: Figure) -> str:
+    """A condition's metric in a line."""
+    spread = "" if figure.low is None else f"{figure.low:.4g} to {figure.high:.4g}"
+    each = ", ".join(f"{value:.4g}" for value in figure.seeds.values())
+    return row(figure.condition, figure.metric, f"{figure.mean:.4g}", spread, each)
+
+
+def main() -> int:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description="Write what is derived from the code.")
+    parser.add_argument("--check", action="store_true", help="only say which files are stale")
+    given = parser.parse_args()
+    pages = generated()
+    old = stale(pages)
+    for path in old:
+        sys.stdout.write(f"{'stale' if given.check else 'wrote' if path in pages else 'removed'}   {path}\n")
+        if given.check:
+            continue
+        if path in pages:
+            (ROOT / path).parent.mkdir(parents=True, exist_ok=True)
+            write_text(ROOT / path, pages[path])
+        else:
+            (ROOT / path).unlink()
+    if given.check and old:
+        sys.stdout.write("run `make generate`\n")
+    return 1 if given.check and old else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
