@@ -1,0 +1,75 @@
+"""The ledger in words: zeros, parameters, bytes, work and time as lines of their own."""
+
+from dataclasses import dataclass
+
+from secateur.outcome import Record, Timing
+from secateur.report import figures
+from secateur.report.compare import shrank, speed_up
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the ledger, before and after."""
+
+    name: str
+    before: str
+    after: str
+    change: str = ""
+    how: str = ""  # how it was counted
+
+
+def lines(record: Record) -> list[Line]:
+    """What a run cost, each kind of cost by itself."""
+    ledger = record.ledger
+    before, after = ledger.before, ledger.after
+    return [
+        Line("parameters", figures.count(before.parameters), figures.count(after.parameters),
+             change(before.parameters, after.parameters), "elements of all parameters, tied ones once"),
+        Line("zeros among them", figures.count(before.zeros), figures.count(after.zeros), "",
+             "elements that are exactly zero; they save nothing by themselves"),
+        Line("bytes in memory", figures.size(before.memory_bytes), figures.size(after.memory_bytes),
+             change(before.memory_bytes, after.memory_bytes), "of all parameters and buffers, zeros included"),
+        Line("stored bytes", figures.size(before.stored_bytes), figures.size(after.stored_bytes),
+             change(before.stored_bytes, after.stored_bytes), "of the saved weights"),
+        Line("work per forward pass", figures.work(before.flops), figures.work(after.flops),
+             change(before.flops, after.flops), "counted as if dense, over the task's example"),
+        Line("time per forward pass", _time(ledger.timing_before), _time(ledger.timing_after), _faster(record),
+             _how_timed(ledger.timing_after or ledger.timing_before)),
+    ]  # fmt: skip
+
+
+def change(before: float | None, after: float | None) -> str:
+    """How much less or more there is, as a percentage; empty when not known."""
+    if not before or after is None:
+        return ""
+    if before == after:
+        return "the same"
+    less = figures.percent(abs(before - after) / before)
+    return f"{less} {'less' if after < before else 'more'}"
+
+
+def _time(timing: Timing | None) -> str:
+    if timing is None:
+        return figures.ABSENT
+    return f"{figures.quality(timing.milliseconds)} ms (spread {figures.quality(timing.spread)} ms)"
+
+
+def _faster(record: Record) -> str:
+    ledger = record.ledger
+    if ledger.timing_before is None or ledger.timing_after is None:
+        return ""
+    if not shrank(ledger):
+        return "no speed-up: zeros are multiplied too"
+    faster = speed_up(ledger)
+    return "no speed-up beyond the spread" if faster is None else f"{faster:.2f} times as fast"
+
+
+def _how_timed(timing: Timing | None) -> str:
+    if timing is None:
+        return ""
+    compiled = ", compiled" if timing.compiled else ""
+    return (
+        f"median of {timing.repeats} repeats, both models in turn; batch {timing.batch}, "
+        f"{timing.threads} thread{'s' * (timing.threads != 1)}, {timing.dtype}{compiled}; "
+        "spread: between the quartiles"
+    )

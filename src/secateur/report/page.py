@@ -1,0 +1,144 @@
+"""One self-contained page about a run, or about several side by side.
+
+Everything is inside: style, drawings, and the code that draws them. The page's own policy forbids it the network.
+"""
+
+import base64
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from secateur.errors import ModelError, SettingError
+from secateur.outcome import Record, write_text
+from secateur.report import figures
+from secateur.report.compare import Point, compare_table, dense, metric, points, series, shown
+from secateur.report.ledger import lines
+from secateur.report.sentence import headline
+
+if TYPE_CHECKING:
+    from secateur.report.charts import Drawing
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a paper says, beside what was measured here."""
+
+    paper: str  # authors, year, or title
+    says: str  # with its setting: model, data, sparsity
+    measured: str = ""  # here; empty when it was not
+    arxiv: str = ""  # "2306.11695"
+
+
+def write(records: Sequence[Record], path: str | Path, title: str = "", extra: Sequence[Claim] = ()) -> None:
+    """Write the page of some runs to a file, whole or not at all. Raises as `page` does."""
+    write_text(path, page(records, title, extra))
+
+
+def page(records: Sequence[Record], title: str = "", extra: Sequence[Claim] = ()) -> str:
+    """The page of one run, or of several of one task and model compared, as HTML that needs no network.
+
+    `extra` is what papers claim, to stand beside what was measured. Raises SettingError for no records, TaskError for
+    runs that cannot be compared, ModelError when the packages that draw are not installed.
+    """
+    found = points(records)
+    try:
+        import jinja2
+
+        from secateur.report import charts
+    except ImportError as error:
+        raise ModelError(
+            "a report was asked for", f"{error.name} is not installed", "Install it: pip install 'secateur[report]'."
+        ) from error
+
+    newest = [r for p in found for r in p.records]
+    single = len(newest) == 1
+    at = shown(found)
+    first = newest[0]
+    drawings = [charts.quality_against_sparsity(newest), charts.quality_against_size(newest)]
+    cut = charts.kept_by_site(first.sites) if len(at) == 1 else charts.kept_by_block(at)
+    if len(at) == 1:
+        cut = charts.kept_by_site(at[0].records[0].sites)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("secateur.report", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals.update(figures=figures, role=charts.role, kept=charts.kept)
+    environment.filters["pretty"] = lambda value: json.dumps(value, indent=1, sort_keys=True, default=str)
+    bundle, boot = _bundle(), environment.get_template("draw.js").render()
+    name = first.model.get("name") or "model"
+    return environment.get_template("page.html").render(
+        title=title or (f"{name} pruned with {first.method}" if single else f"{name}: {len(series(found))} methods"),
+        sentence=headline(newest),
+        single=single,
+        first=first,
+        records=newest,
+        drawings=[_figure(d) for d in drawings if d is not None],
+        cut=None if cut is None else _figure(cut),
+        curves=[_figure(d) for d in charts.curves(at)],
+        metric=metric(first),
+        dense=dense(newest),
+        table=compare_table(newest),
+        seeds=sorted({len(p.records) for p in found}),
+        shown=[(p, p.records[0], lines(p.records[0])) for p in at],
+        at=_at(at),
+        timed=[p for p in at if p.records[0].ledger.timing_after is not None],
+        notes=_notes(found),
+        commands=list(dict.fromkeys(r.command for r in newest if r.command)),
+        settings=[(p.series, p.records[0].settings) for p in (found if not single else at)],
+        machines=_distinct([r.machine for r in newest]),
+        versions=_distinct([r.versions for r in newest]),
+        claims=list(extra),
+        bundle=bundle,
+        boot=boot,
+        hashes=[_hash(bundle), _hash(boot)],
+    )
+
+
+def _figure(drawing: "Drawing") -> dict[str, str]:
+    # "<" never appears as itself, so that no name in the data can end the element it is written in.
+    spec = json.dumps(drawing.spec, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    return {"title": drawing.title, "caption": drawing.caption, "spec": spec}
+
+
+@lru_cache(maxsize=1)
+def _bundle() -> str:
+    import vl_convert
+
+    return vl_convert.javascript_bundle().replace("</script", "<\\/script").strip()
+
+
+def _hash(script: str) -> str:
+    """How a page's policy names a script that may run: by what is in it."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+def _at(at: Sequence[Point]) -> str:
+    """The sparsities of the runs that are shown one by one, in words."""
+    places = list(dict.fromkeys(figures.percent(p.position) for p in at))
+    return ", ".join(places[:3]) + (" and others" if len(places) > 3 else "")
+
+
+def _notes(found: Sequence[Point]) -> list[tuple[str, list[str]]]:
+    """Each note once, with the series whose runs made it."""
+    who: dict[str, list[str]] = {}
+    for p in found:
+        for record in p.records:
+            for note in record.notes:
+                names = who.setdefault(note, [])
+                if p.series not in names:
+                    names.append(p.series)
+    return [(note, names) for note, names in who.items()]
+
+
+def _distinct(values: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return list({json.dumps(v, sort_keys=True, default=str): v for v in values if v}.values())
+
+
+__all__ = ["Claim", "SettingError", "page", "write"]

@@ -1,0 +1,110 @@
+"""What a run came to, in one plain sentence."""
+
+import math
+from collections.abc import Sequence
+
+from secateur.outcome import Record
+from secateur.report import figures
+from secateur.report.compare import Point, dense, metric, points, quality_of, shown, shrank, speed_up
+
+
+def summary(record: Record) -> str:
+    """What was removed, what happened to the quality, and whether the model is really smaller or faster."""
+    return f"{_removed(record)}; {_quality(record)}; {_cost(record)}."
+
+
+def headline(records: Sequence[Record]) -> str:
+    """The sentence of one run, or for several which method did best at the middle sparsity, and how surely."""
+    found = points(records)
+    if len(found) == 1 and len(found[0].records) == 1:
+        return summary(found[0].records[0])
+    record = records[0]
+    name, model = metric(record) or "quality", record.model.get("name") or "the model"
+    at = shown(found)
+    ranked = sorted((p for p in at if p.quality is not None), key=lambda p: _rank(record, p))
+    spread = f"{len(records)} runs of {len(at)} method{'s' * (len(at) > 1)} on {model}"
+    if not ranked:
+        return f"{spread}: {name} was not measured."
+    best = ranked[0]
+    start = f"At {figures.percent(best.position)} sparsity on {model}, "
+    whole = dense(records)
+    against = "" if whole is None else f" (dense: {figures.quality(whole)})"
+    if not _finite(best):
+        return f"{start}every method diverged{against}."
+    seeds = f" over {len(best.records)} seeds" if len(best.records) > 1 else " with one seed"
+    told = f"{figures.interval(best.quality, best.half)}{seeds}"
+    if len(ranked) == 1:
+        return f"{start}{best.series} reaches {name} {told}{against}."
+    sense = "highest" if record.task.get("higher_is_better") else "lowest"
+    second, worst = ranked[1], ranked[-1]
+    close = [p.series for p in ranked[1:] if _overlap(best, p)]
+    if close:
+        sure = f"; its interval overlaps with that of {_join(close)}, so these seeds do not tell them apart"
+    elif best.half is None or second.half is None:
+        sure = "; one seed alone does not show that the order would hold"
+    else:
+        sure = ""
+    bad = "diverged" if not _finite(worst) else f"reaches {figures.interval(worst.quality, worst.half)}"
+    return f"{start}{best.series} has the {sense} {name}, {told}{against}, and {worst.series} {bad}{sure}."
+
+
+def _finite(point: Point) -> bool:
+    return point.quality is not None and math.isfinite(point.quality)
+
+
+def _rank(record: Record, point: Point) -> float:
+    if not _finite(point) or point.quality is None:
+        return math.inf
+    return -point.quality if record.task.get("higher_is_better") else point.quality
+
+
+def _overlap(one: Point, other: Point) -> bool:
+    if one.quality is None or other.quality is None or one.half is None or other.half is None:
+        return False
+    return abs(one.quality - other.quality) <= one.half + other.half
+
+
+def _join(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _removed(record: Record) -> str:
+    ledger, model = record.ledger, record.model.get("name") or "the model"
+    if not ledger.prunable:
+        return f"{record.method} ran on {model} and removed nothing"
+    return (
+        f"{record.method} removed {figures.percent(ledger.sparsity)} of the {figures.count(ledger.prunable)} "
+        f"prunable weights of {model}"
+    )
+
+
+def _quality(record: Record) -> str:
+    name = metric(record) or "quality"
+    before, after = quality_of(record, "before"), quality_of(record, "after")
+    if after is None:
+        return f"{name} was not measured"
+    task = f" on {record.task['name']}" if record.task.get("name") else ""
+    sense = "higher" if record.task.get("higher_is_better") else "lower"
+    if not math.isfinite(after):
+        since = "" if before is None else f" from {figures.quality(before)}"
+        return f"{name}{task} diverged{since}: it is no longer a finite number"
+    if before is None:
+        return f"{name}{task} is {figures.quality(after)} ({sense} is better; the dense model was not measured)"
+    return f"{name}{task} went from {figures.quality(before)} to {figures.quality(after)} ({sense} is better)"
+
+
+def _cost(record: Record) -> str:
+    ledger = record.ledger
+    before, after = ledger.before, ledger.after
+    saved = "" if after.stored_bytes is None else f", and its saved weights take {figures.size(after.stored_bytes)}"
+    if after.stored_bytes is not None and before.stored_bytes is not None:
+        saved += f" instead of {figures.size(before.stored_bytes)}"
+    if not shrank(ledger):
+        # Zeros in a dense tensor are stored and multiplied like any other number.
+        return f"it takes as much memory and work as before, its zeros being stored as numbers{saved}"
+    faster = speed_up(ledger)
+    if faster is not None and ledger.timing_before is not None and ledger.timing_after is not None:
+        first, second = ledger.timing_before.milliseconds, ledger.timing_after.milliseconds
+        saved += f"; a forward pass took {figures.quality(second)} ms instead of {figures.quality(first)} ms"
+    lighter = f"it takes {figures.size(after.memory_bytes)} in memory instead of {figures.size(before.memory_bytes)}"
+    return f"{lighter}{saved}"
