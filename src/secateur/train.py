@@ -443,7 +443,7 @@ class Snapshot:
                         "Start the run anew, or use the version of secateur that wrote it.",
                     )
                 about = json.loads(said["about"])
-                values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                values = {name: file.get_tensor(name) for name in file.keys()}
             found = {k: _rich(v, values) for k, v in about.items()}
             return cls(**found)
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:

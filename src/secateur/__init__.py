@@ -1,0 +1,1 @@
+"""Make neural networks smaller and faster by removing parts of them."""

@@ -1,0 +1,147 @@
+"""Interchangeable parts, and the short text each can be written as.
+
+    "2:4"  "4x1"  "per-row"  "owl"  "owl(reach=0.1)"  "global(floor=0.0005)"  "power(power=2)"
+
+The same text serves the command line, recipes and run records. A part moves here when a second method uses it.
+"""
+
+import ast
+import re
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, fields, is_dataclass
+from types import ModuleType
+from typing import Any
+
+from secateur.axes import allocations, criteria, patterns, rules, schedules, solvers
+from secateur.axes.allocations import Allocation, Erk, Global, Owl, Scores, Uniform, kept_of
+from secateur.axes.criteria import Criterion, Magnitude, Random, Wanda
+from secateur.axes.patterns import NM, Blocks, Pattern, PerMatrix, PerRow, PerSlab, keep_top
+from secateur.axes.schedules import Cosine, Curve, Exponential, Jump, Linear, Power, Schedule
+from secateur.axes.solvers import ObsSweep, Rank, Solver
+from secateur.errors import SettingError, did_you_mean
+
+__all__ = [
+    "NM",
+    "Allocation",
+    "Blocks",
+    "Cosine",
+    "Criterion",
+    "Curve",
+    "Erk",
+    "Exponential",
+    "Global",
+    "Jump",
+    "Linear",
+    "Magnitude",
+    "ObsSweep",
+    "Owl",
+    "Pattern",
+    "PerMatrix",
+    "PerRow",
+    "PerSlab",
+    "Power",
+    "Random",
+    "Rank",
+    "Schedule",
+    "Scores",
+    "Solver",
+    "Uniform",
+    "Wanda",
+    "keep_top",
+    "kept_of",
+    "part_of",
+    "text_of",
+    "word_of",
+    "words",
+]
+
+
+def word_of(kind: type) -> str:
+    """The name a part goes by: PerRow -> "per-row", NM -> "nm"."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", kind.__name__).lower()
+
+
+def words(*modules: ModuleType) -> dict[str, type]:
+    """Every part by name: those of the axes, and those of the modules given."""
+    found: dict[str, type] = {}
+    for module in (allocations, criteria, patterns, rules, schedules, solvers, *modules):
+        for value in vars(module).values():
+            if isinstance(value, type) and is_dataclass(value) and value.__module__ == module.__name__:
+                found[word_of(value)] = value
+    return found
+
+
+def text_of(part: Any) -> str:
+    """A part as text: its name, and those of its fields that are not the default.
+
+    >>> text_of(NM(2, 4)), text_of(Owl(reach=0.1)), text_of(Uniform())
+    ('2:4', 'owl(reach=0.1)', 'uniform')
+    """
+    if isinstance(part, NM):
+        return f"{part.n}:{part.m}"
+    if isinstance(part, Blocks):
+        return f"{part.r}x{part.c}"
+    if not is_dataclass(part) or isinstance(part, type):
+        return repr(part)
+    given = []
+    for field in fields(part):
+        value = getattr(part, field.name)
+        if value != _default(field):
+            text = text_of(value) if is_dataclass(value) and not isinstance(value, type) else repr(value)
+            plain = re.fullmatch(r"[a-z][a-z0-9_()=.,' -]*|\d+[:x]\d+", text)
+            given.append(f"{field.name}={text if not is_dataclass(value) or not plain else repr(text)}")
+    return word_of(type(part)) + (f"({', '.join(given)})" if given else "")
+
+
+def part_of(text: str, known: Mapping[str, type] | None = None) -> Any:
+    """The part a text stands for. Raises SettingError, with the nearest name, for one that stands for none.
+
+    >>> part_of("2:4"), part_of("owl(reach=0.1)")
+    (NM(n=2, m=4), Owl(outlier=5.0, reach=0.1))
+    """
+    known = words() if known is None else known
+    text = text.strip()
+    if pair := re.fullmatch(r"(\d+):(\d+)", text):
+        return NM(int(pair[1]), int(pair[2]))
+    if pair := re.fullmatch(r"(\d+)x(\d+)", text):
+        return Blocks(int(pair[1]), int(pair[2]))
+    shape = re.fullmatch(r"([A-Za-z][\w-]*)\s*(\(.*\))?", text, re.DOTALL)
+    if shape is None:
+        raise SettingError(f"{text!r} was given", "it names no part", did_you_mean(text, known))
+    name = shape[1].replace("_", "-").lower()
+    if name not in known:
+        raise SettingError(f"{text!r} was given", f"there is no {name!r}", did_you_mean(name, known))
+    kind = known[name]
+    accepted = {field.name: field for field in fields(kind)}
+    given: dict[str, Any] = {}
+    for keyword in _keywords(text, shape[2]):
+        key = keyword.arg or ""
+        if key not in accepted:
+            raise SettingError(f"{text!r} was given", f"{name} has no field {key!r}", did_you_mean(key, accepted))
+        value = ast.literal_eval(keyword.value)
+        default = _default(accepted[key])
+        nested = is_dataclass(default) and isinstance(value, str)
+        given[key] = part_of(value, known) if nested else value
+    return kind(**given)
+
+
+def _keywords(text: str, arguments: str | None) -> list[ast.keyword]:
+    if arguments is None:
+        return []
+    try:
+        call = ast.parse("f" + arguments, mode="eval").body
+        assert isinstance(call, ast.Call)
+        assert not call.args
+        for keyword in call.keywords:
+            ast.literal_eval(keyword.value)
+    except (SyntaxError, ValueError, AssertionError):
+        raise SettingError(
+            f"{text!r} was given", "its settings cannot be read", "Write them as name(key=value, key=value)."
+        ) from None
+    return call.keywords
+
+
+def _default(field: Field) -> Any:
+    if field.default is not MISSING:
+        return field.default
+    return field.default_factory() if field.default_factory is not MISSING else MISSING

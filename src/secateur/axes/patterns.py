@@ -1,0 +1,276 @@
+"""Scores and a number to a legal choice of exactly that many.
+
+One selector serves every pattern: of n units the lowest are dropped in the order (score, then flat index), so that
+exactly the asked number stays, ties included.
+"""
+
+from dataclasses import dataclass
+from math import prod
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from secateur.errors import PatternError
+
+
+@runtime_checkable
+class Pattern(Protocol):
+    """Which choices are legal."""
+
+    def select(self, score: Tensor, keep: int, within: Tensor | None = None) -> Tensor:
+        """Boolean like score [out, ...], True for exactly `keep` units, only where `within` is True if given.
+
+        Raises PatternError where that many cannot be kept in this pattern.
+        """
+        ...
+
+    def nearest(self, shape: tuple[int, ...], keep: int) -> int:
+        """The closest count this pattern can keep. Raises PatternError for a shape it does not fit."""
+        ...
+
+    @property
+    def span(self) -> int | None:
+        """How many columns are decided together: a sweep may not choose between them. None: any."""
+        ...
+
+    @property
+    def fixed(self) -> float | None:
+        """The sparsity the pattern itself prescribes, if it does."""
+        ...
+
+
+def keep_top(score: Tensor, keep: int, within: Tensor | None = None) -> Tensor:
+    """The one exact selector: along the last axis keep exactly the top `keep`, as boolean like score [..., n].
+
+    The lowest are dropped in the order (score, then index). Raises PatternError for NaN, and for a count that is
+    negative, more than there are, or more than `within` allows.
+    """
+    n = score.shape[-1]
+    if not 0 <= keep <= n:
+        raise PatternError(f"{keep} of {n} units were to be kept", f"there are {n}", "Ask for 0 up to all of them.")
+    value = score.detach()
+    if value.dtype not in (torch.float32, torch.float64):
+        value = value.float()
+    if bool(value.isnan().any()):
+        raise PatternError("units were to be ranked", "some scores are NaN", "Look for NaN in weights or evidence.")
+    if within is not None:
+        if int(within.sum(-1).min()) < keep:
+            raise PatternError(
+                f"{keep} units were to be kept among those allowed",
+                f"only {int(within.sum(-1).min())} are allowed",
+                "Keep fewer, or allow more.",
+            )
+        lowest = torch.finfo(value.dtype).min
+        value = value.clamp(min=lowest).masked_fill(~within, -torch.inf)
+    drop = n - keep
+    if drop == 0 or n == 0:
+        return torch.ones_like(value, dtype=torch.bool)
+    if keep == 0:
+        return torch.zeros_like(value, dtype=torch.bool)
+    threshold = _kth_smallest(value, drop)
+    gone = value <= threshold
+    excess = gone.sum(-1, keepdim=True) - drop  # of those that equal the threshold, the last few stay
+    if bool((excess > 0).any()):
+        tied = value == threshold
+        need = tied.sum(-1, keepdim=True) - excess
+        gone &= ~tied | (tied.cumsum(-1) <= need)
+    return ~gone
+
+
+def _kth_smallest(value: Tensor, k: int) -> Tensor:
+    """The k-th smallest (from 1) along the last axis, kept as an axis of one."""
+    if value.device.type == "cpu":
+        part = np.partition(value.numpy(), k - 1, axis=-1)[..., k - 1 : k]
+        return torch.from_numpy(np.ascontiguousarray(part))
+    return torch.kthvalue(value, k, dim=-1, keepdim=True).values
+
+
+@dataclass(frozen=True)
+class PerMatrix:
+    """The best anywhere in the tensor."""
+
+    span = None
+    fixed = None
+
+    def select(self, score: Tensor, keep: int, within: Tensor | None = None) -> Tensor:
+        """See Pattern."""
+        allowed = None if within is None else within.reshape(-1)
+        return keep_top(score.reshape(-1), keep, allowed).reshape(score.shape)
+
+    def nearest(self, shape: tuple[int, ...], keep: int) -> int:
+        """Any count will do."""
+        return min(max(keep, 0), prod(shape))
+
+
+@dataclass(frozen=True)
+class PerRow:
+    """The same number in each output row."""
+
+    span = None
+    fixed = None
+
+    def select(self, score: Tensor, keep: int, within: Tensor | None = None) -> Tensor:
+        """See Pattern."""
+        rows = score.flatten(1) if score.dim() > 1 else score.reshape(1, -1)
+        each, left = divmod(keep, rows.shape[0])
+        if left:
+            raise PatternError(
+                f"{keep} units were to be kept, the same number in each row",
+                f"there are {rows.shape[0]} rows",
+                f"Keep {each * rows.shape[0]}, or use per-matrix.",
+            )
+        return keep_top(rows, each, None if within is None else within.reshape(rows.shape)).reshape(score.shape)
+
+    def nearest(self, shape: tuple[int, ...], keep: int) -> int:
+        """The nearest multiple of the number of rows, the larger of two as near."""
+        rows = shape[0] if len(shape) > 1 else 1
+        return min((2 * keep + rows) // (2 * rows) * rows, prod(shape))
+
+
+@dataclass(frozen=True)
+class PerSlab:
+    """The best within each slab of columns, each slab keeping its share: what a sweep of 128 columns does."""
+
+    width: int = 128
+
+    span = None
+    fixed = None
+
+    def __post_init__(self) -> None:
+        if self.width < 1:
+            raise PatternError(f"slabs of {self.width} columns were asked for", "a width is at least 1", "Give 128.")
+
+    def select(self, score: Tensor, keep: int, within: Tensor | None = None) -> Tensor:
+        """See Pattern."""
+        flat = score.flatten(1) if score.dim() > 1 else score.reshape(1, -1)
+        allowed = None if within is None else within.reshape(flat.shape)
+        out, columns, done = torch.empty_like(flat, dtype=torch.bool), flat.shape[1], 0
+        for a in range(0, columns, self.width):
+            b = min(a + self.width, columns)
+            share = keep * b // columns - done  # so that the shares add up
+            done += share
+            slab = flat[:, a:b].reshape(-1)
+            inside = None if allowed is None else allowed[:, a:b].reshape(-1)
+            out[:, a:b] = keep_top(slab, share, inside).reshape(-1, b - a)
+        return out.reshape(score.shape)
+
+    def nearest(self, shape: tuple[int, ...], keep: int) -> int:
+        """Any count will do."""
+        return min(max(keep, 0), prod(shape))
+
+
+@dataclass(frozen=True)
+class NM:
+    """In each row, n kept of every m consecutive input features.
+
+    "2:4" keeps 2 of 4. n is the number KEPT; much published code counts the pruned ones.
+    """
+
+    n: int = 2
+    m: int = 4
+
+    def __post_init__(self) -> None:
+        if not 0 < self.n <= self.m:
+            raise PatternError(f"{self.n}:{self.m} was asked for", "n of m needs 0 < n <= m", "Give 2:4, say.")
+
+    @property
+    def span(self) -> int:
+        """A group is decided together."""
+        return self.m
+
+    @property
+    def fixed(self) -> float:
+        """1 - n/m."""
+        return 1 - self.n / self.m
+
+    def select(self, score: Tensor, keep: int, within: Tensor | None = None) -> Tensor:
+        """See Pattern; a convolution's groups run over its input channels."""
+        if keep != self.nearest(tuple(score.shape), keep):
+            raise PatternError(
+                f"{keep} of {score.numel()} units were to be kept in the pattern {self.n}:{self.m}",
+                f"it keeps {score.numel() * self.n // self.m}",
+                f"Ask for a sparsity of {self.fixed:g}.",
+            )
+        rows = score.movedim(1, -1) if score.dim() > 2 else score
+        groups = rows.reshape(-1, self.m)
+        allowed = None
+        if within is not None:
+            allowed = (within.movedim(1, -1) if score.dim() > 2 else within).reshape(-1, self.m)
+        chosen = keep_top(groups, self.n, allowed).reshape(rows.shape)
+        return chosen.movedim(-1, 1) if score.dim() > 2 else chosen
+
+    def nearest(self, shape: tuple[int, ...], keep: int) -> int:
+        """n/m of all, whatever was asked."""
+        inputs = shape[1] if len(shape) > 1 else shape[0]
+        if inputs % self.m:
+            raise PatternError(
+                f"{self.n}:{self.m} needs rows whose length is a multiple of {self.m}",
+                f"the shape is {list(shape)}",
+                "Leave the site out with exclude, or use per-row.",
+            )
+        return prod(shape) // self.m * self.n
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Blocks of r rows by c columns live or die whole, by the sum of their scores; "4x1"."""
+
+    r: int = 4
+    c: int = 1
+
+    fixed = None
+
+    def __post_init__(self) -> None:
+        if self.r < 1 or self.c < 1:
+            raise PatternError(f"blocks {self.r}x{self.c} were asked for", "sizes are at least 1", "Give 4x1, say.")
+
+    @property
+    def span(self) -> int:
+        """The columns of a block are decided together."""
+        return self.c
+
+    def select(self, score: Tensor, keep: int, within: Tensor | None = None) -> Tensor:
+        """See Pattern."""
+        flat = score.flatten(1)
+        rows, columns = self._grid(tuple(score.shape))
+        if keep % (self.r * self.c):
+            raise PatternError(
+                f"{keep} units were to be kept in blocks {self.r}x{self.c}",
+                f"a block has {self.r * self.c}",
+                f"Keep {self.nearest(tuple(score.shape), keep)}.",
+            )
+        tiles = flat.reshape(rows, self.r, columns, self.c)
+        allowed = None
+        if within is not None:
+            allowed = within.reshape(tiles.shape).all(3).all(1).reshape(-1)
+        chosen = keep_top(tiles.sum((1, 3)).reshape(-1), keep // (self.r * self.c), allowed)
+        whole = chosen.reshape(rows, 1, columns, 1).expand(rows, self.r, columns, self.c)
+        return whole.reshape(score.shape)
+
+    def nearest(self, shape: tuple[int, ...], keep: int) -> int:
+        """The nearest whole number of blocks."""
+        self._grid(shape)
+        size = self.r * self.c
+        return min((2 * keep + size) // (2 * size) * size, prod(shape))
+
+    def _grid(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        inputs = prod(shape[1:])
+        if len(shape) < 2 or shape[0] % self.r or inputs % self.c:
+            raise PatternError(
+                f"blocks {self.r}x{self.c} need {self.r} to divide the rows and {self.c} the columns",
+                f"the shape is {list(shape)}",
+                "Leave the site out with exclude, or use other blocks.",
+            )
+        return shape[0] // self.r, inputs // self.c
+
+
+def check_pattern(pattern: Pattern, sparsity: float) -> None:
+    """Raise PatternError when a sparsity is not the one a pattern prescribes."""
+    if pattern.fixed is not None and abs(pattern.fixed - sparsity) > 1e-6:
+        raise PatternError(
+            f"a sparsity of {sparsity:g} was asked for in the pattern {pattern}",
+            f"that pattern always removes {pattern.fixed:g}",
+            f"Ask for sparsity={pattern.fixed:g}, or for another pattern.",
+        )

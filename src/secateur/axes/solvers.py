@@ -1,0 +1,163 @@
+"""Decide one site, mask and weights together."""
+
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from secateur.axes.criteria import Criterion, Magnitude
+from secateur.axes.patterns import Pattern, PerRow, PerSlab
+from secateur.edit import Edit, Mask, Update
+from secateur.errors import EvidenceError
+from secateur.evidence import Evidence
+from secateur.site import Site, Tensors
+
+
+@runtime_checkable
+class Solver(Protocol):
+    """How one site is decided."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The evidence it reads."""
+        ...
+
+    def solve(self, site: Site, tensors: Tensors, seen: Evidence, keep: int) -> list[Edit]:
+        """Edits that leave `keep` units of the site, nothing applied yet."""
+        ...
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Score, then choose the best a pattern allows: most methods."""
+
+    criterion: Criterion = field(default_factory=Magnitude)
+    pattern: Pattern = field(default_factory=PerRow)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the criterion reads."""
+        return self.criterion.needs
+
+    def solve(self, site: Site, tensors: Tensors, seen: Evidence, keep: int) -> list[Edit]:
+        """See Solver."""
+        score = self.criterion.score(site, tensors, seen)
+        return [Mask(site, self.pattern.select(score, self.pattern.nearest(site.shape, keep)))]
+
+
+@dataclass(frozen=True)
+class ObsSweep:
+    """Go through the columns; drop the weights that cost least and let the columns still to come make up for them.
+
+    Frantar and Alistarh 2023, "SparseGPT", arXiv:2301.00774, section 3, after Optimal Brain Surgeon. The result is
+    the paper's; the way there takes one Cholesky factor instead of an inverse and two: with P the reversal of the
+    columns and P H P = L L^T, R = P L^T P is lower triangular with H = R^T R, and U = chol(H^-1) of the paper is
+    R^-T. The weight of column j, when its turn comes, is then
+
+        w~_j = w_j + sum over i < j of (R_ji / R_jj) (w_i - q_i)
+
+    with w the original and q the final weights, and its saliency w~_j^2 / U_jj^2 is (w~_j R_jj)^2.
+    """
+
+    pattern: Pattern = field(default_factory=PerSlab)
+    block: int = 128  # columns whose choice is made at once
+    damp: float = 0.01  # added to the diagonal, as a share of its mean
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The gram of the inputs."""
+        return frozenset({"gram"})
+
+    def solve(self, site: Site, tensors: Tensors, seen: Evidence, keep: int) -> list[Edit]:
+        """See Solver. Raises EvidenceError where there is too little data to invert."""
+        part = site.parts[0]
+        weight = part.read(tensors).detach()
+        gram = _gram(site, seen)
+        groups = gram if gram.dim() == 3 else gram.unsqueeze(0)
+        rows = weight.flatten(1).chunk(len(groups), dim=0)
+        keep = self.pattern.nearest(site.shape, keep)
+        masks, values = [], []
+        for number, (own, hessian) in enumerate(zip(rows, groups, strict=True)):
+            share = keep * (number + 1) // len(groups) - keep * number // len(groups)
+            mask, value = self.sweep(own.float(), hessian, share, site.name)
+            masks.append(mask)
+            values.append(value)
+        mask = torch.cat(masks).reshape(site.shape)
+        value = torch.cat(values).reshape(site.shape).to(weight.dtype)
+        whole = tensors[part.name].detach()
+        if part.index is not None:
+            whole = whole.clone()
+            part.view(whole).copy_(value)
+            value = whole
+        elif part.turned:
+            value = value.transpose(0, -1).contiguous()
+        return [Update(part.name, value), Mask(site, mask)]
+
+    def sweep(self, weight: Tensor, gram: Tensor, keep: int, name: str = "") -> tuple[Tensor, Tensor]:
+        """Mask and new weights [out, in] that keep `keep` of them, given the inputs' gram [in, in]."""
+        rows, columns = weight.shape
+        factor, dead = self._factor(gram, name)  # R, lower triangular: H = R^T R
+        original = weight.clone()
+        original[:, dead] = 0
+        scale = factor.diagonal()
+        change = torch.zeros(columns, rows, dtype=weight.dtype)  # (w - q)^T: a column a row, to be read in one piece
+        mask = torch.ones(rows, columns, dtype=torch.bool)
+        result = original.clone()
+        span = self.pattern.span
+        done = kept = 0
+        for a in range(0, columns, self.block):
+            b = min(a + self.block, columns)
+            push = change[:a].T @ factor[a:b, :a].T  # [rows, b - a]: what earlier columns ask of these
+            step = b - a if span is None else max(span, 1)
+            for c in range(a, b, step):
+                d = min(c + step, b)
+                inner = push[:, c - a : d - a] + change[a:c].T @ factor[c:d, a:c].T
+                square = factor[c:d, c:d]
+                # As the weights stand if nothing in these columns is dropped: what the choice is made on.
+                free = original[:, c:d] + torch.linalg.solve_triangular(square, inner.T, upper=False).T
+                score = (free * scale[c:d]).square()
+                share = keep * d // columns - done
+                share = self.pattern.nearest((rows, d - c), min(share, rows * (d - c)))
+                done = keep * d // columns
+                kept += share
+                chosen = self.pattern.select(score, share)
+                mask[:, c:d] = chosen
+                stays = chosen.T.contiguous().to(weight.dtype)
+                plain, inner = original[:, c:d].T.contiguous(), inner.T.contiguous()  # [columns here, rows]
+                here = change[c:d]
+                for j in range(d - c):
+                    value = inner[j] if j == 0 else torch.addmv(inner[j], here[:j].T, square[j, :j])
+                    value = torch.add(plain[j], value, alpha=1 / float(square[j, j])).mul_(stays[j])
+                    torch.sub(plain[j], value, out=here[j])
+                result[:, c:d] = (plain - here).T
+        result[~mask] = 0
+        return mask, result
+
+    def _factor(self, gram: Tensor, name: str) -> tuple[Tensor, Tensor]:
+        hessian = gram.double().clone()
+        diagonal = hessian.diagonal()
+        dead = diagonal == 0
+        live = diagonal[~dead]
+        mean = float(live.mean()) if len(live) else 1.0
+        diagonal[dead] = mean
+        for damp in (self.damp, 10 * self.damp):  # a second try with ten times as much
+            damped = hessian + torch.eye(len(hessian), dtype=hessian.dtype) * (damp * mean)
+            lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+            if not int(failed):
+                return lower.T.flip(0, 1).float().contiguous(), dead
+        raise EvidenceError(
+            f"the inputs of {name or 'a layer'} were to be inverted",
+            "their gram is not positive definite, even with ten times the damping",
+            "Give more calibration data, or a larger damp.",
+        )
+
+
+def _gram(site: Site, seen: Evidence) -> Tensor:
+    if seen.count == 0 or "gram" not in seen.sums:
+        raise EvidenceError(
+            f"{site.name} was to be swept with the gram of its inputs",
+            "no calibration token reached it",
+            "Give more calibration data, or leave it out with exclude.",
+        )
+    return seen.sums["gram"]

@@ -1,0 +1,173 @@
+"""Where sites come from: cutters turn a model into places where something can be removed.
+
+    weights(model)            every weight of every matrix and kernel
+    blocks(model, (4, 1))     tiles of them
+    layers(model)             whole blocks of a stack
+    channels, heads           coupled units, in secateur.graph
+
+A selection is a list of patterns: a name glob ("model.layers.*.mlp.*"), a regular expression after "re:", a module
+class ("Conv2d"), or a role ("attention", "mlp", "head", "embedding", "router", "norm", "expert").
+"""
+
+import fnmatch
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import SiteError, did_you_mean
+from secateur.site import Part, Site, tensors
+from secateur.walk import stacks
+
+DEFAULT_EXCLUDE = ("head", "embedding", "router", "norm")
+"""What is left alone unless asked for: roles that break a model out of proportion to their size."""
+
+ROLES = ("attention", "mlp", "expert", "head", "embedding", "router", "norm", "other")
+
+_ATTENTION = re.compile(r"attn|attention|\b(q|k|v|o|c_attn|qkv|query|key|value)(_proj|_lin)?\b", re.IGNORECASE)
+_MLP = re.compile(
+    r"mlp|ffn|feed_forward|\bfc\d?\b|intermediate|gate_proj|up_proj|down_proj|\bwi(_\d)?\b|dense", re.IGNORECASE
+)
+_ROUTER = re.compile(r"\b(router|gate|shared_expert_gate|classifier_router)\b", re.IGNORECASE)
+
+
+def role(model: nn.Module, name: str) -> str:
+    """What a parameter is for, one of ROLES, by the modules on its path."""
+    path, _, _ = name.rpartition(".")
+    module = model.get_submodule(path)
+    value = tensors(model)[name]
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    if output is not None and any(p is value for p in output.parameters()):
+        return "head"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if value.dim() < 2 or "norm" in type(module).__name__.lower():
+        return "norm"
+    if "experts" in path.lower() or (value.dim() == 3 and "conv" not in type(module).__name__.lower()):
+        return "expert"
+    last = path.rpartition(".")[2]
+    if _ROUTER.fullmatch(last) or "router" in type(module).__name__.lower():
+        return "router"
+    if _ATTENTION.search(path.replace(".", " ")):
+        return "attention"
+    return "mlp" if _MLP.search(path.replace(".", " ")) else "other"
+
+
+def selected(model: nn.Module, names: Sequence[str], patterns: Sequence[str]) -> list[str]:
+    """Those of some parameter names that any pattern matches. Raises SiteError for a pattern that matches nothing."""
+    found: set[str] = set()
+    everything = [n for n, _ in model.named_parameters(remove_duplicate=False)]
+    classes = {type(m).__name__ for m in model.modules()}
+    for pattern in patterns:
+        if pattern in ROLES:
+            found |= {n for n in names if role(model, n) == pattern}
+            continue
+        hits = [n for n in everything if _matches(model, n, pattern, classes)]
+        if not hits:
+            raise SiteError(
+                f"{pattern!r} was given to choose sites",
+                "it matches no parameter, module class or role",
+                did_you_mean(pattern, {n.removesuffix(".weight") for n in everything} | classes | set(ROLES)),
+            )
+        found |= set(hits)
+    return [n for n in names if n in found]
+
+
+def _matches(model: nn.Module, name: str, pattern: str, classes: set[str]) -> bool:
+    if pattern.startswith("re:"):
+        return re.search(pattern[3:], name) is not None
+    if pattern in classes:
+        return type(model.get_submodule(name.rpartition(".")[0])).__name__ == pattern
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name.removesuffix(".weight"), pattern)
+
+
+def weights(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = DEFAULT_EXCLUDE) -> list[Site]:
+    """A site for every matrix and kernel, each element a unit: [out, in] or [out, in, kh, kw].
+
+    In a model with stacks of attention blocks only what lies in the blocks is taken, as the language-model papers do;
+    elsewhere everything is. `include` and `exclude` are selections; stacked experts give a site each. Raises
+    SiteError when nothing is left.
+    """
+    named = tensors(model)
+    found = stacks(model)
+    blocks_ = [name for stack in found for name in stack]
+    candidates: list[str] = []
+    seen: set[int] = set()
+    for name, value in model.named_parameters(remove_duplicate=False):
+        name = name.replace("parametrizations.", "").removesuffix(".original") if "parametrizations." in name else name
+        if value.dim() < 2 or id(value) in seen or not value.is_floating_point():
+            continue
+        seen.add(id(value))
+        candidates.append(name)
+    attention = any(role(model, name) == "attention" for name in candidates)
+    if blocks_ and attention and not include:
+        candidates = [n for n in candidates if any(n.startswith(b + ".") for b in blocks_)]
+    if include:
+        candidates = selected(model, candidates, include)
+    if exclude:
+        gone = set(selected(model, candidates, exclude))
+        candidates = [n for n in candidates if n not in gone]
+    sites = [site for name in candidates for site in _sites_of(model, name, named[name], blocks_)]
+    if not sites:
+        raise SiteError(
+            f"weights of {type(model).__name__} were to be cut (include={list(include)}, exclude={list(exclude)})",
+            "nothing is left to prune",
+            "Widen include or narrow exclude; `secateur plan` prints what there is.",
+        )
+    return sites
+
+
+def _sites_of(model: nn.Module, name: str, value: Tensor, blocks_: Sequence[str]) -> Iterator[Site]:
+    module = model.get_submodule(name.rpartition(".")[0])
+    block = next((b for b in blocks_ if name.startswith(b + ".")), "")
+    turned = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+    if value.dim() == 3 and not isinstance(module, nn.modules.conv._ConvNd):
+        for index in range(len(value)):
+            shape = tuple(value.shape[1:])
+            part = Part(name, shape, index=index, itemsize=value.element_size())
+            yield Site(part.key, "weight", shape, (part,), block=block)
+        return
+    shape = tuple(reversed(value.shape)) if turned else tuple(value.shape)
+    part = Part(name, shape, turned=turned, itemsize=value.element_size())
+    yield Site(name, "weight", shape, (part,), block=block)
+
+
+def blocks(
+    model: nn.Module, size: tuple[int, int], include: Sequence[str] = (), exclude: Sequence[str] = DEFAULT_EXCLUDE
+) -> list[Site]:
+    """A site for every matrix, its units tiles of r x c weights: [out / r, in / c].
+
+    Raises SiteError for a matrix that the tiles do not divide.
+    """
+    r, c = size
+    out = []
+    for site in weights(model, include, exclude):
+        part = site.parts[0]
+        rows, columns = part.shape[0], prod(part.shape[1:])
+        if len(part.shape) != 2 or rows % r or columns % c:
+            raise SiteError(
+                f"{site.name} {list(part.shape)} was to be cut into {r}x{c} blocks",
+                "they do not divide it",
+                "Leave it out with exclude, or choose another size.",
+            )
+        grid = (rows // r, columns // c)
+        owner = torch.arange(grid[0] * grid[1]).reshape(grid)
+        owner = owner.repeat_interleave(r, 0).repeat_interleave(c, 1)
+        out.append(replace(site, kind="block", shape=grid, parts=(replace(part, owner=owner),)))
+    return out
+
+
+def layers(model: nn.Module) -> list[Site]:
+    """A site for each stack, its units whole blocks: [blocks]; to be removed by replacing them by the identity."""
+    out = []
+    for stack in stacks(model):
+        parts = []
+        for unit, name in enumerate(stack):
+            for key, value in model.get_submodule(name).named_parameters():
+                owner = torch.full((1,) * value.dim(), unit)
+                parts.append(Part(f"{name}.{key}", tuple(value.shape), owner, itemsize=value.element_size()))
+        out.append(Site(stack[0].rpartition(".")[0], "layer", (len(stack),), tuple(parts)))
+    return out

@@ -1,0 +1,281 @@
+"""What was measured at a site: sums and a count, so that batches, processes and clients can be merged.
+
+`observe` catches what flows into a weight wherever the weight is used, by module or by function, so that the
+experts of a stacked tensor, tied weights and transposed layers need no code of their own.
+
+    input         sum of the inputs                            [in]
+    input_square  sum of the squared inputs                    [in]
+    gram          sum of x x^T over the inputs                 [in, in]
+    grad          sum over batches of the gradient             [as the weight]
+    grad_square   sum over batches of the squared gradient     [as the weight]
+
+A convolution's input is the unfolded patch, [in * kh * kw]; a grouped one has a leading axis of groups.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from secateur.errors import EvidenceError, SettingError, did_you_mean
+from secateur.site import Part, Site, Tensors, tensors
+from secateur.task import Batch
+
+INPUTS = frozenset({"input", "input_square", "gram"})
+GRADS = frozenset({"grad", "grad_square"})
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """Sums in float64 and a count of what they run over: tokens or positions for inputs, batches for gradients."""
+
+    count: int = 0
+    sums: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def merge(self, other: "Evidence") -> "Evidence":
+        """Both together; order and grouping do not matter."""
+        keys = {*self.sums, *other.sums}
+        empty = torch.zeros((), dtype=torch.float64)
+        return Evidence(self.count + other.count, {k: self.sums.get(k, empty) + other.sums.get(k, empty) for k in keys})
+
+    def mean(self, key: str) -> Tensor:
+        """A sum over its count. Raises EvidenceError when nothing was seen."""
+        if self.count == 0:
+            raise EvidenceError(
+                f"the mean of {key} was asked for", "nothing was seen there", "Give calibration data that reaches it."
+            )
+        return self.sums[key] / self.count
+
+
+def observe(
+    model: nn.Module,
+    sites: Sequence[Site],
+    batches: Iterable[Batch],
+    needs: Iterable[str],
+    loss: Callable[[nn.Module, Batch], Tensor] | None = None,
+) -> dict[str, Evidence]:
+    """Measure at every site over some batches: site name -> Evidence.
+
+    Gradients need the `loss`, and go through the whole model. Raises SettingError for a key that does not exist,
+    EvidenceError, naming the site, where a value is not finite.
+    """
+    wanted = check_needs(needs)
+    recorder = Recorder(sites, tensors(model), wanted & INPUTS)
+    grads: dict[str, Evidence] = {}
+    with calm(model):
+        for batch in batches:
+            if wanted & GRADS:
+                if loss is None:
+                    raise SettingError("gradients were asked for", "no loss was given", "Give observe the task's loss.")
+                with torch.enable_grad(), recorder:
+                    torch.autograd.backward(loss(model, batch))
+                _add_grads(model, sites, wanted, grads)
+            else:
+                with torch.no_grad(), recorder:
+                    batch.through(model)
+    found = recorder.evidence()
+    for name, seen in grads.items():
+        inputs = found.get(name, Evidence())
+        found[name] = Evidence(inputs.count or seen.count, {**inputs.sums, **seen.sums})
+    check_finite(found)
+    return found
+
+
+def check_needs(needs: Iterable[str]) -> frozenset[str]:
+    """The keys of evidence asked for. Raises SettingError for one that does not exist."""
+    wanted = frozenset(needs)
+    for key in wanted - INPUTS - GRADS:
+        raise SettingError(f"evidence {key!r} was asked for", "nothing measures it", did_you_mean(key, INPUTS | GRADS))
+    return wanted
+
+
+def check_finite(found: Mapping[str, Evidence]) -> None:
+    """Raise EvidenceError, naming the site, where a sum holds NaN or infinity."""
+    for name, seen in found.items():
+        for key, value in seen.sums.items():
+            if not bool(torch.isfinite(value).all()):
+                raise EvidenceError(
+                    f"{key} was measured at {name}",
+                    "it holds NaN or infinity",
+                    "Look for overflow before this layer; half precision often needs bfloat16 or float32.",
+                )
+
+
+class Recorder(TorchFunctionMode):
+    """Sums what flows into the weights of some sites while it is active.
+
+    Weights that are given the very same tensor (q, k and v; gate and up) share one sum, so that it is computed and
+    kept once.
+    """
+
+    def __init__(self, sites: Sequence[Site], named: Tensors, needs: frozenset[str]) -> None:
+        super().__init__()
+        self.needs = needs
+        self._sites = {site.name: site for site in sites}
+        self._at: dict[tuple[int, int], str] = {}  # address and size of a weight -> site
+        for site in sites if needs else ():
+            for part in site.parts:
+                seen = part.read(named)
+                if seen.dim() >= 2:
+                    self._at[seen.data_ptr(), seen.numel()] = site.name
+        self._pending: tuple[Tensor, tuple[Any, ...], list[str]] | None = None
+        self._sums: dict[tuple[str, ...], dict[str, Tensor]] = {}
+        self._counts: dict[tuple[str, ...], int] = {}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Note the input of a product with a known weight, then do what was asked."""
+        kwargs = kwargs or {}
+        place = _PRODUCTS.get(getattr(func, "__name__", ""))
+        if place is not None and self.needs:
+            x, weight = _argument(args, kwargs, *place[0]), _argument(args, kwargs, *place[1])
+            if isinstance(weight, Tensor) and isinstance(x, Tensor):
+                name = self._at.get((weight.data_ptr(), weight.numel()))
+                if name is not None:
+                    self._note(x.detach(), x, _unfolding(func.__name__, args, kwargs, weight), name)
+        return func(*args, **kwargs)
+
+    def __exit__(self, *about: Any) -> None:
+        """Leave, with everything seen counted."""
+        self._flush()
+        super().__exit__(*about)  # type: ignore[no-untyped-call]
+
+    def _note(self, x: Tensor, key: Tensor, unfolding: tuple[Any, ...], name: str) -> None:
+        if self._pending is not None:
+            held, how, names = self._pending
+            if held.data_ptr() == x.data_ptr() and held.shape == x.shape and how == unfolding:
+                names.append(name)
+                return
+            self._flush()
+        self._pending = (x, unfolding, [name])
+
+    def _flush(self) -> None:
+        if self._pending is None:
+            return
+        (x, unfolding, names), self._pending = self._pending, None
+        rows = _rows(x, unfolding)  # [groups, tokens, in]
+        group = tuple(names)
+        sums = self._sums.setdefault(group, {})
+        self._counts[group] = self._counts.get(group, 0) + rows.shape[1]
+        with torch.no_grad():
+            for key in self.needs:
+                found = _sum_of(key, rows)
+                found = found[0] if rows.shape[0] == 1 else found
+                if key in sums:
+                    sums[key] += found
+                else:
+                    sums[key] = found.double()
+
+    def evidence(self) -> dict[str, Evidence]:
+        """What was seen: site name -> Evidence. Sites that saw nothing have a count of zero."""
+        found: dict[str, Evidence] = {}
+        for group, sums in self._sums.items():
+            seen = Evidence(self._counts[group], sums)
+            for name in dict.fromkeys(group):
+                found[name] = found[name].merge(seen) if name in found else seen
+        for name in self._sites:
+            found.setdefault(name, Evidence())
+        return found
+
+
+_PRODUCTS: dict[str, tuple[tuple[int, str], tuple[int, str]]] = {
+    # function -> where its input and its weight stand among the arguments
+    "linear": ((0, "input"), (1, "weight")),
+    "conv1d": ((0, "input"), (1, "weight")),
+    "conv2d": ((0, "input"), (1, "weight")),
+    "addmm": ((1, "mat1"), (2, "mat2")),
+    "mm": ((0, "input"), (1, "mat2")),
+    "matmul": ((0, "input"), (1, "other")),
+    "__matmul__": ((0, "self"), (1, "other")),
+}
+
+
+def _argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], place: int, name: str) -> Any:
+    return args[place] if len(args) > place else kwargs.get(name)
+
+
+def _unfolding(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], weight: Tensor) -> tuple[Any, ...]:
+    if not name.startswith("conv"):
+        return ()
+    one = weight.dim() - 2
+
+    def pair(value: Any) -> tuple[int, ...]:
+        found = (value,) * one if isinstance(value, int) else tuple(value)
+        return found if one == 2 else (1, *found) if name == "conv1d" else found
+
+    stride = _argument(args, kwargs, 3, "stride") or 1
+    padding = _argument(args, kwargs, 4, "padding")
+    dilation = _argument(args, kwargs, 5, "dilation") or 1
+    groups = _argument(args, kwargs, 6, "groups") or 1
+    kernel = tuple(weight.shape[2:]) if one == 2 else (1, *weight.shape[2:])
+    if isinstance(padding, str):
+        reach = [d * (k - 1) for d, k in zip(pair(dilation), kernel, strict=True)]
+        pads = tuple(r // 2 if padding == "same" else 0 for r in reach)
+    else:
+        pads = (
+            (0, padding or 0)
+            if one == 1 and isinstance(padding or 0, int)
+            else (0, *padding)
+            if one == 1
+            else pair(padding or 0)
+        )
+    return (kernel, pair(stride), pads, pair(dilation), groups)
+
+
+def _rows(x: Tensor, unfolding: tuple[Any, ...]) -> Tensor:
+    """What meets the weight, a row per token or position: [groups, tokens, in], float32 or wider."""
+    x = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    if not unfolding:
+        return x.reshape(1, -1, x.shape[-1])
+    kernel, stride, padding, dilation, groups = unfolding
+    x = x.unsqueeze(2) if x.dim() == 3 else x
+    patches = F.unfold(x, kernel, dilation=dilation, padding=padding, stride=stride)  # [n, in*kh*kw, positions]
+    n, width, positions = patches.shape
+    patches = patches.reshape(n, groups, width // groups, positions)
+    return patches.permute(1, 0, 3, 2).reshape(groups, n * positions, width // groups)
+
+
+def _sum_of(key: str, rows: Tensor) -> Tensor:
+    if key == "gram":
+        return rows.transpose(1, 2) @ rows
+    if key == "input_square":
+        return rows.square().sum(1, dtype=torch.float64)
+    return rows.sum(1, dtype=torch.float64)
+
+
+def _add_grads(model: nn.Module, sites: Sequence[Site], wanted: frozenset[str], found: dict[str, Evidence]) -> None:
+    named = tensors(model)
+    for site in sites:
+        part: Part = site.parts[0]
+        whole = named[part.name].grad
+        seen = torch.zeros(part.shape) if whole is None else part.view(whole)
+        sums = {"grad": seen.double()} if "grad" in wanted else {}
+        if "grad_square" in wanted:
+            sums["grad_square"] = seen.double().square()
+        found[site.name] = found[site.name].merge(Evidence(1, sums)) if site.name in found else Evidence(1, sums)
+    for parameter in model.parameters():
+        parameter.grad = None
+
+
+@contextmanager
+def calm(model: nn.Module) -> Iterator[nn.Module]:
+    """The model in eval mode, keeping no cache, with experts run one by one; as it was, afterwards."""
+    was_training = {m: m.training for m in model.modules()}
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values()
+    kept = [(c, k, getattr(c, k)) for c in configs for k in ("use_cache", "_experts_implementation") if hasattr(c, k)]
+    model.eval()
+    for config, key, _ in kept:
+        setattr(config, key, False if key == "use_cache" else "eager")
+    try:
+        yield model
+    finally:
+        for config, key, value in kept:
+            setattr(config, key, value)
+        for module, training in was_training.items():
+            module.training = training

@@ -1,0 +1,287 @@
+"""A paper as a frozen dataclass: its fields are the hyper-parameters and the command line, `run` its algorithm."""
+
+import copy
+import hashlib
+import importlib
+import pkgutil
+import resource
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections import Counter
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
+
+from secateur.errors import BudgetError, ModelError, SettingError, did_you_mean
+from secateur.outcome import (
+    SCHEMA_VERSION,
+    Ledger,
+    Measurement,
+    Outcome,
+    Record,
+    Size,
+    about_machine,
+    about_model,
+    about_task,
+    about_versions,
+    now,
+    site_rows,
+    time_pair,
+)
+from secateur.site import Unit
+from secateur.task import Task
+from secateur.walk import journal
+
+When = Literal["before training", "during training", "after training", "around training", "at inference", "recovery"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much to remove: a fraction in [0, 1) of something."""
+
+    sparsity: float = 0.5
+    of: Unit = "weights"
+
+    def __post_init__(self) -> None:
+        check_sparsity(self.sparsity)
+
+
+def check_sparsity(value: float, name: str = "sparsity") -> None:
+    """Raise SettingError unless a fraction removed is in [0, 1)."""
+    if not isinstance(value, (int, float)) or not 0 <= value < 1:
+        hint = f"Did you mean {value / 100:g}?" if isinstance(value, (int, float)) and 1 <= value < 100 else ""
+        raise SettingError(
+            f"{name} {value} was asked for",
+            f"a {name} is the fraction removed, in [0, 1)",
+            hint or "Give a fraction such as 0.5, or 50% on the command line.",
+        )
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is known of a method before it runs: where it comes from, where it fits, what was checked."""
+
+    number: int  # the paper's number in this project; 0 for baselines
+    title: str
+    arxiv: str = ""
+    venue: str = ""  # for what is not on arXiv
+    year: int = 0
+    when: When = "after training"
+    granularity: tuple[str, ...] = ("weight",)  # kinds of site
+    needs: tuple[str, ...] = ()  # "calibration", "labels", "training"
+    families: tuple[str, ...] = (
+        "any",
+    )  # "any", or some of "decoder", "encoder", "vision transformer", "cnn", "mlp", "rnn"
+    axes: str = ""  # the words it is made of: "criterion pattern allocation"
+    reports: str = ""  # what the paper reports, in a sentence
+    checked: str = ""  # the test that pins it: "tests/methods/test_wanda.py::test_..."
+    differs: tuple[str, ...] = ()  # each deliberate departure, with the reason
+
+
+class Method(ABC):
+    """A published way of making a model smaller.
+
+    Subclasses are final frozen dataclasses. Fields are the hyper-parameters, and the command line.
+    """
+
+    card: ClassVar[Card]
+    tiny: ClassVar[dict[str, object]] = {}  # settings for a run of about a second
+
+    @abstractmethod
+    def run(self, model: nn.Module, task: Task) -> Outcome:
+        """Change the model, and say what was done. Neither prints nor touches files."""
+
+    def budget(self) -> Budget | None:
+        """The target, for methods that have one."""
+        sparsity = getattr(self, "sparsity", None)
+        return None if sparsity is None else Budget(float(sparsity))
+
+    def check(self) -> None:
+        """Raise SettingError for settings that cannot work, before any data is read."""
+        self.budget()
+
+    @property
+    def name(self) -> str:
+        """The name it is loaded by: that of its file."""
+        return type(self).__module__.rpartition(".")[2]
+
+
+@dataclass(frozen=True)
+class Chain(Method):
+    """Methods one after another, each on the model the one before it left."""
+
+    methods: tuple[Method, ...]
+
+    card: ClassVar = Card(0, "Chain", venue="secateur", year=2026, axes="chain")
+
+    def check(self) -> None:
+        """Check every link, and that there is one."""
+        if not self.methods:
+            raise SettingError("a chain of methods was asked for", "it has no links", "Give one method at least.")
+        for method in self.methods:
+            method.check()
+
+    def budget(self) -> Budget | None:
+        """The links' budgets composed: 1 - (1 - s1)(1 - s2)..., where all have one."""
+        left = 1.0
+        for method in self.methods:
+            budget = method.budget()
+            if budget is None:
+                return None
+            left *= 1 - budget.sparsity
+        return Budget(1 - left)
+
+    def run(self, model: nn.Module, task: Task) -> Outcome:
+        """Run each in turn and join what they say."""
+        done = Outcome(model)
+        for method in self.methods:
+            found = method.run(done.model, task)
+            done.model = found.model
+            done.edits += found.edits
+            done.notes += found.notes
+            if found.history is not None:
+                done.history = found.history if done.history is None else done.history.then(found.history)
+        return done
+
+    @property
+    def name(self) -> str:
+        """`stun+perp`."""
+        return "+".join(method.name for method in self.methods)
+
+
+def names() -> list[str]:
+    """Every method by name, sorted."""
+    import secateur.methods
+
+    return sorted(m.name for m in pkgutil.iter_modules(secateur.methods.__path__) if not m.name.startswith("_"))
+
+
+def load(name: str) -> type[Method]:
+    """The method of a name. Raises SettingError, with the nearest name, when there is none."""
+    if name not in names():
+        raise SettingError(f"method {name!r} was asked for", "there is none of that name", did_you_mean(name, names()))
+    module = importlib.import_module(f"secateur.methods.{name}")
+    found = [
+        v
+        for v in vars(module).values()
+        if isinstance(v, type) and issubclass(v, Method) and v.__module__ == module.__name__
+    ]
+    assert len(found) == 1, f"methods/{name}.py must hold one method, and holds {len(found)}"
+    return found[0]
+
+
+def prune(
+    model: nn.Module,
+    method: Method,
+    task: Task,
+    *,
+    inplace: bool = False,
+    measure: str | None = None,
+    timing: bool = False,
+    resume: str | Path | None = None,
+    name: str = "",
+    command: str = "",
+) -> Outcome:
+    """Run a method on a model and account for it: the front door.
+
+    The caller's model is left alone unless `inplace`. `measure` names a split on which quality is taken before and
+    after; `timing` times a forward pass of both. `resume` is a folder in which a run that was cut off is taken up
+    at the block it had reached. Raises SettingError for bad settings, ModelError for weights that are not finite,
+    BudgetError when a target was not met.
+    """
+    method.check()
+    refuse_nan(model)
+    start = time.perf_counter()
+    example = task.example
+    before = Size.of(model, example)
+    about = about_model(model, name)
+    measurements = []
+    if measure is not None:
+        measurements.append(Measurement("before", measure, task.measure(model, measure)))
+    dense = model if (timing and not inplace) else copy.deepcopy(model) if timing else None
+    work = model if inplace else copy.deepcopy(model)
+    identity = f"{about['fingerprint']}/{task.fingerprint()}/{task.seed}/{method.name}/{settings(method)}"
+    with journal(resume, hashlib.sha256(identity.encode()).hexdigest()):
+        outcome = method.run(work, task)
+    after = Size.of(outcome.model, example)
+    if measure is not None:
+        measurements.append(Measurement("after", measure, task.measure(outcome.model, measure)))
+    timings = time_pair(dense, outcome.model, example) if dense is not None else (None, None)
+    rows = site_rows(outcome.edits)
+    outcome.ledger = Ledger(
+        before, after, sum(r.weights for r in rows), sum(r.removed for r in rows), timings[0], timings[1]
+    )
+    outcome.record = Record(
+        schema=SCHEMA_VERSION,
+        secateur=about_versions().get("secateur", "0"),
+        created=now(),
+        command=command,
+        method=method.name,
+        settings=settings(method),
+        model=about,
+        task=about_task(task),
+        ledger=outcome.ledger,
+        sites=rows,
+        measurements=measurements,
+        edits=dict(Counter(type(e).__name__ for e in outcome.edits)),
+        curves=outcome.history.curves if outcome.history else {},
+        notes=outcome.notes,
+        seconds=time.perf_counter() - start,
+        peak_memory_bytes=peak_memory(),
+        machine=about_machine(),
+        versions=about_versions(),
+    )
+    return outcome
+
+
+def settings(method: Method) -> dict[str, Any]:
+    """A method's fields as JSON values; parts in the short form the command line takes."""
+    from secateur.axes import text_of
+
+    if isinstance(method, Chain):
+        return {"methods": [{"method": m.name, **settings(m)} for m in method.methods]}
+
+    def plain(value: Any) -> Any:
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        if isinstance(value, (tuple, list)):
+            return [plain(v) for v in value]
+        if isinstance(value, Method):
+            return {"method": value.name, **settings(value)}
+        return text_of(value)
+
+    return {f.name: plain(getattr(method, f.name)) for f in fields(method)}  # type: ignore[arg-type]
+
+
+def tiny(kind: type[Method], **changes: Any) -> Method:
+    """A method with the settings for a run of about a second."""
+    return replace(kind(), **{**kind.tiny, **changes})  # type: ignore[type-var]
+
+
+def refuse_nan(model: nn.Module) -> None:
+    """Raise ModelError, naming the tensor, when a weight is not finite."""
+    for name, value in model.named_parameters():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise ModelError(
+                "a model was to be pruned", f"{name} holds NaN or infinity", "Repair or reload the weights first."
+            )
+
+
+def check_reached(asked: float, ledger: Ledger, tolerance: float) -> None:
+    """Raise BudgetError when the sparsity reached is further from the one asked than a tolerance."""
+    if abs(ledger.sparsity - asked) > tolerance:
+        raise BudgetError(
+            f"a sparsity of {asked:g} was asked for",
+            f"{ledger.sparsity:.4g} was reached",
+            "See the run's notes for what could not be removed, or ask for another pattern.",
+        )
+
+
+def peak_memory() -> int:
+    """The most memory this process has held, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

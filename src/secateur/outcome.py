@@ -1,0 +1,313 @@
+"""What a run did and what it cost: the outcome, the ledger, and the run record that everything else reads.
+
+Zeros, bytes and milliseconds are three different lines: a masked dense model has many zeros and saves neither.
+"""
+
+import datetime
+import hashlib
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from secateur.edit import Edit, Mask, Merge, Remove
+from secateur.errors import ModelError
+from secateur.task import Batch, Task
+from secateur.train import History
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Size:
+    """How big a model is, each line counted by itself."""
+
+    parameters: int  # elements of all parameters, tied ones once
+    zeros: int  # of those, exactly zero
+    memory_bytes: int  # of all parameters and buffers as they lie in memory
+    flops: int | None = None  # of one forward pass over the task's example, as if dense
+    stored_bytes: int | None = None  # of the saved weights; None when nothing was saved
+
+    @classmethod
+    def of(cls, model: nn.Module, example: Batch | None = None) -> "Size":
+        """Count a model."""
+        parameters = list(model.parameters())
+        return cls(
+            parameters=sum(p.numel() for p in parameters),
+            zeros=sum(int((p == 0).sum()) for p in parameters),
+            memory_bytes=sum(t.numel() * t.element_size() for t in [*parameters, *model.buffers()]),
+            flops=None if example is None else count_flops(model, example),
+        )
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long a forward pass takes here: only to be compared within one run."""
+
+    milliseconds: float  # the median
+    spread: float  # between the quartiles
+    repeats: int
+    batch: int
+    threads: int
+    dtype: str
+    compiled: bool = False
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The cost before and after."""
+
+    before: Size
+    after: Size
+    prunable: int = 0  # elements in the sites the method could have pruned
+    removed: int = 0  # of those, zeroed or taken out
+    timing_before: Timing | None = None
+    timing_after: Timing | None = None
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction removed of what could have been."""
+        return self.removed / self.prunable if self.prunable else 0.0
+
+
+@dataclass(frozen=True)
+class SiteRow:
+    """One line of what was cut."""
+
+    site: str
+    kind: str
+    block: str
+    units: int
+    kept: int
+    weights: int  # elements the site's units own
+    removed: int  # of those, gone
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """How good a model was: values of one measurement and where it was taken."""
+
+    when: str  # "before", "after"
+    split: str
+    values: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run, whole: reports, comparisons, studies and claims read this and nothing else."""
+
+    schema: int
+    secateur: str
+    created: str
+    command: str
+    method: str
+    settings: dict[str, Any]
+    model: dict[str, Any]  # name, family, fingerprint
+    task: dict[str, Any]  # name, seed, metric, higher_is_better, fingerprint
+    ledger: Ledger
+    sites: list[SiteRow]
+    measurements: list[Measurement] = field(default_factory=list)
+    edits: dict[str, int] = field(default_factory=dict)  # kind of edit -> how many
+    curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    peak_memory_bytes: int | None = None
+    machine: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)  # saved file -> sha256
+
+    def measured(self, when: str) -> dict[str, float]:
+        """All values measured before or after, in one dictionary."""
+        return {k: v for m in self.measurements if m.when == when for k, v in m.values.items()}
+
+    def write(self, path: str | Path) -> None:
+        """Write as JSON, whole or not at all."""
+        write_text(path, json.dumps(asdict(self), indent=1, sort_keys=True) + "\n")
+
+    @classmethod
+    def read(cls, path: str | Path) -> "Record":
+        """Read and check a record. Raises ModelError when it is not one."""
+        from pydantic import TypeAdapter, ValidationError
+
+        try:
+            return TypeAdapter(cls).validate_json(Path(path).read_bytes())
+        except (ValidationError, OSError) as error:
+            raise ModelError(
+                f"a run record was to be read from {path}",
+                f"it is not one: {str(error).splitlines()[0]}",
+                "Give the secateur.json of a saved run.",
+            ) from error
+
+
+def record_schema() -> dict[str, Any]:
+    """The JSON schema of a run record."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Record).json_schema()
+
+
+@dataclass
+class Outcome:
+    """What a method returns: the model, how it got that way, and what it cost."""
+
+    model: nn.Module
+    edits: list[Edit] = field(default_factory=list)
+    history: History | None = None
+    ledger: Ledger | None = None  # filled in by `prune`
+    notes: list[str] = field(default_factory=list)
+    record: Record | None = None  # filled in by `prune`
+
+
+def site_rows(edits: Sequence[Edit]) -> list[SiteRow]:
+    """What was cut, site by site: the last word on each site, in the order they were first met."""
+    rows: dict[str, SiteRow] = {}
+    for edit in edits:
+        if not isinstance(edit, (Mask, Remove, Merge)):
+            continue
+        site = edit.site
+        whole = sum(prod(part.shape) for part in site.parts if part.owner is None)
+        cost = None if whole else site.cost("weights")  # single weights cost one each: no grid needed
+        weights = whole if cost is None else float(cost.sum())
+        if isinstance(edit, Merge):
+            kept = int(edit.assignment.max()) + 1
+            gone = weights * (1 - kept / site.units)
+        else:
+            keep = edit.keep
+            kept = int(keep.sum())
+            gone = float(site.units - kept) if cost is None else float(cost[~keep].sum())
+        rows[site.name] = SiteRow(site.name, site.kind, site.block, site.units, kept, round(weights), round(gone))
+    return list(rows.values())
+
+
+def count_flops(model: nn.Module, example: Batch) -> int | None:
+    """Multiply-adds times two of a forward pass, counted as it runs; None for a model that cannot run here."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            example.through(model)
+        return int(counter.get_total_flops())
+    finally:
+        model.train(was_training)
+
+
+def time_forward(model: nn.Module, example: Batch, repeats: int = 20) -> Timing:
+    """Median time of a forward pass over an example, after a warm-up."""
+    was_training = model.training
+    model.eval()
+    times = []
+    with torch.no_grad():
+        for _ in range(3):
+            example.through(model)
+        for _ in range(repeats):
+            start = time.perf_counter()
+            example.through(model)
+            times.append((time.perf_counter() - start) * 1e3)
+    model.train(was_training)
+    quarters = statistics.quantiles(times, n=4)
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    return Timing(
+        statistics.median(times), quarters[2] - quarters[0], repeats, example.size, torch.get_num_threads(), dtype
+    )
+
+
+def time_pair(first: nn.Module, second: nn.Module, example: Batch, repeats: int = 20) -> tuple[Timing, Timing]:
+    """Two models timed in turn, A B A B, so that a drifting machine hurts both alike."""
+    models = (first, second)
+    was_training = [m.training for m in models]
+    times: tuple[list[float], list[float]] = ([], [])
+    for m in models:
+        m.eval()
+    with torch.no_grad():
+        for turn in range(repeats + 2):
+            for m, kept in zip(models, times, strict=True):
+                start = time.perf_counter()
+                example.through(m)
+                if turn >= 2:
+                    kept.append((time.perf_counter() - start) * 1e3)
+    for m, training in zip(models, was_training, strict=True):
+        m.train(training)
+
+    def timing(m: nn.Module, kept: list[float]) -> Timing:
+        quarters = statistics.quantiles(kept, n=4)
+        dtype = str(next(m.parameters()).dtype).removeprefix("torch.")
+        return Timing(
+            statistics.median(kept), quarters[2] - quarters[0], repeats, example.size, torch.get_num_threads(), dtype
+        )
+
+    return timing(first, times[0]), timing(second, times[1])
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A short hash of every tensor of a model, by name."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+    return digest.hexdigest()[:16]
+
+
+def about_machine() -> dict[str, Any]:
+    """The machine a number was measured on."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        models = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        name = models[0] if models else name
+    return {"processor": name, "cores": os.cpu_count(), "system": platform.system(), "threads": torch.get_num_threads()}
+
+
+def about_versions() -> dict[str, str]:
+    """The versions of what a number was made with."""
+    found = {"python": platform.python_version()}
+    for package in ("secateur", "torch", "transformers", "numpy", "safetensors"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def about_task(task: Task) -> dict[str, Any]:
+    """What a record says of a task."""
+    return {
+        "name": task.name,
+        "seed": task.seed,
+        "metric": task.metric,
+        "higher_is_better": task.higher_is_better,
+        "fingerprint": task.fingerprint(),
+    }
+
+
+def about_model(model: nn.Module, name: str = "") -> dict[str, Any]:
+    """What a record says of a model."""
+    config = getattr(model, "config", None)
+    family = getattr(config, "model_type", None) or type(model).__name__
+    return {"name": name or type(model).__name__, "family": family, "fingerprint": fingerprint(model)}
+
+
+def now() -> str:
+    """The time, as it stands in records."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file whole or not at all: to a temporary name, then rename."""
+    target = Path(path)
+    partial = target.with_name(target.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, target)

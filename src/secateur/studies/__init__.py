@@ -1,0 +1,1 @@
+"""Papers that measure rather than prune: one file, one table, one figure."""

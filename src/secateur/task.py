@@ -1,0 +1,126 @@
+"""What a method may ask of the world: batches, a loss, a measurement, an optimizer. Never a file or a name."""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from secateur.errors import TaskError
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Examples that go through a model together, and what should come out."""
+
+    inputs: tuple[Any, ...] | Mapping[str, Any]  # positional or keyword arguments of the model
+    target: Any = None  # labels, or None when the inputs are their own target
+
+    def through(self, model: nn.Module) -> Any:
+        """The model's answer to the inputs."""
+        return model(**self.inputs) if isinstance(self.inputs, Mapping) else model(*self.inputs)
+
+    @property
+    def size(self) -> int:
+        """How many examples there are: the length of the first tensor."""
+        values = self.inputs.values() if isinstance(self.inputs, Mapping) else self.inputs
+        return next((len(v) for v in values if isinstance(v, Tensor) and v.dim() > 0), 1)
+
+    @property
+    def tokens(self) -> int:
+        """How many token ids the inputs hold; 0 for anything else."""
+        values = self.inputs.values() if isinstance(self.inputs, Mapping) else self.inputs
+        first = next((v for v in values if isinstance(v, Tensor) and v.dim() > 0), None)
+        return 0 if first is None or first.is_floating_point() else first.numel()
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on another device."""
+
+        def move(value: Any) -> Any:
+            return value.to(device) if isinstance(value, Tensor) else value
+
+        inputs: tuple[Any, ...] | Mapping[str, Any]
+        if isinstance(self.inputs, Mapping):
+            inputs = {k: move(v) for k, v in self.inputs.items()}
+        else:
+            inputs = tuple(move(v) for v in self.inputs)
+        return replace(self, inputs=inputs, target=move(self.target))
+
+
+@runtime_checkable
+class Task(Protocol):
+    """Data, a loss, and how good a model is; all randomness comes from its seed."""
+
+    @property
+    def name(self) -> str:
+        """What it is called: "wikitext2"."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """What all its randomness is drawn from."""
+        ...
+
+    @property
+    def metric(self) -> str:
+        """The key of `measure` that is the quality: "perplexity"."""
+        ...
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether more of the metric is better."""
+        ...
+
+    @property
+    def example(self) -> Batch:
+        """One small batch, for tracing and for counting work."""
+        ...
+
+    @property
+    def clients(self) -> Sequence["Task"]:
+        """The owners of the data; empty unless federated."""
+        ...
+
+    def batches(self, split: str, n: int | None = None, epoch: int = 0) -> Iterable[Batch]:
+        """Batches of "calibration", "train", "val" or "test", up to n examples in all.
+
+        The order of "train" is drawn from the seed and the epoch; the others are always in the same order. Raises
+        TaskError where there is too little data.
+        """
+        ...
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The scalar to lower."""
+        ...
+
+    def measure(self, model: nn.Module, split: str = "val") -> dict[str, float]:
+        """Quality, with the settings that change it (window length, examples) beside it."""
+        ...
+
+    def optimizer(self, parameters: Iterable[Any]) -> Optimizer:
+        """The optimizer this task is usually trained with."""
+        ...
+
+    def fingerprint(self) -> str:
+        """A short hash of the data and settings: equal only when the data is."""
+        ...
+
+
+def generator(task: Task, purpose: str) -> torch.Generator:
+    """A random stream of the task's own for one purpose: the same whatever else was drawn before."""
+    digest = hashlib.sha256(f"{task.seed}/{purpose}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def forever(task: Task, epoch: int = 0) -> Iterator[tuple[int, int, Batch]]:
+    """Training batches without end, each with its epoch and its place in it, each epoch in an order of its own."""
+    while True:
+        place = -1
+        for place, batch in enumerate(task.batches("train", epoch=epoch)):
+            yield epoch, place, batch
+        if place < 0:
+            raise TaskError(f"{task.name} was to be trained on", "its training split is empty", "Give it data.")
+        epoch += 1
