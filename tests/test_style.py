@@ -120,9 +120,3 @@ def test_files_hold_no_history(trees):
         text = path.read_text(encoding="utf-8")
         for word in ("TODO", "FIXME", "XXX", "HACK"):
             assert word not in text, f"{name_of(path)} holds a {word}: finish it, or write it to LOG.md"
-
-
-def test_methods_and_their_files_go_together():
-    methods = {p.stem for p in (PACKAGE / "methods").glob("*.py") if not p.stem.startswith("_")}
-    tests = {p.stem.removeprefix("test_") for p in (ROOT / "tests" / "methods").glob("test_*.py")}
-    assert methods - tests == set(), "each method has a test of its own"
