@@ -1,0 +1,219 @@
+"""Building a saved model again: the architecture before the cut, its edits' shapes, then the tensors, checked by name.
+
+Nothing in the folder names code that runs: Hugging Face classes are transformers' own, replaced modules are those
+marked with @replacement, and a network of the user's is built by a function the caller gives.
+"""
+
+import copy
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateur import edit as edits_file
+from secateur.edit import Edit, Mask, Replace, Update, apply_
+from secateur.errors import ModelError, SecateurError
+from secateur.models import hf, resnet
+from secateur.models.folder import Entry, check_saved, check_tensors, few, header, read_json, read_tensors
+from secateur.site import tensors
+
+Builder = Callable[[], nn.Module]
+
+OWN_BUILDERS: dict[str, Builder] = {
+    f"secateur.models.resnet:{f.__name__}": f for f in (resnet.resnet20, resnet.resnet32, resnet.resnet56)
+}
+"""Architectures of secateur itself, which a folder may name."""
+
+
+def load(folder: str | Path, *, build: Builder | None = None) -> nn.Module:
+    """The model of a folder that `save` wrote, on the CPU, in evaluation, in the dtype it was saved in.
+
+    `build` makes the network before it was cut; it is needed when that was a `module:function` of the user's, since
+    code is never imported because a folder names it. Raises ModelError for a folder that was altered, is not whole,
+    or does not fit together.
+    """
+    place = Path(folder)
+    about = check_saved(place)
+    saved, weights = about["saved"], place / "model.safetensors"
+    there = header(weights)
+    if saved.get("kind") == "hf":
+        model = _stock(place, saved, there) if saved.get("stock") is True else _cut(place, saved, there)
+    else:
+        model = _built(place, saved, there, build)
+    return model.eval()
+
+
+def load_edits(folder: str | Path) -> list[Edit]:
+    """The edits of a saved folder, after checking that they are the ones that were saved."""
+    place = Path(folder)
+    check_saved(place)
+    return edits_file.load(place / "edits.safetensors")
+
+
+def structure_(model: nn.Module, edits: Iterable[Edit]) -> nn.Module:
+    """Replay what edits do to shapes and modules, and leave out what they do to values; the same model."""
+    for edit in edits:
+        if isinstance(edit, Mask):
+            continue
+        if isinstance(edit, Update):
+            named = tensors(model)
+            if edit.name in named and named[edit.name].shape == edit.value.shape:
+                continue
+        if isinstance(edit, Replace):  # a copy, since later edits may cut what was put in
+            edit = Replace(edit.name, copy.deepcopy(edit.module))
+        apply_(model, edit)
+    return model
+
+
+def _stock(folder: Path, saved: dict[str, Any], there: dict[str, Entry]) -> nn.Module:
+    config, kind = _class(folder, "config.json", saved, there)
+    where = folder / "config.json"
+    empty = _skeleton(kind, config, where)
+    second = hf.aliases_of(empty)
+    wanted = hf.entries_of(empty, second)
+    asked, in_file = f"{folder} was to be loaded", sum(e.elements for e in there.values())
+    in_model = sum(e.elements for e in wanted.values())
+    if in_model != in_file:
+        if there.keys() == wanted.keys():
+            check_tensors(wanted, there, folder / "model.safetensors", dtypes=False)
+        missing, extra = few(wanted.keys() - there.keys()), few(there.keys() - wanted.keys())
+        raise ModelError(
+            asked,
+            f"its config.json asks for {in_model:,} numbers and its weights hold {in_file:,}"
+            + (f"; missing: {missing}" if missing else "")
+            + (f"; unknown: {extra}" if extra else ""),
+            "The folder does not fit together: save the model again.",
+        )
+    _check_buffers(empty, in_file, where)
+    _check_dtype(config, there, folder)
+    try:
+        model, report = kind.from_pretrained(
+            str(folder),
+            config=config,
+            dtype=getattr(config, "dtype", None) or torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except Exception as error:  # whatever transformers raises for tensors that do not fit
+        raise ModelError(asked, f"transformers says: {hf.one_line(error)}", "Save the model again.") from error
+    for key, what in (
+        ("missing_keys", "missing"),
+        ("unexpected_keys", "unknown"),
+        ("mismatched_keys", "of another shape"),
+    ):
+        if report.get(key):
+            names = [k if isinstance(k, str) else k[0] for k in report[key]]
+            raise ModelError(asked, f"{len(names)} tensors are {what} ({few(names)})", "Save the model again.")
+    return model
+
+
+def _cut(folder: Path, saved: dict[str, Any], there: dict[str, Entry]) -> nn.Module:
+    config, kind = _class(folder, "base_config.json", saved, there)
+    edits = edits_file.load(folder / "edits.safetensors")
+    where = folder / "base_config.json"
+    shape = _replay(_skeleton(kind, config, where), edits, folder)  # without storage: nothing is believed yet
+    aliases = _aliases(saved, folder)
+    check_tensors(hf.entries_of(shape, aliases), there, folder / "model.safetensors", dtypes=False)
+    _check_buffers(shape, sum(e.elements for e in there.values()), where)
+    _check_dtype(config, there, folder)
+    model = _replay(hf.empty(kind, config, getattr(config, "dtype", None) or torch.float32), edits, folder)
+    hf.fill_(model, read_tensors(folder / "model.safetensors"), aliases)
+    return model
+
+
+def _built(folder: Path, saved: dict[str, Any], there: dict[str, Entry], build: Builder | None) -> nn.Module:
+    name = saved.get("build")
+    builder = build or (OWN_BUILDERS.get(name) if isinstance(name, str) else None)
+    if builder is None:
+        said = f"it was built by {name}" if name else "it does not say how it was built"
+        raise ModelError(
+            f"{folder} was to be loaded",
+            f"{said}, and code is never imported because a folder names it",
+            "Give the function: load(folder, build=function).",
+        )
+    model = builder()
+    _replay(model, edits_file.load(folder / "edits.safetensors"), folder)
+    aliases = _aliases(saved, folder)
+    wanted = hf.entries_of(model, aliases)
+    floats = {e.dtype for e in there.values() if e.dtype.is_floating_point}
+    if len(floats) == 1:  # saved in another precision than it is built in
+        model.to(next(iter(floats)))
+        wanted = hf.entries_of(model, aliases)
+    check_tensors(wanted, there, folder / "model.safetensors")
+    hf.fill_(model, read_tensors(folder / "model.safetensors"), aliases)
+    return model
+
+
+def _class(folder: Path, name: str, saved: dict[str, Any], there: dict[str, Entry]) -> tuple[Any, Any]:
+    values = read_json(folder / name)
+    hf.refuse_code(values, folder / name)
+    if "quantization_config" in values:
+        raise ModelError(
+            f"{folder} was to be loaded", f"its {name} asks for a quantiser", "secateur never writes one: get it again."
+        )
+    hf.refuse_absurd(values, len(there), folder / name)
+    config = hf.config_from(values, folder / name)
+    return config, hf.class_named(saved.get("class"), config, folder)
+
+
+def _skeleton(kind: Any, config: Any, where: Path) -> nn.Module:
+    try:
+        return hf.skeleton(kind, config)
+    except Exception as error:  # sizes that overflow or do not divide: each architecture has its own exception
+        raise ModelError(
+            f"the config {where} was to be used",
+            f"no {kind.__name__} has these sizes: {hf.one_line(error)}",
+            "Get the folder again.",
+        ) from error
+
+
+def _replay(model: nn.Module, edits: list[Edit], folder: Path) -> nn.Module:
+    try:
+        return structure_(model, edits)
+    except (SecateurError, RuntimeError, IndexError, AttributeError, AssertionError, ValueError, TypeError) as error:
+        raise ModelError(
+            f"the edits of {folder} were to be made again",
+            f"they do not fit the architecture: {hf.one_line(error)}",
+            "Save the model again with every change recorded as an edit.",
+        ) from error
+
+
+def _check_buffers(model: nn.Module, in_file: int, where: Path) -> None:
+    """Tables that are computed and not stored must not be the way to ask for all the memory there is."""
+    lasting = set(model.state_dict())
+    tables = sum(b.numel() for n, b in model.named_buffers() if n not in lasting)
+    if tables > 4 * in_file + 2**28:
+        raise ModelError(
+            f"the config {where} was to be used",
+            f"it asks for tables of {tables:,} numbers beside weights of {in_file:,}",
+            "The folder is damaged: get it again.",
+        )
+
+
+def _check_dtype(config: Any, there: dict[str, Entry], folder: Path) -> None:
+    said = getattr(config, "dtype", None) or torch.float32
+    for name, entry in there.items():
+        if entry.dtype.is_floating_point and entry.dtype != said:
+            raise ModelError(
+                f"{folder} was to be loaded",
+                f"{name} is {str(entry.dtype).removeprefix('torch.')} and the config says "
+                f"{str(said).removeprefix('torch.')}",
+                "The folder does not fit together: save the model again.",
+            )
+        if not entry.dtype.is_floating_point and name.endswith((".weight", ".bias")):
+            raise ModelError(
+                f"{folder} was to be loaded",
+                f"{name} holds {str(entry.dtype).removeprefix('torch.')}, and weights are floating point",
+                "The folder does not fit together: save the model again.",
+            )
+
+
+def _aliases(saved: dict[str, Any], folder: Path) -> dict[str, str]:
+    found = saved.get("aliases", {})
+    if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
+        raise ModelError(f"{folder} was to be loaded", "its list of tied tensors is not one", "Save the model again.")
+    return found
