@@ -10,7 +10,8 @@ import copy
 import json
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -167,17 +168,11 @@ def fit(
     trainable = [p for p in model.parameters() if p.requires_grad]
     loop = Loop(model, optimizer or task.optimizer(trainable), steps, task, rules, epoch=epoch)
     devices = {p.device for p in model.parameters()}
-    cuda = [d for d in devices if d.type == "cuda"]
     device = next(iter(devices)) if len(devices) == 1 else None
     was_training = model.training
     model.train()
     try:
-        # forked, so that dropout is drawn from the task's seed without touching the caller's generators
-        with torch.random.fork_rng(devices=cuda):
-            seed = generator(task, f"fit/{epoch}").initial_seed()
-            torch.set_rng_state(torch.Generator().manual_seed(seed).get_state())
-            for each in cuda:
-                torch.cuda.set_rng_state(torch.Generator(each).manual_seed(seed).get_state(), each)
+        with seeded(model, generator(task, f"fit/{epoch}").initial_seed()):
             _start(loop, resume_from)
             if loop.step < steps:
                 _run(loop, task, device, watch)
@@ -187,6 +182,20 @@ def fit(
         model.train(was_training)
     loop.history.epoch = loop.epoch + 1
     return loop.history
+
+
+@contextmanager
+def seeded(model: nn.Module, seed: int) -> Iterator[None]:
+    """Let whatever is random in a model (dropout, initial values) be drawn from a seed.
+
+    The caller's generators, on the processor and on the model's devices, are as they were afterwards.
+    """
+    cuda = sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
+    with torch.random.fork_rng(devices=cuda):
+        torch.set_rng_state(torch.Generator().manual_seed(seed).get_state())
+        for device in cuda:
+            torch.cuda.set_rng_state(torch.Generator(device).manual_seed(seed).get_state(), device)
+        yield
 
 
 def _start(loop: Loop, resume_from: "Snapshot | None") -> None:

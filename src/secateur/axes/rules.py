@@ -226,6 +226,8 @@ class Hold(Rule):
         """Zero what is masked."""
         self._seats = _seats(self.sites, loop.tensors)
         self.change(loop, self.keep)
+        if (sparsity := sparsity_of(self.keep)) > 0:
+            loop.log("sparsity", sparsity)
 
     def change(self, loop: Loop, keep: Mapping[str, Tensor]) -> None:
         """Put other masks in place; what they bring back starts from zero."""
@@ -288,6 +290,8 @@ class Shadow(Rule):
         self._seats = _seats(self.sites, loop.tensors)
         self._dense = [seat.value.clone() for seat in self._seats]
         self.change(loop, self.keep)
+        if (sparsity := sparsity_of(self.keep)) > 0:
+            loop.log("sparsity", sparsity)
 
     def change(self, loop: Loop, keep: Mapping[str, Tensor]) -> None:
         """Put other masks in place; what they bring back has its last value.
