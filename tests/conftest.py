@@ -1,5 +1,6 @@
 """What every test shares: one thread, no network, and the real data and model where they are."""
 
+import copy
 import importlib.util
 import os
 from dataclasses import dataclass
@@ -52,5 +53,10 @@ def smollm2() -> Pretrained:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     file = next(folder.glob("*.gguf")).name
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    opened = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    config = copy.deepcopy(opened.config)
+    del config.quantization_config  # the weights are dense by now, and save_pretrained refuses while it is there
+    with torch.random.fork_rng():
+        model = type(opened)(config).float()
+    model.load_state_dict(opened.state_dict())
     return Pretrained(model.eval(), AutoTokenizer.from_pretrained(folder, gguf_file=file))

@@ -1,1 +1,186 @@
-"""Ready-made tasks; data is opened here and nowhere else."""
+"""Ready-made tasks; data is opened here and nowhere else.
+
+task = open_task("wikitext2", tokenizer=tokenizer, window=512)
+task = open_task("cifar10", train_size=1000)
+task = open_task("my/notes.txt", tokenizer=tokenizer)
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from secateur.errors import SettingError, TaskError, did_you_mean
+from secateur.tasks import corpora, images, speech
+from secateur.tasks.corpora import Characters, Tokenizer, from_path, from_text, python_docs, wikitext2
+from secateur.tasks.images import Images, cifar10, digits, fashion_mnist
+from secateur.tasks.labelled import Labelled
+from secateur.tasks.learners import Adam, AdamW, Learner, Sgd
+from secateur.tasks.speech import Speech, spoken_digits
+from secateur.tasks.text import Text
+
+__all__ = [
+    "Adam",
+    "AdamW",
+    "Characters",
+    "Images",
+    "Labelled",
+    "Learner",
+    "Sgd",
+    "Speech",
+    "Text",
+    "Tokenizer",
+    "cifar10",
+    "digits",
+    "fashion_mnist",
+    "from_path",
+    "from_text",
+    "names",
+    "open_task",
+    "python_docs",
+    "spoken_digits",
+    "wikitext2",
+]
+
+TEXTS: dict[str, Callable[..., Text]] = {
+    "c4": corpora.c4,
+    "python-docs": python_docs,
+    "stackexchange": corpora.stackexchange,
+    "tinyshakespeare": corpora.tinyshakespeare,
+    "wikitext2": wikitext2,
+}
+LABELLED: dict[str, Callable[..., Labelled]] = {
+    "cifar10": images.cifar10,
+    "digits": images.digits,
+    "fashion-mnist": images.fashion_mnist,
+    "spoken-digits": speech.spoken_digits,
+}
+
+
+def names() -> list[str]:
+    """Every ready-made task by name, sorted."""
+    return sorted([*TEXTS, *LABELLED])
+
+
+def open_task(
+    name: str,
+    *,
+    tokenizer: Tokenizer | None = None,
+    model: nn.Module | None = None,
+    seed: int = 0,
+    **settings: Any,
+) -> Text | Labelled:
+    """A ready-made task by name, or one over a text file or folder by path.
+
+    `settings` are the scalars of the task (window, batch, windows, samples; train_size, val_size, test_size, flat,
+    augment) and `learning_rate`; numbers may come as text. With a `model`, the window is cut to what it can take
+    and the data is checked against it. Raises TaskError for an unknown name or data that does not fit, SettingError
+    for an unknown setting.
+    """
+    given = {key: _scalar(value) for key, value in settings.items()}
+    rate = given.pop("learning_rate", None)
+    if name in LABELLED:
+        _check(name, given, LABELLED[name], Speech if name == "spoken-digits" else Images)
+        _refuse(name, model, text=False)
+        task: Text | Labelled = LABELLED[name](seed=seed, **given)
+    elif name in TEXTS or (name.strip() and Path(name).exists()):
+        make: Callable[..., Text] = TEXTS.get(name, from_path)
+        _check(name, given, make, Text)
+        _refuse(name, model, text=True)
+        longest = _config(model, "max_position_embeddings")
+        if "window" not in given and longest:
+            usual = inspect.signature(make).parameters.get("window")
+            given["window"] = min(longest, usual.default if usual else 512)
+        first = (tokenizer,) if name in TEXTS else (name, tokenizer)
+        task = make(*first, seed=seed, **given)
+    else:
+        advice = did_you_mean(name, names()) + " Or give the path of a text file or folder."
+        raise TaskError(f"task {name!r} was asked for", "there is none of that name, nor a file", advice)
+    if model is not None:
+        _fits(task, model)
+    if rate is not None:
+        task = replace(task, learner=replace(task.learner, rate=float(rate)))  # type: ignore[type-var]
+    return task
+
+
+def _scalar(value: Any) -> Any:
+    """Text as the number, truth value or nothing it spells, if it spells one."""
+    if not isinstance(value, str):
+        return value
+    words = {"true": True, "false": False, "none": None, "null": None}
+    if value.lower() in words:
+        return words[value.lower()]
+    for kind in (int, float):
+        try:
+            return kind(value)
+        except ValueError:
+            continue
+    return value
+
+
+def _check(name: str, given: dict[str, Any], make: Callable[..., Any], kind: type[Text] | type[Labelled]) -> None:
+    """Raise SettingError for a setting that a task does not have."""
+    inner = {"name", "ids", "splits", "clients", "scale", "mean", "std", "seed"}
+    known = {f.name for f in fields(kind) if f.init} - inner
+    own = inspect.signature(make).parameters.values()
+    known |= {p.name for p in own if p.kind is p.KEYWORD_ONLY}
+    for key, value in given.items():
+        if key in known and key != "calibration" and isinstance(value, str):
+            raise SettingError(
+                f"{key} {value!r} of task {name!r} was given", "it is not a number", "Give one, such as 128."
+            )
+        if key not in known:
+            raise SettingError(
+                f"setting {key!r} of task {name!r} was given",
+                "it has none of that name",
+                did_you_mean(key, [*known, "learning_rate"]),
+            )
+
+
+def _config(model: nn.Module | None, key: str) -> Any:
+    config = getattr(model, "config", None)
+    return getattr(config, key, None)
+
+
+def _refuse(name: str, model: nn.Module | None, *, text: bool) -> None:
+    """Raise TaskError for text with a network that takes images, and the other way round."""
+    if model is None:
+        return
+    sees = _config(model, "num_channels") is not None or any(isinstance(m, nn.Conv2d) for m in model.modules())
+    reads = any(isinstance(m, nn.Embedding) for m in model.modules())
+    if text and sees and not reads:
+        raise TaskError(
+            f"task {name!r} was asked for",
+            f"{type(model).__name__} takes images",
+            f"Give one of: {', '.join(sorted(LABELLED))}.",
+        )
+    if not text and reads and not sees:
+        raise TaskError(
+            f"task {name!r} was asked for",
+            f"{type(model).__name__} takes token ids",
+            f"Give one of: {', '.join(sorted(TEXTS))}, or the path of a text.",
+        )
+
+
+def _fits(task: Text | Labelled, model: nn.Module) -> None:
+    """Raise TaskError when a model has no room for the task's tokens, classes or pixels."""
+    if isinstance(task, Text):
+        words, most = _config(model, "vocab_size"), max(int(stream.max()) for stream in task.ids.values())
+        if words is not None and most >= words:
+            raise TaskError(
+                f"task {task.name!r} was asked for",
+                f"the tokenizer gives token {most:,} and the model knows {words:,} tokens",
+                "Give the tokenizer that belongs to the model.",
+            )
+        return
+    size, channels = _config(model, "image_size"), _config(model, "num_channels")
+    shape = tuple(task.splits["test"][0].shape)
+    if isinstance(size, int) and channels is not None and shape[1:] != (channels, size, size):
+        raise TaskError(
+            f"task {task.name!r} was asked for",
+            f"its images are {list(shape[1:])} and the model takes {[channels, size, size]}",
+            "Choose a task whose images fit.",
+        )

@@ -21,12 +21,13 @@ from secateur.tasks.learners import Learner, Sgd
 class Labelled:
     """Classification of examples held in memory; the loss is cross-entropy.
 
-    `splits` maps "train", "val", "test" and any other name (such as "forget") to inputs [N, ...] and labels [N].
-    "calibration" is drawn from "train" by the seed, unless there is a split of that name.
+    `splits` maps "train", "val", "test" and any other name (such as "forget") to tensors: the model's positional
+    inputs, each [N, ...], and last the labels [N]. "calibration" is drawn from "train" by the seed, unless there is
+    a split of that name.
     """
 
     name: str
-    splits: Mapping[str, tuple[Tensor, Tensor]]
+    splits: Mapping[str, tuple[Tensor, ...]]
     seed: int = 0
     batch: int = 128  # examples that go through a model together
     samples: int = 512  # calibration examples, where a method does not say how many
@@ -38,10 +39,11 @@ class Labelled:
     def __post_init__(self) -> None:
         if self.batch < 1:
             raise TaskError(f"{self.name} with batches of {self.batch} was asked for", "one is the least", "Give 1.")
-        for split, (inputs, labels) in self.splits.items():
-            if len(inputs) != len(labels):
+        for split, (*inputs, labels) in self.splits.items():
+            lengths = sorted({len(tensor) for tensor in inputs})
+            if lengths != [len(labels)]:
                 raise TaskError(
-                    f"split {split!r} of {self.name} was given {len(inputs)} examples",
+                    f"split {split!r} of {self.name} was given {' or '.join(map(str, lengths)) or 'no'} examples",
                     f"there are {len(labels)} labels",
                     "Give one label per example.",
                 )
@@ -49,21 +51,25 @@ class Labelled:
     @property
     def example(self) -> Batch:
         """Two examples of the first split, for tracing."""
-        inputs, labels = next(iter(self.splits.values()))
-        return Batch((self.prepare(inputs[:2], None),), labels[:2].long())
+        return self._batch(next(iter(self.splits.values())), torch.arange(2), None)
 
     @property
     def classes(self) -> int:
         """How many classes there are."""
-        return int(max(int(labels.max()) for _, labels in self.splits.values() if len(labels))) + 1
+        return max(int(held[-1].max()) for held in self.splits.values() if len(held[-1])) + 1
 
-    def prepare(self, inputs: Tensor, noise: torch.Generator | None) -> Tensor:
+    def prepare(self, inputs: tuple[Tensor, ...], noise: torch.Generator | None) -> tuple[Tensor, ...]:
         """What the model is given for stored inputs; `noise` drives augmentation, and is None outside training."""
         return inputs
 
+    def _batch(self, held: tuple[Tensor, ...], place: Tensor, noise: torch.Generator | None) -> Batch:
+        *inputs, labels = (tensor[place] for tensor in held)
+        return Batch(self.prepare(tuple(inputs), noise), labels.long())
+
     def batches(self, split: str, n: int | None = None, epoch: int = 0) -> Iterator[Batch]:
         """Batches of a split, up to n examples; raises TaskError when there are fewer."""
-        inputs, labels = self._split("train" if split == "calibration" and split not in self.splits else split)
+        held = self._split("train" if split == "calibration" and split not in self.splits else split)
+        labels = held[-1]
         if split == "calibration":
             n = min(self.samples, len(labels)) if n is None else n
         if len(labels) == 0 or (n is not None and n > len(labels)):
@@ -79,9 +85,9 @@ class Labelled:
         elif split == "calibration":
             order = torch.randperm(len(labels), generator=generator(self, "calibration"))
         for place in pieces(order[:n], self.batch):
-            yield Batch((self.prepare(inputs[place], noise),), labels[place].long())
+            yield self._batch(held, place, noise)
 
-    def _split(self, split: str) -> tuple[Tensor, Tensor]:
+    def _split(self, split: str) -> tuple[Tensor, ...]:
         if split not in self.splits:
             raise TaskError(
                 f"split {split!r} of {self.name} was asked for", "it has none", did_you_mean(split, self.splits)
@@ -95,16 +101,15 @@ class Labelled:
 
     def measure(self, model: nn.Module, split: str = "val") -> dict[str, float]:
         """{"accuracy" in [0, 1], "loss" in nats, "examples"}; training splits are measured without augmentation."""
-        inputs, labels = self._split(split)
-        right, total, device = 0, 0.0, device_of(model)
+        held = self._split(split)
+        right, total, device, count = 0, 0.0, device_of(model), len(held[-1])
         with evaluating(model):
-            for place in pieces(torch.arange(len(labels)), self.batch):
-                target = labels[place].long().to(device)
-                logits = logits_of(model(self.prepare(inputs[place], None).to(device))).float()
-                right += int((logits.argmax(-1) == target).sum())
-                total += float(F.cross_entropy(logits, target, reduction="sum"))
-        count = max(len(labels), 1)
-        return {"accuracy": right / count, "loss": total / count, "examples": float(len(labels))}
+            for place in pieces(torch.arange(count), self.batch):
+                batch = self._batch(held, place, None).to(device)
+                logits = logits_of(batch.through(model)).float()
+                right += int((logits.argmax(-1) == batch.target).sum())
+                total += float(F.cross_entropy(logits, batch.target, reduction="sum"))
+        return {"accuracy": right / max(count, 1), "loss": total / max(count, 1), "examples": float(count)}
 
     def optimizer(self, parameters: Iterable[Any]) -> Optimizer:
         """A fresh optimizer of the task's learner."""
@@ -117,7 +122,7 @@ class Labelled:
     @cached_property
     def _fingerprint(self) -> str:
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("splits", "clients")}
-        held = {f"{split} {i}": t for split, pair in sorted(self.splits.items()) for i, t in enumerate(pair)}
+        held = {f"{split} {i}": t for split, tensors in sorted(self.splits.items()) for i, t in enumerate(tensors)}
         return digest(plain, held, [c.fingerprint() for c in self.clients])
 
 
@@ -132,7 +137,7 @@ def digest(settings: Mapping[str, Any], tensors: Mapping[str, Tensor], more: Seq
     for name, value in tensors.items():
         found.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
         flat = value.detach().cpu().contiguous().reshape(-1)
-        found.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+        found.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
     for text in more:
         found.update(text.encode())
     return found.hexdigest()[:16]

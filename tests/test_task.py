@@ -1,0 +1,95 @@
+"""The Task protocol: batches, random streams of one's own, training without end."""
+
+import itertools
+
+import pytest
+import tiny
+import torch
+
+from secateur.errors import TaskError
+from secateur.task import Batch, Task, forever, generator
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_toy_tasks_are_tasks_and_fit_their_models(family: str) -> None:
+    task, model = tiny.make_task(family), tiny.make_model(family)
+    assert isinstance(task, Task)
+    task.example.through(model)
+    batch = next(iter(task.batches("train")))
+    assert task.loss(model, batch).shape == ()
+    assert task.metric in task.measure(model)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_tiny_models_can_be_trained(family: str) -> None:
+    task = tiny.make_task(family)
+    before, after = (task.measure(m) for m in (tiny.make_model(family), tiny.trained(family)))
+    loss = "nll" if task.metric == "perplexity" else "loss"
+    assert after[loss] < 0.5 * before[loss]
+    assert (after[task.metric] > before[task.metric]) == task.higher_is_better
+
+
+def test_tiny_models_come_from_their_seed_and_leave_the_global_generator_alone() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    first, again, other = tiny.mlp(0), tiny.mlp(0), tiny.mlp(1)
+    assert torch.equal(torch.rand(1), expected)
+    assert torch.equal(first[0].weight, again[0].weight)
+    assert not torch.equal(first[0].weight, other[0].weight)
+
+
+def test_a_trained_model_is_the_callers_own() -> None:
+    with torch.no_grad():
+        tiny.trained("mlp")[0].weight.zero_()
+    assert bool(tiny.trained("mlp")[0].weight.any())
+
+
+def test_batch_goes_through_by_position_or_by_keyword() -> None:
+    def subtract(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return a - b
+
+    a, b = torch.tensor([5.0]), torch.tensor([3.0])
+    assert Batch((a, b)).through(subtract) == 2  # type: ignore[arg-type]
+    assert Batch({"b": a, "a": b}).through(subtract) == -2  # type: ignore[arg-type]
+
+
+def test_batch_size_is_that_of_the_first_tensor_with_an_axis() -> None:
+    assert Batch((torch.zeros(3, 5),)).size == 3
+    assert Batch({"scale": torch.tensor(1.0), "x": torch.zeros(4)}).size == 4
+    assert Batch(("word",)).size == 1
+
+
+def test_batch_moves_inputs_and_target_and_keeps_what_is_no_tensor() -> None:
+    moved = Batch((torch.zeros(2), "word"), torch.zeros(2)).to("meta")
+    assert moved.inputs[0].device.type == "meta"  # type: ignore[index]
+    assert moved.inputs[1] == "word"  # type: ignore[index]
+    assert moved.target.device.type == "meta"
+
+
+def test_random_streams_differ_by_purpose_and_seed_only() -> None:
+    def draw(seed: int, purpose: str) -> float:
+        return float(torch.rand((), generator=generator(tiny.toy_vectors(seed=seed), purpose)))
+
+    assert draw(0, "noise") == draw(0, "noise")
+    assert len({draw(0, "noise"), draw(0, "order"), draw(1, "noise")}) == 3
+
+
+def test_training_goes_on_through_epochs_each_in_its_own_order() -> None:
+    task = tiny.toy_vectors(batch=256, examples=768)  # 512 to train on: two batches an epoch
+    steps = list(itertools.islice(forever(task), 5))
+    assert [(epoch, place) for epoch, place, _ in steps] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0)]
+    assert not torch.equal(steps[0][2].target, steps[2][2].target)
+    again = next(forever(task, epoch=1))
+    assert torch.equal(again[2].inputs[0], steps[2][2].inputs[0])  # type: ignore[index]
+
+
+def test_nothing_to_train_on_is_an_error() -> None:
+    class Empty:
+        name = "empty"
+
+        def batches(self, split: str, n: int | None = None, epoch: int = 0) -> list[Batch]:
+            return []
+
+    with pytest.raises(TaskError, match=r"empty was to be trained on, but its training split is empty\."):
+        next(forever(Empty()))  # type: ignore[arg-type]
