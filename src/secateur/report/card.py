@@ -28,7 +28,9 @@ def model_card(record: Record) -> str:
         ("made", record.created),
     ]
     measured = [
-        (m.split, key, m.when, figures.value(value)) for m in record.measurements for key, value in sorted(m.values.items())
+        (m.split, key, m.when, figures.value(value))
+        for m in record.measurements
+        for key, value in sorted(m.values.items())
     ]
     parts = [
         "---\ntags:\n- pruned\n- secateur\n---",

@@ -37,6 +37,7 @@ def quality_against_sparsity(records: Sequence[Record]) -> Drawing | None:
     return _quality_chart(
         records,
         lambda p: p.position,
+        0.0,
         alt.X("x:Q", title="sparsity asked for", axis=alt.Axis(format=".0%", tickCount=6), scale=_near()),
         "Quality against sparsity",
         "Further right, more was removed.",
@@ -45,17 +46,20 @@ def quality_against_sparsity(records: Sequence[Record]) -> Drawing | None:
 
 def quality_against_size(records: Sequence[Record]) -> Drawing | None:
     """The quality against the bytes stored, or where nothing was saved, against the parameters left."""
+    before = records[0].ledger.before
     if any(p.mean(_megabytes) is not None for p in points(records)):
         return _quality_chart(
             records,
             lambda p: p.mean(_megabytes),
-            alt.X("x:Q", title="stored size (MB)", axis=alt.Axis(format="~g", tickCount=6), scale=_near()),
+            None if before.stored_bytes is None else before.stored_bytes / 1e6,
+            alt.X("x:Q", title="stored size (MB)", axis=alt.Axis(format=",.3~f", tickCount=6), scale=_near()),
             "Quality against stored size",
             "Further left, the saved weights are smaller. Runs that were not saved are left out.",
         )
     return _quality_chart(
         records,
         lambda p: p.mean(lambda of: of.after.parameters - of.after.zeros),
+        before.parameters - before.zeros,
         alt.X("x:Q", title="parameters that are not zero", axis=alt.Axis(format="~s", tickCount=6), scale=_near()),
         "Quality against parameters left",
         "Further left, fewer parameters are not zero. No run was saved, so that stored sizes are not known.",
@@ -80,11 +84,9 @@ def kept_by_site(rows: Sequence[SiteRow]) -> Drawing | None:
         return _bars([{"name": r.site, "kept": kept(r), "units": f"{r.kept:,} of {r.units:,}"} for r in rows], "site")
     if 1 < len(blocks) <= 2 * BARS:
         short = shorten(blocks)
-        bars = [{"name": short[b], "kept": kept_in(rows, b), "units": ""} for b in blocks]
-        return _bars(bars, "block")
-    bars = [{"name": r.site, "kept": kept(r), "units": f"{r.kept:,} of {r.units:,}"} for r in rows]
-    bars.sort(key=lambda bar: bar["kept"])
-    drawn = _bars(bars[:BARS], "site")
+        return _bars([{"name": short[b], "kept": kept_in(rows, b), "units": "all"} for b in blocks], "block")
+    most = sorted(rows, key=kept)[:BARS]
+    drawn = _bars([{"name": r.site, "kept": kept(r), "units": f"{r.kept:,} of {r.units:,}"} for r in most], "site")
     return Drawing(drawn.spec, drawn.title, f"{drawn.caption} The {BARS} sites cut most, of {len(rows):,}.")
 
 
@@ -136,7 +138,7 @@ def curves(found: Sequence[Point], most: int = 12) -> list[Drawing]:
             .mark_line(strokeWidth=2, point=len(values) <= 20 * len(found))
             .encode(
                 x=alt.X("step:Q", title="step", axis=alt.Axis(format="~s", tickCount=6)),
-                y=alt.Y("value:Q", title=None, scale=alt.Scale(zero=False), axis=alt.Axis(format="~g", tickCount=5)),
+                y=alt.Y("value:Q", title=None, scale=alt.Scale(zero=False), axis=alt.Axis(format=".4~g", tickCount=5)),
                 color=_colour([p.series for p in found], legend=len(found) > 1),
                 tooltip=[alt.Tooltip("series:N"), alt.Tooltip("step:Q"), alt.Tooltip("value:Q", format=".4~g")],
             )
@@ -183,16 +185,23 @@ def _megabytes(ledger: Ledger) -> float | None:
 
 
 def _quality_chart(
-    records: Sequence[Record], where: Callable[[Point], float | None], x: alt.X, title: str, reading: str
+    records: Sequence[Record],
+    where: Callable[[Point], float | None],
+    start: float | None,
+    x: alt.X,
+    title: str,
+    reading: str,
 ) -> Drawing | None:
+    """Quality over some measure of size, of which `start` is that of the dense model."""
     found = points(records)
     name, whole = metric(records[0]) or "quality", dense(records)
-    values, lost = [], []
+    values: list[dict[str, Any]] = []
+    lost: list[dict[str, Any]] = []
     for p in found:
         at = where(p)
         if at is None or p.quality is None:
             continue
-        about = {"series": p.series, "x": at, "seeds": len(p.records), "reached": p.reached}
+        about: dict[str, Any] = {"series": p.series, "x": at, "seeds": len(p.records), "reached": p.reached}
         if math.isfinite(p.quality):
             half = p.half or 0.0
             values.append(
@@ -215,14 +224,17 @@ def _quality_chart(
     clipped = False
     if logarithmic:
         # An interval around a mean may reach below zero, where a logarithm has no place: it is drawn to the edge.
-        floor = min(h for h in [*heights, *(s for s in spans if s > min(heights) / 2)]) / 1.08
+        floor = min(h for h in [*heights, *(s for s in spans if s > min(heights) / 2)])
         clipped = any(v["low"] < floor for v in values)
         for v in values:
             v["low"] = max(v["low"], floor)
-        scale = alt.Scale(type="log", domain=[floor, max(spans) * 1.08], nice=False)
+        margin = max(1.08, (max(spans) / floor) ** 0.05)
+        top = max(spans) * (margin**2 if lost else margin)  # room for the crosses
+        floor /= margin
+        scale = alt.Scale(type="log", domain=[floor, top], nice=False)
         axis = alt.Axis(format="~s", tickCount=6)
     else:
-        scale, axis = alt.Scale(zero=False), alt.Axis(format=".4~g", tickCount=6)
+        scale, axis = alt.Scale(zero=False, padding=24 if lost else 8), alt.Axis(format=".4~g", tickCount=6)
     better = "higher" if records[0].task.get("higher_is_better") else "lower"
     y = alt.Y("y:Q", title=f"{name} ({better} is better)", scale=scale, axis=axis)
     names = series(found)
@@ -241,13 +253,21 @@ def _quality_chart(
         layers.append(base.mark_rule(strokeWidth=1.5).encode(y=alt.Y("low:Q", scale=scale), y2="high:Q"))
         layers.append(base.mark_point(size=60, filled=True, opacity=1).encode(y=y, shape=shape, tooltip=tips))
     if lost:
-        marks = alt.Chart(alt.InlineData(values=lost)).mark_text(text="\u2715", fontSize=14, fontWeight="bold")
+        cross = "M-1,-1L1,1M-1,1L1,-1"
+        marks = alt.Chart(alt.InlineData(values=lost)).mark_point(shape=cross, size=45, strokeWidth=2.5, opacity=1)
         layers.append(marks.encode(x=x, y=alt.value(8), color=colour, tooltip=tips))
     if finite_dense is not None:
         line = alt.Chart(alt.InlineData(values=[{"y": finite_dense, "told": f"dense {figures.quality(finite_dense)}"}]))
         layers.append(line.mark_rule(strokeDash=[6, 4], strokeWidth=1.5, color="#808080").encode(y=y))
-        words = line.mark_text(align="right", dx=-4, dy=-7 if better == "lower" else 12, fontSize=12)
-        layers.append(words.encode(x=alt.value("width"), y=y, text="told:N"))  # type: ignore[arg-type]
+        if start is not None and len({v["x"] for v in values}) == 1:  # one point alone has nothing to stand against
+            whole_model = {"x": start, "y": finite_dense, "told": figures.quality(finite_dense)}
+            spot = alt.Chart(alt.InlineData(values=[whole_model]))
+            layers.append(spot.mark_point(size=60, filled=True, opacity=1, color="#808080").encode(x=x, y=y))
+        # At the end where points are far from the dense model's quality.
+        left = start is not None and start > 0
+        dy = -7 if better == "lower" else 12
+        words = line.mark_text(align="left" if left else "right", dx=4 if left else -4, dy=dy, fontSize=12)
+        layers.append(words.encode(x=alt.value(0 if left else "width"), y=y, text="told:N"))
     caption = [reading]
     if any(p.half is not None for p in found):
         caption.append("Upright lines are 95% intervals over the seeds.")
@@ -317,19 +337,20 @@ def _near() -> alt.Scale:
     return alt.Scale(zero=False, padding=12)
 
 
-def _finished(chart: alt.Chart | alt.LayerChart, height: int, description: str) -> dict[str, Any]:
+def _finished(chart: alt.Chart | alt.LayerChart | alt.FacetChart, height: int, description: str) -> dict[str, Any]:
+    quiet = {"labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal"}
     with alt.data_transformers.enable("default", max_rows=None):
-        spec: dict[str, Any] = (
-            chart.properties(width="container", height=height, description=description, background="transparent")
-            .configure_view(stroke=None)
-            .configure_axis(labelFontSize=12, titleFontSize=12, titleFontWeight="normal", grid=True)
-            .configure_axisBand(grid=False)
-            .configure_legend(labelFontSize=12, titleFontSize=12, titleFontWeight="normal", labelLimit=220)
-            .configure(font="system-ui, sans-serif", autosize=alt.AutoSizeParams(type="fit-x", contains="padding"))
-            .to_dict()
-        )
+        spec: dict[str, Any] = chart.properties(
+            width="container", height=height, description=description, background="transparent"
+        ).to_dict()
     del spec["$schema"]  # an address on the web, which nothing here should name
+    spec["autosize"] = {"type": "fit-x", "contains": "padding"}
+    spec["config"] = {
+        "font": "system-ui, sans-serif",
+        "view": {"stroke": None},
+        "axis": {**quiet, "grid": True},
+        "axisQuantitative": {"labelFlush": False, "labelOverlap": "greedy"},
+        "axisBand": {"grid": False},
+        "legend": {**quiet, "labelLimit": 220},
+    }
     return spec
-
-
-__all__ = ["Drawing", "curves", "kept_by_block", "kept_by_site", "quality_against_size", "quality_against_sparsity"]

@@ -1,5 +1,6 @@
 """The ledger in words: zeros, parameters, bytes, work and time as lines of their own."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from secateur.outcome import Record, Timing
@@ -23,6 +24,8 @@ def lines(record: Record) -> list[Line]:
     ledger = record.ledger
     before, after = ledger.before, ledger.after
     return [
+        Line("weights removed", "0", figures.count(ledger.removed), f"{figures.percent(ledger.sparsity)} sparsity",
+             f"of the {figures.count(ledger.prunable)} weights in the sites that could have been cut"),
         Line("parameters", figures.count(before.parameters), figures.count(after.parameters),
              change(before.parameters, after.parameters), "elements of all parameters, tied ones once"),
         Line("zeros among them", figures.count(before.zeros), figures.count(after.zeros), "",
@@ -38,6 +41,16 @@ def lines(record: Record) -> list[Line]:
     ]  # fmt: skip
 
 
+def ways(found: Sequence[Record]) -> dict[str, str]:
+    """How each line was counted, for several runs."""
+    told: dict[str, list[str]] = {}
+    for record in found:
+        for line in lines(record):
+            if line.how and line.how not in told.setdefault(line.name, []):
+                told[line.name].append(line.how)
+    return {name: "; or ".join(hows) for name, hows in told.items() if hows}
+
+
 def change(before: float | None, after: float | None) -> str:
     """How much less or more there is, as a percentage; empty when not known."""
     if not before or after is None:
@@ -51,7 +64,9 @@ def change(before: float | None, after: float | None) -> str:
 def _time(timing: Timing | None) -> str:
     if timing is None:
         return figures.ABSENT
-    return f"{figures.quality(timing.milliseconds)} ms (spread {figures.quality(timing.spread)} ms)"
+    shown = figures.quality(timing.milliseconds)
+    decimals = len(shown.partition(".")[2])
+    return f"{shown} ms (spread {timing.spread:,.{decimals}f} ms)"
 
 
 def _faster(record: Record) -> str:

@@ -12,11 +12,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from secateur.errors import ModelError, SettingError
+from secateur.errors import ModelError
 from secateur.outcome import Record, write_text
 from secateur.report import figures
 from secateur.report.compare import Point, compare_table, dense, metric, points, series, shown
-from secateur.report.ledger import lines
+from secateur.report.ledger import lines, ways
 from secateur.report.sentence import headline
 
 if TYPE_CHECKING:
@@ -59,9 +59,7 @@ def page(records: Sequence[Record], title: str = "", extra: Sequence[Claim] = ()
     at = shown(found)
     first = newest[0]
     drawings = [charts.quality_against_sparsity(newest), charts.quality_against_size(newest)]
-    cut = charts.kept_by_site(first.sites) if len(at) == 1 else charts.kept_by_block(at)
-    if len(at) == 1:
-        cut = charts.kept_by_site(at[0].records[0].sites)
+    cut = charts.kept_by_site(at[0].records[0].sites) if len(at) == 1 else charts.kept_by_block(at)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("secateur.report", "templates"),
         autoescape=True,
@@ -88,7 +86,7 @@ def page(records: Sequence[Record], title: str = "", extra: Sequence[Claim] = ()
         seeds=sorted({len(p.records) for p in found}),
         shown=[(p, p.records[0], lines(p.records[0])) for p in at],
         at=_at(at),
-        timed=[p for p in at if p.records[0].ledger.timing_after is not None],
+        hows=ways([p.records[0] for p in at]),
         notes=_notes(found),
         commands=list(dict.fromkeys(r.command for r in newest if r.command)),
         settings=[(p.series, p.records[0].settings) for p in (found if not single else at)],
@@ -111,7 +109,7 @@ def _figure(drawing: "Drawing") -> dict[str, str]:
 def _bundle() -> str:
     import vl_convert
 
-    return vl_convert.javascript_bundle().replace("</script", "<\\/script").strip()
+    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("</script", "<\\/script").strip()
 
 
 def _hash(script: str) -> str:
@@ -134,11 +132,8 @@ def _notes(found: Sequence[Point]) -> list[tuple[str, list[str]]]:
                 names = who.setdefault(note, [])
                 if p.series not in names:
                     names.append(p.series)
-    return [(note, names) for note, names in who.items()]
+    return list(who.items())
 
 
 def _distinct(values: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return list({json.dumps(v, sort_keys=True, default=str): v for v in values if v}.values())
-
-
-__all__ = ["Claim", "SettingError", "page", "write"]

@@ -26,26 +26,31 @@ def headline(records: Sequence[Record]) -> str:
     if not ranked:
         return f"{spread}: {name} was not measured."
     best = ranked[0]
-    start = f"At {figures.percent(best.position)} sparsity on {model}, "
+    alike = len({round(p.position, 9) for p in at}) == 1
+    start = f"{'At' if alike else 'Near'} {figures.percent(best.position)} sparsity of {model}, "
+    task = f" on {record.task['name']}" if record.task.get("name") else ""
     whole = dense(records)
     against = "" if whole is None else f" (dense: {figures.quality(whole)})"
     if not _finite(best):
-        return f"{start}every method diverged{against}."
+        return f"{start}every method diverged{task}{against}."
     seeds = f" over {len(best.records)} seeds" if len(best.records) > 1 else " with one seed"
-    told = f"{figures.interval(best.quality, best.half)}{seeds}"
+    told = f"{figures.interval(best.quality, best.half)}{seeds}{against}"
     if len(ranked) == 1:
-        return f"{start}{best.series} reaches {name} {told}{against}."
-    sense = "highest" if record.task.get("higher_is_better") else "lowest"
+        return f"{start}{best.series} reaches {name}{task} {told}."
+    lead, trail = ("highest", "lowest") if record.task.get("higher_is_better") else ("lowest", "highest")
     second, worst = ranked[1], ranked[-1]
     close = [p.series for p in ranked[1:] if _overlap(best, p)]
     if close:
         sure = f"; its interval overlaps with that of {_join(close)}, so these seeds do not tell them apart"
-    elif best.half is None or second.half is None:
-        sure = "; one seed alone does not show that the order would hold"
+    elif _finite(second) and (best.half is None or second.half is None):
+        sure = "; without more seeds it is not known whether the order would hold"
     else:
         sure = ""
-    bad = "diverged" if not _finite(worst) else f"reaches {figures.interval(worst.quality, worst.half)}"
-    return f"{start}{best.series} has the {sense} {name}, {told}{against}, and {worst.series} {bad}{sure}."
+    if _finite(worst):
+        last = f"{worst.series} has the {trail}, {figures.interval(worst.quality, worst.half)}"
+    else:
+        last = f"{worst.series} diverged"
+    return f"{start}{best.series} has the {lead} {name}{task} of {len(ranked)} methods, {told}, and {last}{sure}."
 
 
 def _finite(point: Point) -> bool:
@@ -101,10 +106,12 @@ def _cost(record: Record) -> str:
         saved += f" instead of {figures.size(before.stored_bytes)}"
     if not shrank(ledger):
         # Zeros in a dense tensor are stored and multiplied like any other number.
-        return f"it takes as much memory and work as before, its zeros being stored as numbers{saved}"
+        return f"the model takes as much memory and work as before, its zeros being stored as numbers{saved}"
     faster = speed_up(ledger)
     if faster is not None and ledger.timing_before is not None and ledger.timing_after is not None:
         first, second = ledger.timing_before.milliseconds, ledger.timing_after.milliseconds
         saved += f"; a forward pass took {figures.quality(second)} ms instead of {figures.quality(first)} ms"
-    lighter = f"it takes {figures.size(after.memory_bytes)} in memory instead of {figures.size(before.memory_bytes)}"
+    lighter = (
+        f"the model takes {figures.size(after.memory_bytes)} in memory instead of {figures.size(before.memory_bytes)}"
+    )
     return f"{lighter}{saved}"
