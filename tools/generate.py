@@ -190,6 +190,7 @@ def method_page(name: str, kind: type[Method], result: ClaimResult | None) -> st
     lines += [
         "```python",
         "from secateur.method import load, prune",
+        "",
         f'outcome = prune(model, load("{name}")(), task)',
         "```",
         "",
@@ -210,16 +211,15 @@ def prose(module: ModuleType) -> str:
 
 def settings_table(kind: type[Method]) -> list[str]:
     """A method's fields: type, default, and the comment beside each."""
-    comments = field_comments(kind)
+    written = written_fields(kind)
     lines = table("setting", "type", "default", "")
     for field in fields(kind):  # type: ignore[arg-type]
-        given = field.default if field.default is not MISSING else None
-        if field.default is MISSING and field.default_factory is not MISSING:
+        given = field.default
+        if field.default_factory is not MISSING:
             given = field.default_factory()
-        missing = field.default is MISSING and field.default_factory is MISSING
-        shown = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
-        default = "" if missing else f"`{_text(given)}`"
-        lines.append(row(f"`{field.name}`", f"`{shown}`", default, comments.get(field.name, "")))
+        default = "" if given is MISSING else f"`{_text(given) or '()'}`"
+        shown, comment = written.get(field.name, (str(field.type), ""))
+        lines.append(row(f"`{field.name}`", f"`{shown}`", default, comment))
     return lines
 
 
@@ -235,22 +235,21 @@ def _text(value: Any) -> str:
     return str(text_of(value))
 
 
-def field_comments(kind: type) -> dict[str, str]:
-    """The comment that stands on the line of each field of a class."""
+def written_fields(kind: type) -> dict[str, tuple[str, str]]:
+    """The type of each field of a class as it is written, and the comment that stands on its line."""
     text = Path(inspect.getsourcefile(kind) or "").read_text(encoding="utf-8")
     comments = {
         token.start[0]: token.string.lstrip("# ")
         for token in tokenize.generate_tokens(io.StringIO(text).readline)
         if token.type == tokenize.COMMENT
     }
-    found: dict[str, str] = {}
+    found: dict[str, tuple[str, str]] = {}
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.ClassDef) and node.name == kind.__name__:
             for line in node.body:
                 if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
-                    beside = comments.get(line.lineno) or comments.get(line.end_lineno or line.lineno)
-                    if beside:
-                        found[line.target.id] = beside
+                    beside = comments.get(line.lineno) or comments.get(line.end_lineno or line.lineno, "")
+                    found[line.target.id] = (ast.unparse(line.annotation), beside)
     return found
 
 
