@@ -163,7 +163,9 @@ class Remove:
                 axis, positions = _positions(part, keep)
                 seen = part.read(named)
                 smaller = seen.index_select(axis, positions.to(seen.device))
-                _set_tensor(model, part.name, smaller.transpose(0, -1).contiguous() if part.turned else smaller)
+                whole = smaller.transpose(0, -1).contiguous() if part.turned else smaller
+                # Two parts may be two sides of one tensor: the second reads what the first left.
+                named[part.name] = _set_tensor(model, part.name, whole)
         _refit(model, self.site, int(keep.sum()))
 
     def describe(self) -> str:
@@ -286,8 +288,8 @@ def _holder(model: nn.Module, name: str) -> tuple[nn.Module, str]:
         ) from None
 
 
-def _set_tensor(model: nn.Module, name: str, value: Tensor) -> None:
-    """Give a tensor new values of any shape; where it is tied, under each of its names."""
+def _set_tensor(model: nn.Module, name: str, value: Tensor) -> Tensor:
+    """Give a tensor new values of any shape; where it is tied, under each of its names. The new tensor."""
     old = tensors(model)[name]
     if isinstance(old, nn.Parameter):
         new: Tensor = nn.Parameter(value.to(old.dtype), requires_grad=old.requires_grad)
@@ -295,9 +297,10 @@ def _set_tensor(model: nn.Module, name: str, value: Tensor) -> None:
             for attribute, parameter in list(module._parameters.items()):
                 if parameter is old:
                     module._parameters[attribute] = new  # type: ignore[assignment]
-        return
+        return new
     owner, attribute = _holder(model, name)
-    owner._buffers[attribute] = value.to(old.dtype)
+    owner._buffers[attribute] = new = value.to(old.dtype)
+    return new
 
 
 def _positions(part: Part, keep: Tensor) -> tuple[int, Tensor]:
@@ -307,7 +310,7 @@ def _positions(part: Part, keep: Tensor) -> tuple[int, Tensor]:
     return axis, ((owner < 0) | keep[owner.clamp(min=0)]).nonzero().reshape(-1)
 
 
-def _contract(model: nn.Module, named: Tensors, part: Part, matrix: Tensor, site: str) -> None:
+def _contract(model: nn.Module, named: dict[str, Tensor], part: Part, matrix: Tensor, site: str) -> None:
     axis = part.axis
     if axis is None or (part.owner is not None and part.owner.numel() != matrix.shape[0]):
         raise SiteError(
@@ -321,7 +324,7 @@ def _contract(model: nn.Module, named: Tensors, part: Part, matrix: Tensor, site
     with torch.no_grad():
         value = torch.tensordot(seen.double(), basis, dims=([axis], [0])).movedim(-1, axis).to(seen.dtype)
     value = value.transpose(0, -1).contiguous() if part.turned else value.contiguous()
-    _set_tensor(model, part.name, value)
+    named[part.name] = _set_tensor(model, part.name, value)
 
 
 def _refit(model: nn.Module, site: Site, left: int) -> None:
@@ -348,7 +351,7 @@ def _refit(model: nn.Module, site: Site, left: int) -> None:
         elif isinstance(module, nn.Embedding):
             module.num_embeddings, module.embedding_dim = module.weight.shape
         elif type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # GPT-2 stores inputs first
-            module.nx, module.nf = tuple(weight.shape)  # type: ignore[union-attr, assignment]
+            module.nx, module.nf = tuple(weight.shape)  # type: ignore[union-attr]
     gone = site.units - left
     for number in site.numbers:
         module = model.get_submodule(number.module)

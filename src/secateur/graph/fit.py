@@ -1,0 +1,187 @@
+"""Trying sites on the model: the numbers modules keep about themselves, and whether a cut is right."""
+
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import combinations
+
+import torch
+from torch import Tensor, nn
+
+from secateur.edit import Mask, _set_tensor
+from secateur.graph.trace import Frozen, answer, plain
+from secateur.site import Number, Site, tensors
+from secateur.task import Batch
+
+# Attributes that count units by their very name: tried first, and together.
+_COUNTS = {
+    "head": re.compile(
+        r"(num|n)_?(attention_?|query_?|key_?value_?|kv_?|self_?)*heads?|heads|all_head_size|split_size|inner_dim"
+    ),
+    "channel": re.compile(r"(intermediate|ffn|inner|mlp)_(size|dim|features|channels)|hidden_(dim|features|channels)"),
+    "stream": re.compile(r"hidden_size|embed_dim|hidden_dim|d_model|n_embd"),
+}
+
+
+def fit(
+    model: nn.Module, example: Batch, sites: Sequence[Site], inexact: frozenset[str]
+) -> tuple[list[Site], list[Frozen]]:
+    """The sites that can be cut, with the numbers that must change; and those that cannot, with the reason."""
+    trial = _Trial(model, example, inexact)
+    found: list[Site] = []
+    failed: dict[str, str] = {}
+    learned: dict[tuple, tuple[tuple[str, str, float], ...] | str] = {}
+    for site in sites:
+        root = _root(site)
+        # Sites that look alike in modules of one class are tried once.
+        alike = (site.kind, type(model.get_submodule(root)), site.units, tuple(p.name[len(root) :] for p in site.parts))
+        if alike not in learned:
+            learned[alike] = _learn(model, trial, site, root)
+        rule = learned[alike]
+        if isinstance(rule, str):
+            failed[site.name] = rule
+        else:
+            found.append(replace(site, numbers=tuple(Number(_under(root, path), a, per) for path, a, per in rule)))
+    good = list(found)
+    if good and trial.complaint(good):
+        # One that passed for another like it does not: each on its own.
+        for site in good:
+            if own := trial.complaint([site]):
+                failed[site.name] = own
+        good = [site for site in good if site.name not in failed]
+        if good and trial.complaint(good):
+            together: list[Site] = []
+            for site in good:
+                if trial.complaint([*together, site]):
+                    failed[site.name] = "it cannot be cut along with the sites before it"
+                else:
+                    together.append(site)
+            good = together
+    return good, [Frozen(f"{s.kind} site", s.name, failed[s.name]) for s in sites if s.name in failed]
+
+
+def _root(site: Site) -> str:
+    """The module that holds every part."""
+    shared = []
+    for pieces in zip(*(part.name.split(".")[:-1] for part in site.parts), strict=False):
+        if len(set(pieces)) > 1:
+            break
+        shared.append(pieces[0])
+    return ".".join(shared)
+
+
+def _under(root: str, path: str) -> str:
+    return ".".join(p for p in (root, path) if p)
+
+
+def _learn(model: nn.Module, trial: "_Trial", site: Site, root: str) -> tuple[tuple[str, str, float], ...] | str:
+    """Numbers (path below the root, attribute, per unit) with which a cut is right, or why there are none."""
+    candidates = _candidates(model, site, root)
+    named = [c for c in candidates if _COUNTS[site.kind].fullmatch(c[1])]
+    others = [c for c in candidates if c not in named]
+    tries = [named, []] if named else [[]]
+    tries += [[c] for c in candidates]
+    tries += [list(pair) for pair in combinations(candidates, 2)]
+    tries += [[*named, c] for c in others] if len(named) > 1 else []
+    first = ""
+    for numbers in tries[:40]:
+        made = tuple(Number(_under(root, path), attribute, per) for path, attribute, per in numbers)
+        why = trial.complaint([replace(site, numbers=made)])
+        if not why:
+            return tuple(numbers)
+        first = first or why
+    return first
+
+
+def _candidates(model: nn.Module, site: Site, root: str) -> list[tuple[str, str, float]]:
+    """Whole numbers that the modules around a site's parts keep, and that some of its widths could be."""
+    widths = set()
+    for part in site.parts:
+        assert part.owner is not None
+        widths.add(int((part.owner == 0).sum()))
+    paths = {""}
+    for part in site.parts:
+        pieces = part.name[len(root) :].strip(".").split(".")[:-1]
+        paths |= {".".join(pieces[:i]) for i in range(1, len(pieces) + 1)}
+    found = []
+    for path in sorted(paths):
+        module = model.get_submodule(_under(root, path))
+        if type(module).__module__.startswith("torch.nn.modules"):
+            continue  # `Remove` sets these itself
+        for attribute, value in vars(module).items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < site.units or attribute.startswith("_"):
+                continue
+            if value % site.units == 0 and any(width % (value // site.units) == 0 for width in widths):
+                found.append((path, attribute, float(value // site.units)))
+    return [c for c in found if c[1] not in ("nf", "nx")]
+
+
+class _Trial:
+    """Cuts a model, compares it with the masked one, and puts it back."""
+
+    def __init__(self, model: nn.Module, example: Batch, inexact: frozenset[str]) -> None:
+        self.model, self.example, self.inexact = model, example, inexact
+
+    def complaint(self, sites: Sequence[Site]) -> str:
+        """What is wrong with cutting these, or "" when nothing is."""
+        from secateur.graph import removals
+
+        keep = {site.name: _some(site.units) for site in sites}
+        exact = not any(site.name in self.inexact for site in sites)
+        with plain(self.model):
+            with _restored(self.model):
+                if exact:
+                    self.mask(sites, keep)
+                masked = answer(self.model, self.example)
+            with _restored(self.model):
+                try:
+                    for edit in removals(sites, keep):
+                        edit.apply_(self.model)
+                    cut = answer(self.model, self.example)
+                except Exception as error:
+                    line = next((s for s in str(error).splitlines() if s.strip()), type(error).__name__)
+                    return f"without some of its units the forward pass fails: {line.strip()[:200]}"
+        if [v.shape for v in masked] != [v.shape for v in cut]:
+            return "without some of its units the model gives another shape"
+        if exact and not all(_close(a, b) for a, b in zip(masked, cut, strict=True)):
+            return "without some of its units the model gives something else than with those at zero"
+        return ""
+
+    def mask(self, sites: Sequence[Site], keep: dict[str, Tensor]) -> None:
+        """Zero what is not kept, in copies of the tensors."""
+        named = tensors(self.model)
+        for name in {part.name for site in sites for part in site.parts}:
+            _set_tensor(self.model, name, named[name].detach().clone())
+        for site in sites:
+            Mask(site, keep[site.name]).apply_(self.model)
+
+
+def _some(units: int) -> Tensor:
+    """About two thirds of the units, in no pattern that a model could share."""
+    order = torch.randperm(units, generator=torch.Generator().manual_seed(units))
+    keep = torch.ones(units, dtype=torch.bool)
+    keep[order[: max(1, units // 3)]] = False
+    return keep
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    tolerance = {torch.float64: 1e-6, torch.float32: 1e-3}.get(a.dtype, 5e-2)
+    a, b = a.double(), b.double()
+    return bool((a - b).abs().max() <= tolerance * a.abs().max().clamp(min=1e-6)) if a.numel() else True
+
+
+@contextlib.contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Every module's tensors and numbers as they were, afterwards."""
+    kept = [(m, dict(vars(m)), dict(m._parameters), dict(m._buffers)) for m in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes, parameters, buffers in kept:
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._parameters.clear()
+            module._parameters.update(parameters)
+            module._buffers.clear()
+            module._buffers.update(buffers)

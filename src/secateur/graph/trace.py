@@ -1,0 +1,203 @@
+"""From a model and an example to positions: torch.export, then one rule an operator."""
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from secateur.errors import GraphError
+from secateur.graph.rules import Traced, Tracing, find
+from secateur.site import tensors
+from secateur.task import Batch
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Something that was not made removable, and why."""
+
+    what: str  # an operator, "aten.lstm", or a site
+    where: str  # the module it is in, "" for the model itself
+    why: str
+
+    def __str__(self) -> str:
+        return f"frozen: {self.what} at {self.where or 'the model itself'}: {self.why}"
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """A followed network: the positions of the model's own tensors, in the order they are first used."""
+
+    tracing: Tracing
+    own: Mapping[str, Traced]
+    frozen: tuple[Frozen, ...]
+
+
+@contextlib.contextmanager
+def plain(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, without a cache of keys and values, as it was afterwards."""
+    training = [m for m in model.modules() if m.training]
+    found: list[Any] = [getattr(m, "config", None) for m in model.modules()]
+    configs = {id(c): c for c in found if hasattr(c, "use_cache")}
+    cached = [(c, c.use_cache) for c in configs.values()]
+    model.eval()
+    try:
+        for config, _ in cached:
+            config.use_cache = False
+        with torch.no_grad():
+            yield
+    finally:
+        for config, value in cached:
+            config.use_cache = value
+        for module in training:
+            module.training = True
+
+
+def arguments(model: nn.Module, example: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of a call; Hugging Face models are asked for no cache."""
+    if not isinstance(example.inputs, Mapping):
+        return tuple(example.inputs), {}
+    given = dict(example.inputs)
+    if "use_cache" not in given and "use_cache" in inspect.signature(model.forward).parameters:
+        given["use_cache"] = False
+    return (), given
+
+
+def answer(model: nn.Module, example: Batch) -> list[Tensor]:
+    """Every floating-point tensor of the model's answer."""
+    args, kwargs = arguments(model, example)
+    found = pytree.tree_leaves(model(*args, **kwargs))
+    return [v.detach() for v in found if isinstance(v, Tensor) and v.is_floating_point()]
+
+
+def follow(model: nn.Module, example: Batch) -> Network:
+    """Trace a model and say of every position what lives and dies with it.
+
+    Raises GraphError, with the exporter's reason, for a model that cannot be traced.
+    """
+    args, kwargs = arguments(model, example)
+    with plain(model):
+        try:
+            program = torch.export.export(model, args, kwargs, strict=False)
+        except Exception as error:
+            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise GraphError(
+                f"the coupling of a {type(model).__name__} was asked for",
+                f"torch.export cannot trace its forward pass: {type(error).__name__}: {reason.strip()[:300]}",
+                "Give the inner network without the step that depends on data, or use Mask through `weights`, which "
+                "needs no trace.",
+            ) from error
+    run = _Interpreter(model, example.size)
+    run.run_program(program)
+    return Network(run.tracing, run.own, tuple(dict.fromkeys(run.frozen)))
+
+
+class _Interpreter:
+    def __init__(self, model: nn.Module, batch: int) -> None:
+        self.tracing = Tracing(batch)
+        self.own: dict[str, Traced] = {}
+        self.frozen: list[Frozen] = []
+        self._named = tensors(model)
+
+    def run_program(self, program: Any) -> None:
+        signature = program.graph_signature
+        named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        by_tensor: dict[int, Traced] = {}
+        inputs: list[Any] = []
+        placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
+        for node in placeholders:
+            value = node.meta.get("val")
+            if not isinstance(value, Tensor):
+                inputs.append(value)
+                continue
+            name = named.get(node.name)
+            if name is None or not value.is_floating_point():
+                inputs.append(Traced(tuple(self.tracing.stay(n) for n in value.shape)))
+                continue
+            tensor = self._named.get(name)
+            if id(tensor) not in by_tensor:
+                by_tensor[id(tensor)] = Traced(tuple(self.tracing.positions.fresh(n) for n in value.shape), name)
+            inputs.append(by_tensor[id(tensor)])
+        # In the order of first use, so that what produces a unit comes before what reads it.
+        order = {node: i for i, node in enumerate(program.graph.nodes)}
+        first = {n: min((order[u] for u in n.users), default=len(order)) for n in placeholders}
+        for _, value in sorted(zip(placeholders, inputs, strict=True), key=lambda pair: first[pair[0]]):
+            if isinstance(value, Traced) and value.source is not None:
+                self.own.setdefault(value.source, value)
+        for out in pytree.tree_leaves(self.run_graph(program.graph_module, inputs)):
+            if isinstance(out, Traced):
+                self.tracing.freeze(out)
+
+    def run_graph(self, module: Any, inputs: list[Any]) -> Any:
+        given = iter(inputs)
+        env: dict[Any, Any] = {}
+        result: Any = None
+        for node in module.graph.nodes:
+            if node.op == "placeholder":
+                env[node] = next(given)
+            elif node.op == "get_attr":
+                found: Any = module
+                for piece in node.target.split("."):
+                    found = getattr(found, piece)
+                if isinstance(found, Tensor):
+                    found = Traced(tuple(self.tracing.stay(n) for n in found.shape))
+                env[node] = found
+            elif node.op == "output":
+                result = torch.fx.node.map_arg(node.args[0], lambda n: env[n])
+            else:
+                env[node] = self.call(node, env)
+        return result
+
+    def call(self, node: Any, env: dict[Any, Any]) -> Any:
+        args = torch.fx.node.map_arg(node.args, lambda n: env[n])
+        kwargs = torch.fx.node.map_arg(node.kwargs, lambda n: env[n])
+        if getattr(node.target, "__name__", "") == "getitem":
+            return args[0][args[1]]
+        value = node.meta.get("val")
+        outs = value if isinstance(value, (list, tuple)) else [value]
+        name = str(node.target)
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            inner = [i for i, v in enumerate(args) if hasattr(v, "graph")]
+            if name.startswith("wrap") and len(inner) == 1:
+                return self.run_graph(args[inner[0]], list(args[inner[0] + 1 :]))
+        if not any(isinstance(v, Tensor) for v in outs):
+            return value
+        name = name.removeprefix("aten.").rpartition(".")[0] or name
+        touched = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Traced)]
+        shapes = tuple(tuple(v.shape) if isinstance(v, Tensor) else () for v in outs)
+        self.tracing.outputs = shapes
+        rule = find(name)
+        if rule is not None and touched and hasattr(node.target, "_schema"):
+            given = dict(zip((a.name for a in node.target._schema.arguments), args, strict=False)) | kwargs
+            conflicts = self.tracing.positions.conflicts
+            try:
+                found = rule(self.tracing, given)
+            except (KeyError, IndexError, AttributeError, ValueError, TypeError) as error:
+                return self.give_up(node, name, touched, shapes, value, f"its rule failed: {error}")
+            if self.tracing.positions.conflicts != conflicts:
+                self.say(node, name, "it splits a dimension where another operator splits it otherwise")
+            got = found if isinstance(found, list) else [found]
+            if found is not None and tuple(v.shape for v in got) == shapes:
+                return found
+            return self.give_up(node, name, touched, shapes, value, "its rule does not cover this use")
+        if not touched or all(self.tracing.positions.all_frozen(d) for v in touched for d in v.dims):
+            return self.unknown(shapes, value)
+        return self.give_up(node, name, touched, shapes, value, "there is no rule for this operator")
+
+    def give_up(self, node: Any, name: str, touched: list[Traced], shapes: Any, value: Any, why: str) -> Any:
+        self.say(node, name, why)
+        self.tracing.freeze(*touched)
+        return self.unknown(shapes, value)
+
+    def unknown(self, shapes: Any, value: Any) -> Any:
+        found = [Traced(tuple(self.tracing.stay(n) for n in shape)) for shape in shapes]
+        return found if isinstance(value, (list, tuple)) else found[0]
+
+    def say(self, node: Any, name: str, why: str) -> None:
+        stack = node.meta.get("nn_module_stack") or {}
+        where = list(stack.values())[-1][0] if stack else ""
+        self.frozen.append(Frozen(name if "." in name else f"aten.{name}", where, why))
