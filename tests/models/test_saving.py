@@ -13,7 +13,7 @@ from small_nets import PassOn, bert, first, gpt2, groups, linears, llama, mixtra
 from secateur.edit import Gate, Mask, Remove, Replace, Update, apply_
 from secateur.errors import ModelError
 from secateur.models import Opened, fingerprint, index_maps, inspect_file, load, load_edits, open_model, save
-from secateur.models.hf import answer, example_inputs
+from secateur.models.hf import answer, cast_, example_inputs
 from secateur.outcome import Outcome, Record
 from secateur.site import Part, Site
 
@@ -28,9 +28,16 @@ def saved(folder):
     return json.loads((folder / "secateur.json").read_text())["saved"]
 
 
-def same(one, other):
+def same(one, other, bits=True):
+    """Whether two models hold the same bits under the same names, and answer the same.
+
+    Answers to 1e-6: where a tensor lies in memory decides in which order a processor adds it up.
+    """
     inputs = example_inputs(one)
-    return torch.equal(answer(one, inputs), answer(other, inputs))
+    first, second = one.state_dict(), other.state_dict()
+    equal = all(torch.equal(first[name], second[name]) for name in first.keys() & second.keys())
+    ours, theirs = answer(one, inputs), answer(other, inputs)
+    return (equal or not bits) and ours.shape == theirs.shape and float((ours - theirs).abs().max()) < 1e-6
 
 
 def check(model, edits, folder, kind, **config):
@@ -105,8 +112,8 @@ def test_removed_layers_shorten_the_config(tmp_path):
     assert found["num_hidden_layers"] == 3
     assert found["layer_types"] == ["full_attention", "sliding_attention", "sliding_attention"]
     stock = hub.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert same(outcome.model, stock)
-    assert same(outcome.model, load(tmp_path / "out"))
+    assert same(outcome.model, stock, bits=False)  # its layers are numbered anew
+    assert same(stock, load(tmp_path / "out"))
 
 
 def test_a_removed_layer_beside_uneven_widths(tmp_path):
@@ -179,7 +186,9 @@ def test_t5(tmp_path):
     for i in range(2):
         for side, layer in (("encoder", 1), ("decoder", 2)):
             path = f"{side}.block.{i}.layer.{layer}.DenseReluDense"
-            edits.append(Remove(linears([(f"{path}.wi.weight", 0), (f"{path}.wo.weight", 1)], model, 24, path), first(24, 10)))
+            edits.append(
+                Remove(linears([(f"{path}.wi.weight", 0), (f"{path}.wo.weight", 1)], model, 24, path), first(24, 10))
+            )
     check(model, edits, tmp_path / "out", hub.AutoModelForSeq2SeqLM, d_ff=10)
 
 
@@ -205,8 +214,7 @@ def test_experts_of_a_mixtral(tmp_path):
     assert same(work, load(tmp_path / "out"))
 
 
-def test_hidden_width_of_a_gpt2_is_not_stock_when_the_answers_differ(tmp_path):
-    """BERT-like heads: the shapes would fit another head size, and the answers tell."""
+def test_heads_of_a_bert_are_not_stock(tmp_path):
     model = bert()
     edits = []
     for i in range(2):
@@ -224,12 +232,12 @@ def test_hidden_width_of_a_gpt2_is_not_stock_when_the_answers_differ(tmp_path):
 
 
 def test_bfloat16_and_untied_heads_come_back(tmp_path):
-    model = llama().to(torch.bfloat16)
+    model = cast_(llama(), torch.bfloat16)
     outcome = cut(model, [Remove(mlp(model, i), first(48, 32)) for i in range(2)])
     outcome.model.lm_head.weight = torch.nn.Parameter(outcome.model.lm_head.weight.detach() * 2)
     save(outcome, model, tmp_path / "out")
     back = load(tmp_path / "out")
-    assert saved(tmp_path / "out")["stock"]
+    assert saved(tmp_path / "out")["stock"], saved(tmp_path / "out")["why_not"]
     assert {p.dtype for p in back.parameters()} == {torch.bfloat16}
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
     assert same(outcome.model, back)

@@ -176,9 +176,24 @@ def _uninitialised() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and load reports on the terminal: what they say is checked, and raised, by us."""
+    log = transformers().utils.logging
+    bars, level = log.is_progress_bar_enabled(), log.get_verbosity()
+    log.disable_progress_bar()
+    log.set_verbosity_error()
+    try:
+        yield
+    finally:
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()
+
+
 def skeleton(kind: Any, config: Any) -> nn.Module:
     """A model without storage: shapes only."""
-    with _uninitialised(), torch.device("meta"):
+    with quiet(), _uninitialised(), torch.device("meta"):
         model = kind(copy.deepcopy(config))
     model.tie_weights()
     return model
@@ -191,7 +206,7 @@ def empty(kind: Any, config: Any, dtype: torch.dtype = torch.float32) -> nn.Modu
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with _uninitialised():
+        with quiet(), _uninitialised():
             model = kind(config).eval()
         model.tie_weights()
         return model
@@ -201,6 +216,23 @@ def empty(kind: Any, config: Any, dtype: torch.dtype = torch.float32) -> nn.Modu
         ) from error
     finally:
         torch.set_default_dtype(before)
+
+
+def cast_(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Give every stored floating-point tensor a dtype, as stock loaders do; the same model.
+
+    Tables that are computed (rotary frequencies) keep their precision, which `model.to(dtype)` would take away.
+    """
+    lasting = set(model.state_dict())
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    for name, buffer in model.named_buffers():
+        if name in lasting and buffer.is_floating_point():
+            buffer.data = buffer.data.to(dtype)
+    if hasattr(model, "config"):
+        model.config.dtype = dtype  # type: ignore[union-attr,assignment]
+    return model
 
 
 def fill_(model: nn.Module, values: Mapping[str, Tensor], aliases: Mapping[str, str]) -> None:

@@ -89,15 +89,16 @@ def _stock(folder: Path, saved: dict[str, Any], there: dict[str, Entry]) -> nn.M
     _check_buffers(empty, in_file, where)
     _check_dtype(config, there, folder)
     try:
-        model, report = kind.from_pretrained(
-            str(folder),
-            config=config,
-            dtype=getattr(config, "dtype", None) or torch.float32,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        with hf.quiet():
+            model, report = kind.from_pretrained(
+                str(folder),
+                config=config,
+                dtype=getattr(config, "dtype", None) or torch.float32,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
     except Exception as error:  # whatever transformers raises for tensors that do not fit
         raise ModelError(asked, f"transformers says: {hf.one_line(error)}", "Save the model again.") from error
     for key, what in (
@@ -141,7 +142,7 @@ def _built(folder: Path, saved: dict[str, Any], there: dict[str, Entry], build: 
     wanted = hf.entries_of(model, aliases)
     floats = {e.dtype for e in there.values() if e.dtype.is_floating_point}
     if len(floats) == 1:  # saved in another precision than it is built in
-        model.to(next(iter(floats)))
+        hf.cast_(model, next(iter(floats)))
         wanted = hf.entries_of(model, aliases)
     check_tensors(wanted, there, folder / "model.safetensors")
     hf.fill_(model, read_tensors(folder / "model.safetensors"), aliases)

@@ -149,15 +149,16 @@ def _from_folder(folder: Path, dtype: torch.dtype, name: str) -> Opened:
     hub = hf.transformers()
     config, kind = _check_folder(folder)
     try:
-        model, report = kind.from_pretrained(
-            str(folder),
-            config=config,
-            dtype=dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        with hf.quiet():
+            model, report = kind.from_pretrained(
+                str(folder),
+                config=config,
+                dtype=dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
     except Exception as error:  # whatever transformers and safetensors raise for a damaged folder
         raise ModelError(
             f"{folder} was to be opened", f"transformers says: {hf.one_line(error)}", "Get it again."
@@ -257,9 +258,10 @@ def _from_hub(name: str, dtype: torch.dtype, offline: bool) -> Opened:
     try:
         config = hub.AutoConfig.from_pretrained(name, **options)
         kind = hf.class_for(config, name)
-        model, report = kind.from_pretrained(
-            name, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
-        )
+        with hf.quiet():
+            model, report = kind.from_pretrained(
+                name, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+            )
     except Exception as error:  # offline, no such repository, or anything the hub's client raises
         if isinstance(error, ModelError):
             raise
@@ -294,7 +296,8 @@ def _from_gguf(path: Path, dtype: torch.dtype, name: str) -> Opened:
         )
     where = {"gguf_file": path.name, "local_files_only": True, "trust_remote_code": False}
     try:
-        packed = hub.AutoModelForCausalLM.from_pretrained(str(path.parent), dtype=dtype, **where)
+        with hf.quiet():
+            packed = hub.AutoModelForCausalLM.from_pretrained(str(path.parent), dtype=dtype, **where)
         tokenizer = hub.AutoTokenizer.from_pretrained(str(path.parent), **where)
     except Exception as error:  # whatever transformers and gguf raise for a file they cannot read
         raise ModelError(
@@ -351,7 +354,7 @@ def _from_name(name: str, dtype: torch.dtype) -> Opened:
     model = OWN_BUILDERS[build]()
     load_checkpoint_(model, path)
     hint = {"x": (1, 3, 32, 32)}
-    return Opened(model.to(dtype), None, name, str(path), "python", None, build, OWN_BUILDERS[build], hint)
+    return Opened(hf.cast_(model, dtype), None, name, str(path), "python", None, build, OWN_BUILDERS[build], hint)
 
 
 def _package_folder(name: str) -> Path:
@@ -387,7 +390,7 @@ def _from_function(module: str, attribute: str, checkpoint: str | Path | None, d
         )
     if checkpoint is not None:
         load_checkpoint_(model, Path(checkpoint))
-    opened = _opened(model.to(dtype), None, attribute, build, "python")
+    opened = _opened(hf.cast_(model, dtype), None, attribute, build, "python")
     return Opened(opened.model, None, attribute, build, "python", opened.config, build, builder, opened.example_hint)
 
 
@@ -424,7 +427,7 @@ def load_checkpoint_(model: nn.Module, path: str | Path) -> None:
 
 
 def _from_saved(folder: Path, dtype: torch.dtype, build: str | None = None, builder: Builder | None = None) -> Opened:
-    model = load(folder, build=builder).to(dtype)
+    model = hf.cast_(load(folder, build=builder), dtype)
     saved = read_json(folder / "secateur.json")["saved"]
     known = hf.is_hf(model)
     stock = saved["stock"] is True

@@ -14,6 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -38,8 +39,6 @@ from secateur.outcome import (
     site_rows,
     write_text,
 )
-
-_TOLERANCE = 1e-4  # of the largest answer: what another order of summation may cost
 
 
 def save(
@@ -200,10 +199,16 @@ def _stock(folder: Path, model: nn.Module, base: Any) -> tuple[Any | None, str, 
     if inputs:
         ours, stock = hf.answer(model, inputs).cpu(), hf.answer(fresh, {k: v.cpu() for k, v in inputs.items()})
         difference = float((ours - stock).abs().max())
-        if not difference <= _TOLERANCE * max(1.0, float(ours.abs().max())):
+        if not difference <= _tolerance(config.dtype) * max(1.0, float(ours.abs().max())):
             return None, f"the stock {kind.__name__} of the same shapes answers differently, by {difference:.2g}", None
-    fresh.save_pretrained(str(folder), max_shard_size="100TB")  # type: ignore[operator]
+    with hf.quiet():
+        fresh.save_pretrained(str(folder), max_shard_size="100TB")  # type: ignore[operator]
     return config, "", difference
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    """Of the largest answer: what another order of summation, or a rounded rotary table, may cost."""
+    return max(1e-4, 4 * torch.finfo(dtype).eps)
 
 
 # A network of the user's
