@@ -486,3 +486,53 @@ def test_learners_make_fresh_optimizers(learner: Sgd | Adam | AdamW) -> None:
 def test_a_pretrained_language_model_reaches_its_perplexity(smollm2: SimpleNamespace) -> None:
     task = open_task("python-docs", tokenizer=smollm2.tokenizer, model=smollm2.model, window=256, windows=4)
     assert 5 < task.measure(smollm2.model, "test")["perplexity"] < 40
+
+
+# Divided tasks
+
+
+def numbered(examples: int = 400, classes: int = 4, **changes: object) -> Labelled:
+    """Examples that are their own numbers."""
+    x = torch.arange(examples).float().unsqueeze(1)
+    return Labelled("numbered", {"train": (x, torch.arange(examples) % classes)}, **changes)  # type: ignore[arg-type]
+
+
+def test_clients_share_all_training_examples_and_none_twice() -> None:
+    task = tasks.federated(numbered(), 5)
+    owned = torch.cat([client.splits["train"][0] for client in task.clients])  # type: ignore[attr-defined]
+    assert sorted(owned.flatten().tolist()) == list(range(400))
+    assert all(isinstance(client, Task) for client in task.clients)
+    again, other = tasks.federated(numbered(), 5), tasks.federated(numbered(seed=1), 5)
+    assert task.fingerprint() == again.fingerprint()
+    assert [len(c.splits["train"][1]) for c in task.clients] != [len(c.splits["train"][1]) for c in other.clients]  # type: ignore[attr-defined]
+    assert len({client.seed for client in task.clients}) == 5
+
+
+def test_a_lower_concentration_gives_clients_fewer_classes() -> None:
+    def largest(concentration: float) -> float:
+        task = tasks.federated(numbered(2000), 5, concentration=concentration)
+        counts = [torch.bincount(c.splits["train"][1], minlength=4).float() for c in task.clients]  # type: ignore[attr-defined]
+        return float(sum(count.max() / count.sum() for count in counts)) / 5
+
+    assert largest(math.inf) == pytest.approx(0.25)
+    assert largest(0.1) > 0.5 > largest(100) > 0.25
+
+
+def test_too_many_clients_are_an_error() -> None:
+    with pytest.raises(TaskError, match="there are 400 examples to divide"):
+        tasks.federated(numbered(), 201)
+    with pytest.raises(TaskError, match=r"none of 100 divisions with concentration 0\.001 has them"):
+        tasks.federated(numbered(), 50, concentration=0.001)
+
+
+def test_what_to_forget_and_what_to_retain_are_disjoint() -> None:
+    task = tasks.forgetting(numbered(), share=0.25)
+    forget, retain = (task.splits[s][0].flatten().tolist() for s in ("forget", "retain"))
+    assert len(forget) == 100
+    assert sorted(forget + retain) == list(range(400))
+    assert forget != tasks.forgetting(numbered(seed=1), share=0.25).splits["forget"][0].flatten().tolist()
+    by_class = tasks.forgetting(numbered(), label=2)
+    assert by_class.splits["forget"][1].unique().tolist() == [2]
+    assert by_class.splits["retain"][1].unique().tolist() == [0, 1, 3]
+    with pytest.raises(TaskError, match="class 9 of numbered was to be forgotten, but that is 0 of 400"):
+        tasks.forgetting(numbered(), label=9)

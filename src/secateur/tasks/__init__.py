@@ -16,6 +16,7 @@ from torch import nn
 from secateur.errors import SettingError, TaskError, did_you_mean
 from secateur.tasks import corpora, images, speech
 from secateur.tasks.corpora import Characters, Tokenizer, from_path, from_text, python_docs, wikitext2
+from secateur.tasks.divided import federated, forgetting
 from secateur.tasks.images import Images, cifar10, digits, fashion_mnist
 from secateur.tasks.labelled import Labelled
 from secateur.tasks.learners import Adam, AdamW, Learner, Sgd
@@ -36,6 +37,8 @@ __all__ = [
     "cifar10",
     "digits",
     "fashion_mnist",
+    "federated",
+    "forgetting",
     "from_path",
     "from_text",
     "names",

@@ -1,0 +1,89 @@
+"""A task divided among owners (federated learning), or into what to forget and what to retain (unlearning)."""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from secateur.errors import TaskError
+from secateur.task import generator
+from secateur.tasks.labelled import Labelled
+
+DRAWS = 100  # divisions tried before one that leaves a client without examples is an error
+
+
+def federated(task: Labelled, clients: int = 10, *, concentration: float = 0.5, least: int = 2) -> Labelled:
+    """The task with its training examples divided among clients; its own splits stay the server's.
+
+    Each class is shared out in proportions drawn from a Dirichlet distribution: the smaller the concentration, the
+    fewer classes a client sees; infinity is an even division. Every client gets `least` examples or more. Raises
+    TaskError when no such division is found.
+
+    Source: Hsu, Qi and Brown 2019, arXiv 1909.06335, section 3.
+    """
+    *_, labels = task.splits["train"]
+    if clients < 1 or not concentration > 0 or clients * least > len(labels):
+        raise TaskError(
+            f"{clients} clients of {task.name} with concentration {concentration:g} and {least} examples or more "
+            "each were asked for",
+            f"there are {len(labels):,} examples to divide, and a concentration is above 0",
+            "Ask for fewer clients, or a concentration such as 0.5.",
+        )
+    stir = generator(task, "clients")
+    draw = np.random.default_rng(stir.initial_seed())
+    for _ in range(DRAWS):
+        shares: list[list[torch.Tensor]] = [[] for _ in range(clients)]
+        for label in torch.unique(labels).tolist():
+            places = (labels == label).nonzero().squeeze(1)
+            places = places[torch.randperm(len(places), generator=stir)]
+            even = np.full(clients, 1 / clients)
+            proportions = even if np.isinf(concentration) else draw.dirichlet(np.full(clients, concentration))
+            cuts = torch.from_numpy((proportions.cumsum()[:-1] * len(places)).round().astype(np.int64))
+            for share, some in zip(shares, torch.tensor_split(places, cuts), strict=True):
+                share.append(some)
+        owned = [torch.cat(share).sort().values for share in shares]
+        if min(map(len, owned)) >= least:
+            break
+    else:
+        raise TaskError(
+            f"{clients} clients of {task.name} with {least} examples or more each were asked for",
+            f"none of {DRAWS} divisions with concentration {concentration:g} has them",
+            "Ask for fewer clients, or a higher concentration.",
+        )
+    held = tuple(
+        replace(
+            task,
+            name=f"{task.name}, client {k}",
+            splits={"train": tuple(tensor[places] for tensor in task.splits["train"])},
+            seed=generator(task, f"client {k}").initial_seed() % 2**31,
+            clients=(),
+        )
+        for k, places in enumerate(owned)
+    )
+    return replace(task, clients=held)
+
+
+def forgetting(task: Labelled, *, share: float = 0.1, label: int | None = None) -> Labelled:
+    """The task with its training examples divided into "forget" and "retain"; "train" stays whole.
+
+    Forgets a share drawn by the seed, or every example of one class. Both splits come without augmentation and in
+    the same order each time. Raises TaskError when either would be empty.
+
+    Source: Jia et al. 2023, arXiv 2304.04934, section 2: random data forgetting and class-wise forgetting.
+    """
+    *_, labels = task.splits["train"]
+    if label is None:
+        out = torch.zeros(len(labels), dtype=torch.bool)
+        order = torch.randperm(len(labels), generator=generator(task, "forget"))
+        out[order[: max(round(share * len(labels)), 0)]] = True
+    else:
+        out = labels == label
+    if not 0 < int(out.sum()) < len(labels):
+        raise TaskError(
+            f"{f'a share of {share:g}' if label is None else f'class {label}'} of {task.name} was to be forgotten",
+            f"that is {int(out.sum()):,} of {len(labels):,} training examples",
+            "Forget some and retain some: a share between 0 and 1, or a class that is there.",
+        )
+    parts = {"forget": out, "retain": ~out}
+    divided = {split: tuple(tensor[where] for tensor in task.splits["train"]) for split, where in parts.items()}
+    return replace(task, splits={**task.splits, **divided})
