@@ -47,14 +47,16 @@ def quality_against_sparsity(records: Sequence[Record]) -> Drawing | None:
 def quality_against_size(records: Sequence[Record]) -> Drawing | None:
     """The quality against the bytes stored, or where nothing was saved, against the parameters left."""
     before = records[0].ledger.before
-    if any(p.mean(_megabytes) is not None for p in points(records)):
+    sizes = [p.mean(_megabytes) for p in points(records)]
+    if any(size is not None for size in sizes):
         return _quality_chart(
             records,
             lambda p: p.mean(_megabytes),
             None if before.stored_bytes is None else before.stored_bytes / 1e6,
             alt.X("x:Q", title="stored size (MB)", axis=alt.Axis(format=",.3~f", tickCount=6), scale=_near()),
             "Quality against stored size",
-            "Further left, the saved weights are smaller. Runs that were not saved are left out.",
+            "Further left, the saved weights are smaller."
+            + (" Runs that were not saved are left out." if None in sizes else ""),
         )
     return _quality_chart(
         records,
@@ -232,7 +234,10 @@ def _quality_chart(
         top = max(spans) * (margin**2 if lost else margin)  # room for the crosses
         floor /= margin
         scale = alt.Scale(type="log", domain=[floor, top], nice=False)
-        axis = alt.Axis(format="~s", tickCount=6)
+        ticks = _ticks(floor, top)
+        axis = alt.Axis(format=",.4~g" if top < 10_000 else "~s", tickCount=6)
+        if top > 4 * floor:  # over less than that, the usual ticks are few enough
+            axis.values = ticks
     else:
         scale, axis = alt.Scale(zero=False, padding=24 if lost else 8), alt.Axis(format=".4~g", tickCount=6)
     better = "higher" if records[0].task.get("higher_is_better") else "lower"
@@ -331,6 +336,17 @@ def _colours(names: Sequence[str]) -> list[str]:
 def _shapes(names: Sequence[str]) -> list[str]:
     # Each time round one further along, so that no pair of colour and shape returns for 64 series.
     return [SHAPES[(i + i // len(SHAPES)) % len(SHAPES)] for i in range(len(names))]
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers for a logarithmic scale, so few that each can have a label."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for steps in ((1, 2, 3, 5), (1, 2, 5), (1,)):
+        ticks = [step * 10**decade for decade in decades for step in steps if low <= step * 10**decade <= high]
+        if len(ticks) <= 8:
+            return ticks
+    stride = math.ceil(len(ticks) / 8)
+    return ticks[::stride]
 
 
 def _near() -> alt.Scale:
