@@ -468,7 +468,11 @@ def test_text_for_a_vision_model_and_images_for_a_language_model_are_errors() ->
 
 def test_the_window_is_cut_to_the_model_and_tokens_are_checked_against_it() -> None:
     small = Characters([chr(i) for i in range(97, 123)] + [" ", "\n"])
-    assert open_task("python-docs", tokenizer=small, model=tiny.decoder()).window == 128  # type: ignore[union-attr]
+    task = open_task("python-docs", tokenizer=small, model=tiny.decoder())
+    assert task.window == 128  # type: ignore[union-attr]
+    assert task.example.inputs[0].shape == (1, 128)  # type: ignore[index]
+    assert replace(task, window=256).example.inputs[0].shape == (1, 128)  # type: ignore[type-var, attr-defined]
+    assert replace(task, window=16).example.inputs[0].shape == (1, 16)  # type: ignore[type-var, attr-defined]
     with pytest.raises(TaskError, match="the tokenizer gives token 95 and the model knows 64 tokens"):
         open_task("python-docs", tokenizer=LETTERS, model=tiny.decoder())
 
