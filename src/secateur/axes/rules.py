@@ -60,7 +60,7 @@ def everything(sites: Sequence[Site]) -> dict[str, Tensor]:
 def sparsity_of(keep: Mapping[str, Tensor]) -> float:
     """The fraction of all units that masks, or shares, take to zero."""
     units = sum(k.numel() for k in keep.values())
-    return 1 - sum(int(torch.count_nonzero(k)) for k in keep.values()) / units if units else 0.0
+    return (units - sum(int(torch.count_nonzero(k)) for k in keep.values())) / units if units else 0.0
 
 
 @runtime_checkable
@@ -437,7 +437,7 @@ class Gradual(Rule):
         last = self.schedule.window(loop.steps)[1]
         if loop.step == last == loop.steps:
             self.update(loop, self.schedule.end)
-        if loop.step < last:
+        if loop.step < last and self.schedule.value(loop.step, loop.steps) != self.schedule.end:
             loop.note(
                 f"training stopped after {loop.step} of {loop.steps} steps, before the schedule's end at {last}: the "
                 f"sparsity is {sparsity_of(self.keep):.4g}, not {self.schedule.end:g}"
