@@ -70,7 +70,7 @@ def selected(model: nn.Module, names: Sequence[str], patterns: Sequence[str]) ->
             raise SiteError(
                 f"{pattern!r} was given to choose sites",
                 "it matches no parameter, module class or role",
-                did_you_mean(pattern, {n.removesuffix(".weight") for n in everything} | classes | set(ROLES)),
+                did_you_mean(pattern, {_anywhere(n) for n in everything} | classes | set(ROLES)),
             )
         found |= set(hits)
     return [n for n in names if n in found]
@@ -82,6 +82,11 @@ def _matches(model: nn.Module, name: str, pattern: str, classes: set[str]) -> bo
     if pattern in classes:
         return type(model.get_submodule(name.rpartition(".")[0])).__name__ == pattern
     return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name.removesuffix(".weight"), pattern)
+
+
+def _anywhere(name: str) -> str:
+    """The glob for modules that go by the last word of a name, wherever they are."""
+    return "*." + name.removesuffix(".weight").rpartition(".")[2]
 
 
 def weights(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = DEFAULT_EXCLUDE) -> list[Site]:

@@ -117,12 +117,12 @@ class Recorder(TorchFunctionMode):
         super().__init__()
         self.needs = needs
         self._sites = {site.name: site for site in sites}
-        self._at: dict[tuple[int, int], str] = {}  # address and size of a weight -> site
+        self._at: dict[tuple[Any, ...], str] = {}  # where a weight lies in memory, outputs first -> site
         for site in sites if needs else ():
             for part in site.parts:
                 seen = part.read(named)
                 if seen.dim() >= 2:
-                    self._at[seen.data_ptr(), seen.numel()] = site.name
+                    self._at[_place(seen)] = site.name
         self._pending: tuple[Tensor, tuple[Any, ...], list[str]] | None = None
         self._sums: dict[tuple[str, ...], dict[str, Tensor]] = {}
         self._counts: dict[tuple[str, ...], int] = {}
@@ -136,9 +136,11 @@ class Recorder(TorchFunctionMode):
         if place is not None and self.needs:
             x, weight = _argument(args, kwargs, *place[0]), _argument(args, kwargs, *place[1])
             if isinstance(weight, Tensor) and isinstance(x, Tensor):
-                name = self._at.get((weight.data_ptr(), weight.numel()))
+                # A plain product x @ w has the weight inputs first: as seen, it is the transpose.
+                plain = func.__name__ != "linear" and not func.__name__.startswith("conv") and weight.dim() == 2
+                name = self._at.get(_place(weight.T if plain else weight))
                 if name is not None:
-                    self._note(x.detach(), x, _unfolding(func.__name__, args, kwargs, weight), name)
+                    self._note(x.detach(), _unfolding(func.__name__, args, kwargs, weight), name)
         return func(*args, **kwargs)
 
     def __exit__(self, *about: Any) -> None:
@@ -146,7 +148,7 @@ class Recorder(TorchFunctionMode):
         self._flush()
         super().__exit__(*about)  # type: ignore[no-untyped-call]
 
-    def _note(self, x: Tensor, key: Tensor, unfolding: tuple[Any, ...], name: str) -> None:
+    def _note(self, x: Tensor, unfolding: tuple[Any, ...], name: str) -> None:
         if self._pending is not None:
             held, how, names = self._pending
             if held.data_ptr() == x.data_ptr() and held.shape == x.shape and how == unfolding:
@@ -194,6 +196,10 @@ _PRODUCTS: dict[str, tuple[tuple[int, str], tuple[int, str]]] = {
     "matmul": ((0, "input"), (1, "other")),
     "__matmul__": ((0, "self"), (1, "other")),
 }
+
+
+def _place(weight: Tensor) -> tuple[Any, ...]:
+    return (weight.data_ptr(), tuple(weight.shape), weight.stride())
 
 
 def _argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], place: int, name: str) -> Any:

@@ -109,10 +109,15 @@ class Task(Protocol):
         ...
 
 
-def generator(task: Task, purpose: str) -> torch.Generator:
-    """A random stream of the task's own for one purpose: the same whatever else was drawn before."""
-    digest = hashlib.sha256(f"{task.seed}/{purpose}".encode()).digest()
+def stream(seed: int, purpose: str) -> torch.Generator:
+    """A random stream for one purpose: the same whatever else was drawn before."""
+    digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def generator(task: Task, purpose: str) -> torch.Generator:
+    """A random stream of the task's own for one purpose."""
+    return stream(task.seed, purpose)
 
 
 def forever(task: Task, epoch: int = 0) -> Iterator[tuple[int, int, Batch]]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from secateur.errors import EvidenceError
 from secateur.evidence import Evidence
 from secateur.site import Site, Tensors
+from secateur.task import stream
 
 
 @runtime_checkable
@@ -46,8 +47,7 @@ class Random:
 
     def score(self, site: Site, tensors: Tensors, seen: Evidence) -> Tensor:
         """Uniform in [0, 1), drawn from the seed and the site's name."""
-        number = int.from_bytes(f"{self.seed}/{site.name}".encode(), "big") % (1 << 62)
-        return torch.rand(site.shape, generator=torch.Generator().manual_seed(number))
+        return torch.rand(site.shape, generator=stream(self.seed, site.name))
 
 
 def wanda_score(weight: Tensor, input_square: Tensor) -> Tensor:

@@ -1,0 +1,115 @@
+"""Patterns keep exactly what they were told, or raise."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from secateur.axes import NM, Blocks, PerMatrix, PerRow, PerSlab, keep_top
+from secateur.axes.patterns import check_pattern
+from secateur.errors import PatternError
+
+INF = float("inf")
+
+
+def kept(score: list[float], keep: int) -> list[bool]:
+    return keep_top(torch.tensor(score), keep).tolist()
+
+
+def test_ties_go_by_index_the_first_dropped_first() -> None:
+    assert kept([1, 1, 1, 1], 2) == [False, False, True, True]
+    assert kept([2, 1, 1, 1, 0], 2) == [True, False, False, True, False]
+    assert kept([0.0, -0.0, 0.0], 1) == [False, False, True]
+
+
+def test_none_all_and_one() -> None:
+    assert kept([3, 1, 2], 0) == [False, False, False]
+    assert kept([3, 1, 2], 3) == [True, True, True]
+    assert kept([3, 1, 2], 1) == [True, False, False]
+    assert kept([], 0) == []
+
+
+def test_infinities_rank_and_nan_is_an_error() -> None:
+    assert kept([INF, -INF, 0], 1) == [True, False, False]
+    with pytest.raises(PatternError, match="NaN"):
+        kept([1.0, float("nan")], 1)
+
+
+@pytest.mark.parametrize("keep", [-1, 4])
+def test_a_count_that_is_not_there_is_an_error(keep: int) -> None:
+    with pytest.raises(PatternError, match="there are 3"):
+        kept([1, 2, 3], keep)
+
+
+@given(st.lists(st.integers(-3, 3), min_size=1, max_size=40), st.data())
+def test_the_selector_is_a_stable_sort(values: list[int], data: st.DataObject) -> None:
+    keep = data.draw(st.integers(0, len(values)))
+    order = sorted(range(len(values)), key=lambda i: (values[i], i))
+    wanted = [i in set(order[len(values) - keep :]) for i in range(len(values))]
+    assert kept([float(v) for v in values], keep) == wanted
+    half = keep_top(torch.tensor(values, dtype=torch.bfloat16), keep)
+    assert half.tolist() == wanted
+
+
+def test_rows_are_selected_each_for_itself() -> None:
+    score = torch.tensor([[1.0, 2, 3, 4], [4, 3, 2, 1], [5, 5, 5, 5]])
+    assert keep_top(score, 2).tolist() == [
+        [False, False, True, True],
+        [True, True, False, False],
+        [False, False, True, True],
+    ]
+
+
+def test_only_what_is_within_is_kept() -> None:
+    score, within = torch.tensor([9.0, 1, 2, 3]), torch.tensor([False, True, True, True])
+    assert keep_top(score, 2, within).tolist() == [False, False, True, True]
+    with pytest.raises(PatternError, match="only 3 are allowed"):
+        keep_top(score, 4, within)
+
+
+PATTERNS = [PerMatrix(), PerRow(), PerSlab(3), PerSlab(128), NM(2, 4), NM(1, 4), NM(4, 8), Blocks(4, 1), Blocks(2, 2)]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("shape", [(8, 16), (4, 8, 2, 2)], ids=str)
+@pytest.mark.parametrize("keep", [0, 1, 33, 64, 128])
+def test_every_pattern_keeps_exactly_the_nearest_count(pattern: object, shape: tuple[int, ...], keep: int) -> None:
+    score = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    near = pattern.nearest(shape, keep)
+    chosen = pattern.select(score, near)
+    assert chosen.shape == score.shape
+    assert chosen.dtype == torch.bool
+    assert int(chosen.sum()) == near
+    assert pattern.nearest(shape, near) == near
+
+
+def groups_of(chosen: Tensor, m: int) -> Tensor:
+    return chosen.movedim(1, -1).reshape(-1, m).sum(1)
+
+
+def test_n_of_m_runs_over_input_features() -> None:
+    chosen = NM(2, 4).select(torch.tensor([[1.0, 4, 2, 3, 8, 7, 6, 5]]), 4)
+    assert chosen.tolist() == [[False, True, False, True, True, True, False, False]]
+    kernel = torch.rand(4, 8, 3, 3, generator=torch.Generator().manual_seed(1))
+    assert set(groups_of(NM(1, 4).select(kernel, 72), 4).tolist()) == {1}
+
+
+def test_blocks_live_or_die_whole() -> None:
+    score = torch.tensor([[1.0, 9], [1, 0], [5, 0], [5, 0]])
+    assert Blocks(2, 1).select(score, 4).tolist() == [[False, True], [False, True], [True, False], [True, False]]
+
+
+def test_shapes_and_counts_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(PatternError, match=r"multiple of 4.*\[64, 30\]"):
+        NM(2, 4).nearest((64, 30), 960)
+    with pytest.raises(PatternError, match="it keeps 8"):
+        NM(2, 4).select(torch.rand(2, 8), 7)
+    with pytest.raises(PatternError, match="4 to divide the rows"):
+        Blocks(4, 1).nearest((6, 4), 4)
+    with pytest.raises(PatternError, match="there are 3 rows"):
+        PerRow().select(torch.rand(3, 4), 7)
+    with pytest.raises(PatternError, match="0 < n <= m"):
+        NM(5, 4)
+    with pytest.raises(PatternError, match=r"sparsity=0.75"):
+        check_pattern(NM(1, 4), 0.5)
