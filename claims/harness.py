@@ -26,7 +26,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import comb, exp, isfinite, log, sqrt
 from pathlib import Path
 from statistics import fmean, stdev
@@ -253,41 +253,51 @@ def conclude(claim: Claim, cells: Sequence[Cell], large: bool = False, commit: s
 
 
 class Journal:
-    """The cells measured so far, one JSON line each, after a line with the fingerprint of the settings."""
+    """The cells measured so far, one JSON line each, after a line with the fingerprint of the settings.
+
+    Lines are only ever appended, so two runs of one claim, each with an --only of its own, can share the file.
+    """
 
     def __init__(self, path: Path, fingerprint: str) -> None:
         self.path, self.fingerprint = path, fingerprint
-        self.cells: list[Cell] = []
-        if path.exists():
-            self._read()
 
-    def _read(self) -> None:
-        lines = self.path.read_text(encoding="utf-8").splitlines()
-        found = json.loads(lines[0])["fingerprint"] if lines else self.fingerprint
+    @property
+    def cells(self) -> list[Cell]:
+        """Every cell there is, in the order they were measured, each once."""
+        if not self.path.exists():
+            return []
+        rows = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:  # half a line, of a run that was killed
+                continue
+        found = rows[0].get("fingerprint", "no fingerprint") if rows else self.fingerprint
         if found != self.fingerprint:
             raise ResumeError(
                 f"{self.path.name} was to be continued",
                 f"its cells were measured with settings {found}, and the claim's are {self.fingerprint} now",
                 "Give --fresh to measure anew, or put the settings back.",
             )
-        whole = [line for line in lines[1:] if line.endswith("}")]  # a killed run may leave half a line
-        self.cells = [Cell(**json.loads(line)) for line in whole]
+        cells: dict[tuple[str, int], Cell] = {}
+        for row in rows[1:]:
+            cells.setdefault((row["condition"], row["seed"]), Cell(**row))
+        return list(cells.values())
 
     def has(self, condition: str, seed: int) -> bool:
         """Whether a cell was measured."""
         return any(c.condition == condition and c.seed == seed for c in self.cells)
 
     def add(self, cell: Cell) -> None:
-        """Append a cell, on disk before anything else happens."""
-        self.cells.append(cell)
-        lines = [json.dumps({"fingerprint": self.fingerprint})]
-        lines += [json.dumps(asdict(c), allow_nan=False) for c in self.cells]
-        partial = self.path.with_name(self.path.name + ".partial")
-        with partial.open("w", encoding="utf-8") as file:
-            file.write("\n".join(lines) + "\n")
+        """Append a cell; it is on disk when this returns."""
+        old = self.path.read_bytes() if self.path.exists() else b""
+        text = "" if old else json.dumps({"fingerprint": self.fingerprint}) + "\n"
+        text += "\n" if old and not old.endswith(b"\n") else ""
+        text += json.dumps(asdict(cell), allow_nan=False) + "\n"
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, self.path)
 
 
 def paths(name: str, large: bool, where: Path | None = None) -> tuple[Path, Path]:
@@ -322,11 +332,12 @@ def measure(
         journal_path.unlink(missing_ok=True)
     fingerprint, settings = claim.fingerprint(large), claim.sized(large)
     journal = Journal(journal_path, fingerprint)
-    if not fresh and not journal.cells and result_path.exists():
-        before = ClaimResult.read(result_path)
-        if before.fingerprint == fingerprint:  # a seed or a condition more: keep what was measured
-            for found in before.cells:
-                journal.add(found)
+    before = ClaimResult.read(result_path) if result_path.exists() and not fresh else None
+    if before is not None and before.fingerprint != fingerprint:
+        before = None
+    if before is not None and not journal.cells:  # a seed or a condition more: keep what was measured
+        for found in before.cells:
+            journal.add(found)
     wanted = [(c, s) for c, s in claim.cells() if not only or c in only]
     missing = [(c, s) for c, s in wanted if not journal.has(c, s)]
     for place, (condition, seed) in enumerate(missing, 1):
@@ -348,6 +359,10 @@ def measure(
     kept = set(claim.cells())
     cells = [c for c in journal.cells if (c.condition, c.seed) in kept]
     result = conclude(claim, cells, large, commit())
+    if before is not None and before.cells == cells:  # only judged anew: say where and when it was measured
+        result = replace(
+            result, created=before.created, commit=before.commit, machine=before.machine, versions=before.versions
+        )
     result.write(result_path)
     journal_path.unlink(missing_ok=True)
     return result
@@ -429,7 +444,8 @@ def listing() -> list[str]:
         if result_path.exists():
             state: str = ClaimResult.read(result_path).verdict
         elif journal_path.exists():
-            state = f"{len(journal_path.read_text(encoding='utf-8').splitlines()) - 1} cells measured"
+            found = len(journal_path.read_text(encoding="utf-8").splitlines()) - 1
+            state = f"{found} of {len(load(name)[0].cells())} cells measured"
         else:
             state = "not measured"
         lines.append(f"{name:24} {state}")

@@ -171,10 +171,30 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
 
 def test_half_a_line_is_measured_again(tmp_path):
     journal = Journal(tmp_path / "toy.partial", "f")
-    journal.add(Cell("wanda", 0, {"perplexity": 1.0}))
+    first, second = Cell("wanda", 0, {"perplexity": 1.0}), Cell("wanda", 1, {"perplexity": 2.0})
+    journal.add(first)
     with (tmp_path / "toy.partial").open("a") as file:
-        file.write('{"condition": "wanda", "se')
-    assert Journal(tmp_path / "toy.partial", "f").cells == journal.cells
+        file.write('{"condition": "wanda", "seed": 1, "values": {"perplexity": 2.0}')
+    assert Journal(tmp_path / "toy.partial", "f").cells == [first]
+    journal.add(second)
+    assert Journal(tmp_path / "toy.partial", "f").cells == [first, second]
+
+
+def test_two_runs_share_a_journal(tmp_path):
+    one, two = Journal(tmp_path / "toy.partial", "f"), Journal(tmp_path / "toy.partial", "f")
+    one.add(Cell("wanda", 0, {"perplexity": 1.0}))
+    two.add(Cell("magnitude", 0, {"perplexity": 2.0}))
+    two.add(Cell("wanda", 0, {"perplexity": 3.0}))
+    assert [(c.condition, c.values["perplexity"]) for c in one.cells] == [("wanda", 1.0), ("magnitude", 2.0)]
+
+
+def test_judging_anew_does_not_claim_to_have_measured(tmp_path):
+    measured = replace(measure(claim(), cell, where=tmp_path, say=lambda _: None), created="then", commit="abc")
+    measured.write(tmp_path / "toy.json")
+    harder = claim(expects=(replace(BETTER, margin=10.0),))
+    again = measure(harder, lambda *_: pytest.fail("nothing is missing"), where=tmp_path, say=lambda _: None)
+    assert (again.created, again.commit) == ("then", "abc")
+    assert again.findings[0].margin == 10.0
 
 
 def test_other_settings_are_refused(tmp_path):
