@@ -75,6 +75,11 @@ def test_perplexity_is_computed_in_float32_for_bfloat16_models() -> None:
     assert hand_made().measure(half)["nll"] == pytest.approx(expected["nll"], abs=1e-7)
 
 
+def test_a_hopeless_or_broken_model_has_an_infinite_or_undefined_perplexity() -> None:
+    assert hand_made().measure(Fixed(torch.tensor([0.0, -4000.0])))["perplexity"] == math.inf
+    assert math.isnan(hand_made().measure(Fixed(torch.tensor([math.nan, 0.0])))["perplexity"])
+
+
 def test_a_limit_on_the_windows_takes_the_first_ones() -> None:
     found = hand_made(windows=1).measure(Fixed(torch.tensor([0.5, 0.5]).log()))
     assert (found["windows"], found["tokens"]) == (1, 3)
@@ -313,6 +318,9 @@ def test_any_split_may_be_added_and_a_mismatch_is_an_error() -> None:
         Labelled("own", {"val": (x[:3], y)})
     with pytest.raises(TaskError, match="5 examples of own's 'train' split were asked for, but it holds 4"):
         list(task.batches("train", 5))
+    empty = Labelled("own", {"val": (x[:0], y[:0])})
+    with pytest.raises(TaskError, match="split 'val' of own was asked for, but it is empty"):
+        empty.measure(nn.Identity())
 
 
 def test_models_may_take_several_inputs() -> None:
@@ -488,8 +496,8 @@ def test_learners_make_fresh_optimizers(learner: Sgd | Adam | AdamW) -> None:
 
 @pytest.mark.model
 def test_a_pretrained_language_model_reaches_its_perplexity(smollm2: SimpleNamespace) -> None:
-    task = open_task("python-docs", tokenizer=smollm2.tokenizer, model=smollm2.model, window=256, windows=4)
-    assert 5 < task.measure(smollm2.model, "test")["perplexity"] < 40
+    task = open_task("python-docs", tokenizer=smollm2.tokenizer, model=smollm2.model, window=128, windows=2)
+    assert 5 < task.measure(smollm2.model, "test")["perplexity"] < 60
 
 
 # Divided tasks

@@ -72,10 +72,10 @@ class Labelled:
         labels = held[-1]
         if split == "calibration":
             n = min(self.samples, len(labels)) if n is None else n
-        if len(labels) == 0 or (n is not None and n > len(labels)):
+        if n is not None and n > len(labels):
             raise TaskError(
-                f"{n or 'some'} examples of {self.name}'s {split!r} split were asked for",
-                f"it holds {len(labels)}",
+                f"{n:,} examples of {self.name}'s {split!r} split were asked for",
+                f"it holds {len(labels):,}",
                 "Ask for fewer, or give more data.",
             )
         order, noise = torch.arange(len(labels)), None
@@ -92,6 +92,8 @@ class Labelled:
             raise TaskError(
                 f"split {split!r} of {self.name} was asked for", "it has none", did_you_mean(split, self.splits)
             )
+        if len(self.splits[split][-1]) == 0:
+            raise TaskError(f"split {split!r} of {self.name} was asked for", "it is empty", "Give it examples.")
         return self.splits[split]
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -109,7 +111,7 @@ class Labelled:
                 logits = logits_of(batch.through(model)).float()
                 right += int((logits.argmax(-1) == batch.target).sum())
                 total += float(F.cross_entropy(logits, batch.target, reduction="sum"))
-        return {"accuracy": right / max(count, 1), "loss": total / max(count, 1), "examples": float(count)}
+        return {"accuracy": right / count, "loss": total / count, "examples": float(count)}
 
     def optimizer(self, parameters: Iterable[Any]) -> Optimizer:
         """A fresh optimizer of the task's learner."""

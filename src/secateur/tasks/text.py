@@ -121,7 +121,7 @@ class Text:
         tokens = count * (self.window - 1)
         nll = total / tokens
         return {
-            "perplexity": math.exp(nll) if nll < 700 else math.inf,
+            "perplexity": math.inf if nll > 700 else math.exp(nll),
             "nll": nll,
             "tokens": float(tokens),
             "window": float(self.window),
