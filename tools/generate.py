@@ -12,18 +12,14 @@ docs/claim.schema.json          the result of a claim
 """
 
 import argparse
-import ast
 import importlib
 import inspect
-import io
 import json
 import pkgutil
 import sys
-import tokenize
-from dataclasses import MISSING, fields
+from dataclasses import MISSING
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -34,6 +30,7 @@ from secateur import method as catalogue  # noqa: E402
 from secateur.claims import ClaimResult, Figure, Finding, claim_schema  # noqa: E402
 from secateur.method import Card, Method  # noqa: E402
 from secateur.outcome import record_schema, write_text  # noqa: E402
+from secateur.recipe import settings_of, text_of_value  # noqa: E402
 
 NOTE = "<!-- Written by tools/generate.py: do not edit. -->"
 
@@ -210,47 +207,12 @@ def prose(module: ModuleType) -> str:
 
 
 def settings_table(kind: type[Method]) -> list[str]:
-    """A method's fields: type, default, and the comment beside each."""
-    written = written_fields(kind)
+    """A method's fields: type, default, and the comment beside each, as the command line has them."""
     lines = table("setting", "type", "default", "")
-    for field in fields(kind):  # type: ignore[arg-type]
-        given = field.default
-        if field.default_factory is not MISSING:
-            given = field.default_factory()
-        default = "" if given is MISSING else f"`{_text(given) or '()'}`"
-        shown, comment = written.get(field.name, (str(field.type), ""))
-        lines.append(row(f"`{field.name}`", f"`{shown}`", default, comment))
+    for name, setting in settings_of(kind).items():
+        default = "" if setting.default is MISSING else f"`{text_of_value(setting.default) or '()'}`"
+        lines.append(row(f"`{name}`", f"`{setting.written}`", default, setting.comment))
     return lines
-
-
-def _text(value: Any) -> str:
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return str(value)
-    if isinstance(value, (tuple, list)):
-        return ", ".join(_text(v) for v in value)
-    if isinstance(value, Method):
-        return value.name
-    from secateur.axes import text_of
-
-    return str(text_of(value))
-
-
-def written_fields(kind: type) -> dict[str, tuple[str, str]]:
-    """The type of each field of a class as it is written, and the comment that stands on its line."""
-    text = Path(inspect.getsourcefile(kind) or "").read_text(encoding="utf-8")
-    comments = {
-        token.start[0]: token.string.lstrip("# ")
-        for token in tokenize.generate_tokens(io.StringIO(text).readline)
-        if token.type == tokenize.COMMENT
-    }
-    found: dict[str, tuple[str, str]] = {}
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.ClassDef) and node.name == kind.__name__:
-            for line in node.body:
-                if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
-                    beside = comments.get(line.lineno) or comments.get(line.end_lineno or line.lineno, "")
-                    found[line.target.id] = (ast.unparse(line.annotation), beside)
-    return found
 
 
 # Claims
