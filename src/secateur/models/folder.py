@@ -95,10 +95,11 @@ def refuse_pickle(path: Path) -> None:
         raise ModelError(asked, f"a {path.suffix} file can run code when it is read", do)
     try:
         with path.open("rb") as file:
-            start = file.read(4)
+            start = file.read(9)
     except OSError as error:
         raise ModelError(asked, f"it cannot be read: {error}", "Check the path.") from error
-    if start[:2] == b"PK" or start[:1] == b"\x80":
+    # A safetensors file starts with the length of its header, which may happen to be 0x80, then a brace.
+    if start[8:] != b"{" and (start[:4] == b"PK\x03\x04" or start[:1] == b"\x80"):
         raise ModelError(asked, "its first bytes are those of a pickle, which can run code when it is read", do)
 
 
@@ -113,7 +114,7 @@ def header(path: Path) -> dict[str, Entry]:
     try:
         with safe_open(str(path), framework="pt") as file:
             found = {}
-            for name in file.keys():  # noqa: SIM118 - not a mapping
+            for name in file.keys():
                 part = file.get_slice(name)
                 found[name] = Entry(tuple(part.get_shape()), _DTYPES[part.get_dtype()])
     except (SafetensorError, OSError, ValueError) as error:

@@ -231,7 +231,7 @@ def cast_(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         if name in lasting and buffer.is_floating_point():
             buffer.data = buffer.data.to(dtype)
     if hasattr(model, "config"):
-        model.config.dtype = dtype  # type: ignore[union-attr,assignment]
+        model.config.dtype = dtype
     return model
 
 

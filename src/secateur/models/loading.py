@@ -5,7 +5,7 @@ marked with @replacement, and a network of the user's is built by a function the
 """
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from secateur import edit as edits_file
-from secateur.edit import Edit, Mask, Replace, Update, apply_
+from secateur.edit import Edit, Mask, Merge, Remove, Replace, Rotate, Update, apply_
 from secateur.errors import ModelError, SecateurError
 from secateur.models import hf, resnet
 from secateur.models.folder import Entry, check_saved, check_tensors, few, header, read_json, read_tensors
-from secateur.site import tensors
+from secateur.site import Site, Tensors, tensors
 
 Builder = Callable[[], nn.Module]
 
@@ -61,63 +61,109 @@ def structure_(model: nn.Module, edits: Iterable[Edit]) -> nn.Module:
             named = tensors(model)
             if edit.name in named and named[edit.name].shape == edit.value.shape:
                 continue
+        if isinstance(edit, (Remove, Rotate, Merge)):
+            _check_parts(edit.site, tensors(model))
         if isinstance(edit, Replace):  # a copy, since later edits may cut what was put in
             edit = Replace(edit.name, copy.deepcopy(edit.module))
         apply_(model, edit)
     return model
 
 
+def _check_parts(site: Site, named: Tensors) -> None:
+    """A choice made on a longer or shorter axis would take the wrong positions, or leave some behind."""
+    for part in site.parts:
+        axis, owned = part.axis, part.owned()
+        size = part.read(named).shape[axis] if axis is not None else owned.numel()
+        if owned.numel() != size:
+            raise ModelError(
+                f"{site.name} was to be cut again",
+                f"{part.key} has {size} positions where {owned.numel()} were chosen from",
+                "Give the edits that belong to this model.",
+            )
+
+
 def _stock(folder: Path, saved: dict[str, Any], there: dict[str, Entry]) -> nn.Module:
     config, kind = _class(folder, "config.json", saved, there)
-    where = folder / "config.json"
-    empty = _skeleton(kind, config, where)
-    second = hf.aliases_of(empty)
-    wanted = hf.entries_of(empty, second)
-    asked, in_file = f"{folder} was to be loaded", sum(e.elements for e in there.values())
-    in_model = sum(e.elements for e in wanted.values())
-    if in_model != in_file:
-        if there.keys() == wanted.keys():
-            check_tensors(wanted, there, folder / "model.safetensors", dtypes=False)
+    _check_dtype(config, there, folder)
+    agree(kind, config, there, folder, exact=True)
+    dtype = getattr(config, "dtype", None) or torch.float32
+    return from_folder(kind, config, folder, dtype)
+
+
+def agree(kind: Any, config: Any, there: Mapping[str, Entry], folder: Path, *, exact: bool) -> None:
+    """Raise ModelError, before any memory is taken, unless the sizes a config asks for are those of the weights.
+
+    Some models are stored under other names than they have when built, so only their number is compared then;
+    `exact` when the file must hold nothing else.
+    """
+    empty = skeleton(kind, config, folder / "config.json")
+    wanted = hf.entries_of(empty, hf.aliases_of(empty))
+    if there.keys() == wanted.keys():
+        check_tensors(wanted, there, folder / "model.safetensors", dtypes=False)
+    in_model, in_file = sum(e.elements for e in wanted.values()), sum(e.elements for e in there.values())
+    if in_model > in_file or (exact and in_model != in_file):
         missing, extra = few(wanted.keys() - there.keys()), few(there.keys() - wanted.keys())
         raise ModelError(
-            asked,
+            f"{folder} was to be opened",
             f"its config.json asks for {in_model:,} numbers and its weights hold {in_file:,}"
             + (f"; missing: {missing}" if missing else "")
             + (f"; unknown: {extra}" if extra else ""),
-            "The folder does not fit together: save the model again.",
+            "The rest would be random: get the folder again, or name the right class under architectures.",
         )
-    _check_buffers(empty, in_file, where)
-    _check_dtype(config, there, folder)
+    _check_buffers(empty, in_file, folder / "config.json")
+
+
+def from_folder(kind: Any, config: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
+    """A stock model with every tensor from a folder's safetensors. Raises ModelError when one does not come from it."""
+    asked = f"{folder} was to be opened"
     try:
         with hf.quiet():
             model, report = kind.from_pretrained(
                 str(folder),
                 config=config,
-                dtype=getattr(config, "dtype", None) or torch.float32,
+                dtype=dtype,
                 local_files_only=True,
                 use_safetensors=True,
                 trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # they are named in the report, and refused here
                 output_loading_info=True,
             )
-    except Exception as error:  # whatever transformers raises for tensors that do not fit
-        raise ModelError(asked, f"transformers says: {hf.one_line(error)}", "Save the model again.") from error
-    for key, what in (
-        ("missing_keys", "missing"),
-        ("unexpected_keys", "unknown"),
-        ("mismatched_keys", "of another shape"),
-    ):
-        if report.get(key):
-            names = [k if isinstance(k, str) else k[0] for k in report[key]]
-            raise ModelError(asked, f"{len(names)} tensors are {what} ({few(names)})", "Save the model again.")
+    except Exception as error:  # whatever transformers and safetensors raise for a damaged folder
+        raise ModelError(asked, f"transformers says: {hf.one_line(error)}", "Get it again.") from error
+    check_report(report, folder)
     return model
+
+
+def check_report(report: Mapping[str, Any], where: Path | str) -> None:
+    """Raise ModelError when transformers left a tensor out, or made one up."""
+    asked = f"{where} was to be opened"
+    if report.get("error_msgs"):
+        raise ModelError(asked, f"transformers says: {str(report['error_msgs'])[:300]}", "Get it again.")
+    if report.get("mismatched_keys"):
+        name, there, wanted = sorted(report["mismatched_keys"])[0]
+        raise ModelError(asked, f"{name} is {list(there)} in the file and {list(wanted)} in the model", "Get it again.")
+    if report.get("missing_keys"):
+        names = report["missing_keys"]
+        raise ModelError(
+            asked,
+            f"{len(names)} of its tensors are missing ({few(names)})",
+            "They would be random: name the right class under architectures in config.json, or get the folder again.",
+        )
+    if report.get("unexpected_keys"):
+        names = report["unexpected_keys"]
+        raise ModelError(
+            asked,
+            f"{len(names)} of its tensors are unknown to the model ({few(names)})",
+            "Name the right class under architectures in config.json.",
+        )
 
 
 def _cut(folder: Path, saved: dict[str, Any], there: dict[str, Entry]) -> nn.Module:
     config, kind = _class(folder, "base_config.json", saved, there)
     edits = edits_file.load(folder / "edits.safetensors")
     where = folder / "base_config.json"
-    shape = _replay(_skeleton(kind, config, where), edits, folder)  # without storage: nothing is believed yet
-    aliases = _aliases(saved, folder)
+    shape = _replay(skeleton(kind, config, where), edits, folder)  # without storage: nothing is believed yet
+    aliases = _aliases(saved, shape, folder)
     check_tensors(hf.entries_of(shape, aliases), there, folder / "model.safetensors", dtypes=False)
     _check_buffers(shape, sum(e.elements for e in there.values()), where)
     _check_dtype(config, there, folder)
@@ -138,7 +184,7 @@ def _built(folder: Path, saved: dict[str, Any], there: dict[str, Entry], build: 
         )
     model = builder()
     _replay(model, edits_file.load(folder / "edits.safetensors"), folder)
-    aliases = _aliases(saved, folder)
+    aliases = _aliases(saved, model, folder)
     wanted = hf.entries_of(model, aliases)
     floats = {e.dtype for e in there.values() if e.dtype.is_floating_point}
     if len(floats) == 1:  # saved in another precision than it is built in
@@ -161,7 +207,8 @@ def _class(folder: Path, name: str, saved: dict[str, Any], there: dict[str, Entr
     return config, hf.class_named(saved.get("class"), config, folder)
 
 
-def _skeleton(kind: Any, config: Any, where: Path) -> nn.Module:
+def skeleton(kind: Any, config: Any, where: Path) -> nn.Module:
+    """A model of shapes only. Raises ModelError for sizes that no such model has."""
     try:
         return hf.skeleton(kind, config)
     except Exception as error:  # sizes that overflow or do not divide: each architecture has its own exception
@@ -213,8 +260,14 @@ def _check_dtype(config: Any, there: dict[str, Entry], folder: Path) -> None:
             )
 
 
-def _aliases(saved: dict[str, Any], folder: Path) -> dict[str, str]:
-    found = saved.get("aliases", {})
-    if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
-        raise ModelError(f"{folder} was to be loaded", "its list of tied tensors is not one", "Save the model again.")
+def _aliases(saved: Mapping[str, Any], model: nn.Module, folder: Path) -> dict[str, str]:
+    found, names = saved.get("aliases", {}), model.state_dict().keys()
+    good = isinstance(found, dict) and all(
+        alias in names and isinstance(name, str) and name in names and name not in found
+        for alias, name in found.items()
+    )
+    if not good:
+        raise ModelError(
+            f"{folder} was to be loaded", "its list of tied tensors does not fit the model", "Save the model again."
+        )
     return found

@@ -22,7 +22,6 @@ from secateur.errors import ModelError, SettingError, did_you_mean
 from secateur.models import hf
 from secateur.models.folder import (
     check_tensors,
-    few,
     header,
     is_ours,
     plain_name,
@@ -30,7 +29,7 @@ from secateur.models.folder import (
     read_tensors,
     refuse_pickle,
 )
-from secateur.models.loading import OWN_BUILDERS, Builder, load, load_edits
+from secateur.models.loading import OWN_BUILDERS, Builder, agree, check_report, from_folder, load, load_edits
 
 Kind = Literal["hf", "gguf", "python", "secateur"]
 
@@ -146,25 +145,9 @@ def _not_a_model(path: Path) -> Opened:
 
 
 def _from_folder(folder: Path, dtype: torch.dtype, name: str) -> Opened:
-    hub = hf.transformers()
     config, kind = _check_folder(folder)
-    try:
-        with hf.quiet():
-            model, report = kind.from_pretrained(
-                str(folder),
-                config=config,
-                dtype=dtype,
-                local_files_only=True,
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-    except Exception as error:  # whatever transformers and safetensors raise for a damaged folder
-        raise ModelError(
-            f"{folder} was to be opened", f"transformers says: {hf.one_line(error)}", "Get it again."
-        ) from error
-    _check_report(report, folder)
-    tokenizer = _tokenizer(hub, folder) if _has_tokenizer(folder) else None
+    model = from_folder(kind, config, folder, dtype)
+    tokenizer = _tokenizer(hf.transformers(), folder) if _has_tokenizer(folder) else None
     return _opened(model, tokenizer, name, str(folder), "hf")
 
 
@@ -175,11 +158,19 @@ def _check_folder(folder: Path) -> tuple[Any, Any]:
         hf.refuse_code(values, folder / "config.json")
     values.pop("auto_map", None)  # of no use: transformers has its own class for this type
     hf.refuse_code(values, folder / "config.json")
+    if values.get("quantization_config"):
+        raise ModelError(
+            f"{folder} was to be opened",
+            "its weights are quantised (quantization_config)",
+            "Give the model in float32, float16 or bfloat16, and quantise after pruning.",
+        )
     files = _weight_files(folder)
     tensors = {name: entry for file in files for name, entry in header(file).items()}
     hf.refuse_absurd(values, len(tensors), folder / "config.json")
     config = hf.config_from(values, folder / "config.json")
-    return config, hf.class_for(config, folder)
+    kind = hf.class_for(config, folder)
+    agree(kind, config, tensors, folder, exact=False)
+    return config, kind
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -202,28 +193,6 @@ def _weight_files(folder: Path) -> list[Path]:
         "it holds no model.safetensors",
         "Give the folder that holds config.json and model.safetensors.",
     )
-
-
-def _check_report(report: Mapping[str, Any], folder: Path | str) -> None:
-    asked = f"{folder} was to be opened"
-    if report.get("error_msgs"):
-        raise ModelError(asked, f"transformers says: {str(report['error_msgs'])[:300]}", "Get it again.")
-    if report.get("mismatched_keys"):
-        name, there, wanted = sorted(report["mismatched_keys"])[0]
-        raise ModelError(asked, f"{name} is {list(there)} in the file and {list(wanted)} in the model", "Get it again.")
-    if report.get("missing_keys"):
-        raise ModelError(
-            asked,
-            f"{len(report['missing_keys'])} of its tensors are missing ({few(report['missing_keys'])})",
-            "They would be random: name the right class under architectures in config.json, or get the folder again.",
-        )
-    if report.get("unexpected_keys"):
-        extra = report["unexpected_keys"]
-        raise ModelError(
-            asked,
-            f"the file has {len(extra)} tensors the model has not ({few(extra)})",
-            "Name the right class under architectures in config.json.",
-        )
 
 
 def _has_tokenizer(folder: Path) -> bool:
@@ -274,7 +243,7 @@ def _from_hub(name: str, dtype: torch.dtype, offline: bool) -> Opened:
         raise ModelError(
             asked, f"transformers says: {hf.one_line(error)}", "Check the id and the connection."
         ) from error
-    _check_report(report, name)
+    check_report(report, name)
     try:
         tokenizer = hub.AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError):
