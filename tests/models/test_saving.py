@@ -116,6 +116,44 @@ def test_removed_layers_shorten_the_config(tmp_path):
     assert same(stock, load(tmp_path / "out"))
 
 
+@pytest.mark.parametrize(
+    ("make", "layer", "count"),
+    [(llama, "model.layers.0", "num_hidden_layers"), (gpt2, "transformer.h.1", "n_layer"),
+     (bert, "encoder.layer.1", "num_hidden_layers"), (vit, "vit.layers.0", "num_hidden_layers"),
+     (mixtral, "model.layers.0", "num_hidden_layers")],
+)  # fmt: skip
+def test_every_family_can_lose_a_layer(tmp_path, make, layer, count):
+    model = make()
+    outcome = cut(model, [Replace(layer, PassOn())])
+    save(outcome, model, tmp_path / "out")
+    assert saved(tmp_path / "out")["stock"], saved(tmp_path / "out")["why_not"]
+    assert json.loads((tmp_path / "out" / "config.json").read_text())[count] == 1
+    assert same(outcome.model, load(tmp_path / "out"), bits=False)
+
+
+def test_a_layer_taken_out_of_the_list_itself(tmp_path):
+    model = llama(layers=3)
+    work = copy.deepcopy(model)
+    del work.model.layers[1]
+    save(Outcome(work), model, tmp_path / "out")
+    assert saved(tmp_path / "out")["stock"], saved(tmp_path / "out")["why_not"]
+    assert same(work, load(tmp_path / "out"))
+
+
+def test_several_dtypes_come_back_as_they_were(tmp_path):
+    model = llama()
+    work = cut(model, [Remove(mlp(model, 0), first(48, 20))]).model
+    work.model.norm.weight.data = work.model.norm.weight.data.double()
+    save(Outcome(work, [Remove(mlp(model, 0), first(48, 20))]), model, tmp_path / "out")
+    assert load(tmp_path / "out").model.norm.weight.dtype == torch.float64
+
+
+def test_the_card_may_be_edited(tmp_path):
+    save(Outcome(small()), small(), tmp_path / "out")
+    (tmp_path / "out" / "README.md").write_text("my words")
+    load(tmp_path / "out", build=small)
+
+
 def test_a_removed_layer_beside_uneven_widths(tmp_path):
     model = llama(layers=3)
     edits = [Replace("model.layers.1", PassOn()), Remove(mlp(model, 2), first(48, 30))]

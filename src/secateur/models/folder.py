@@ -19,6 +19,7 @@ from secateur.outcome import SCHEMA_VERSION
 
 FORMAT = 1  # of the "saved" part of secateur.json
 RECORD = "secateur.json"
+CARD = "README.md"  # the one file people are meant to edit; nothing is read from it
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz")
 CODE = (".py", ".pyc", ".so", ".dll", ".dylib", ".sh")
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
@@ -183,7 +184,7 @@ def is_ours(folder: Path) -> bool:
     return folder.is_dir() and not folder.is_symlink() and record.is_file() and not record.is_symlink()
 
 
-def check_saved(folder: Path, *, hashes: bool = True) -> dict[str, Any]:
+def check_saved(folder: Path) -> dict[str, Any]:
     """The contents of secateur.json, after checking every file of a saved folder against it.
 
     Raises ModelError for links, pickles, code, names that lead elsewhere, altered or missing files, and records of
@@ -218,7 +219,7 @@ def check_saved(folder: Path, *, hashes: bool = True) -> dict[str, Any]:
         path = folder / plain_name(name, f"{RECORD} of {folder}")
         if not path.is_file():
             raise ModelError(asked, f"{name} is missing", "Copy the whole folder again.")
-        if hashes and sha256(path) != digest:
+        if name != CARD and sha256(path) != digest:
             raise ModelError(
                 asked, f"{name} is not the file that was saved: its sha256 differs", "Copy the folder again."
             )

@@ -4,8 +4,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from secateur.errors import ModelError
 from secateur.models.folder import RECORD, fingerprint, header, is_ours, plain_name, read_json, refuse_pickle
 
@@ -105,7 +103,7 @@ def _gguf(path: Path) -> dict[str, Any]:
         ) from error
     rows = []
     for tensor in reader.tensors:
-        values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type))
+        values = gguf.dequantize(tensor.data, tensor.tensor_type)
         rows.append(
             {
                 "name": tensor.name,
@@ -113,7 +111,7 @@ def _gguf(path: Path) -> dict[str, Any]:
                 "dtype": tensor.tensor_type.name,
                 "elements": int(tensor.n_elements),
                 "bytes": int(tensor.n_bytes),
-                "zeros": float((values == 0).sum()) / max(1, int(tensor.n_elements)),
+                "zeros": int((values == 0).sum()) / max(1, int(tensor.n_elements)),
             }
         )
     about = {}

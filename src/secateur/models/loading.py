@@ -84,7 +84,7 @@ def _check_parts(site: Site, named: Tensors) -> None:
 
 def _stock(folder: Path, saved: dict[str, Any], there: dict[str, Entry]) -> nn.Module:
     config, kind = _class(folder, "config.json", saved, there)
-    _check_dtype(config, there, folder)
+    _check_dtypes(saved, there, folder)
     agree(kind, config, there, folder, exact=True)
     dtype = getattr(config, "dtype", None) or torch.float32
     return from_folder(kind, config, folder, dtype)
@@ -166,7 +166,7 @@ def _cut(folder: Path, saved: dict[str, Any], there: dict[str, Entry]) -> nn.Mod
     aliases = _aliases(saved, shape, folder)
     check_tensors(hf.entries_of(shape, aliases), there, folder / "model.safetensors", dtypes=False)
     _check_buffers(shape, sum(e.elements for e in there.values()), where)
-    _check_dtype(config, there, folder)
+    _check_dtypes(saved, there, folder)
     model = _replay(hf.empty(kind, config, getattr(config, "dtype", None) or torch.float32), edits, folder)
     hf.fill_(model, read_tensors(folder / "model.safetensors"), aliases)
     return model
@@ -242,20 +242,20 @@ def _check_buffers(model: nn.Module, in_file: int, where: Path) -> None:
         )
 
 
-def _check_dtype(config: Any, there: dict[str, Entry], folder: Path) -> None:
-    said = getattr(config, "dtype", None) or torch.float32
+def _check_dtypes(saved: Mapping[str, Any], there: Mapping[str, Entry], folder: Path) -> None:
+    said = saved.get("dtypes")
     for name, entry in there.items():
-        if entry.dtype.is_floating_point and entry.dtype != said:
+        dtype = str(entry.dtype).removeprefix("torch.")
+        if entry.dtype.is_floating_point and (not isinstance(said, list) or dtype not in said):
             raise ModelError(
                 f"{folder} was to be loaded",
-                f"{name} is {str(entry.dtype).removeprefix('torch.')} and the config says "
-                f"{str(said).removeprefix('torch.')}",
+                f"{name} is {dtype} and the record says {said}",
                 "The folder does not fit together: save the model again.",
             )
         if not entry.dtype.is_floating_point and name.endswith((".weight", ".bias")):
             raise ModelError(
                 f"{folder} was to be loaded",
-                f"{name} holds {str(entry.dtype).removeprefix('torch.')}, and weights are floating point",
+                f"{name} holds {dtype}, and weights are floating point",
                 "The folder does not fit together: save the model again.",
             )
 

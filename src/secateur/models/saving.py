@@ -23,7 +23,7 @@ from secateur.edit import Edit, Mask, Merge, Remove
 from secateur.errors import ModelError
 from secateur.models import hf
 from secateur.models.card import model_card
-from secateur.models.folder import FORMAT, RECORD, check_tensors, is_ours, sha256
+from secateur.models.folder import CARD, FORMAT, RECORD, check_tensors, is_ours, sha256
 from secateur.models.loading import structure_
 from secateur.models.opening import Opened
 from secateur.outcome import (
@@ -115,19 +115,21 @@ def _write(folder: Path, outcome: Outcome, opened: Opened, recipe: Mapping[str, 
     edits = [*opened.edits, *outcome.edits]
     write = _write_hf if hf.is_hf(model) else _write_python
     said = write(folder, model, opened, edits)
-    edits_file.save([] if said["stock"] and opened.edits and not outcome.edits else edits, folder / "edits.safetensors")
+    edits_file.save(edits, folder / "edits.safetensors")
     if opened.tokenizer is not None:
         opened.tokenizer.save_pretrained(str(folder))
     record = outcome.record or _record(outcome, opened)
+    floats = {v.dtype for v in model.state_dict().values() if v.is_floating_point()}
     said |= {
         "format": FORMAT,
+        "dtypes": sorted(str(d).removeprefix("torch.") for d in floats),
         "source": opened.source,
         "opened": opened.kind,
         "index": index_maps(outcome.edits, opened.index),
         "lineage": [*opened.lineage, {"method": record.method, "settings": record.settings, "created": record.created}],
     }
     _write_recipe(folder / "recipe.yaml", recipe or _recipe(record, opened))
-    write_text(folder / "README.md", model_card(record, said, [e.describe() for e in outcome.edits]))
+    write_text(folder / CARD, model_card(record, said, [e.describe() for e in outcome.edits]))
     size = (folder / "model.safetensors").stat().st_size
     ledger = replace(record.ledger, after=replace(record.ledger.after, stored_bytes=size))
     files = {p.name: sha256(p) for p in sorted(folder.iterdir()) if p.is_file()}
@@ -197,7 +199,10 @@ def _stock(folder: Path, model: nn.Module, base: Any) -> tuple[Any | None, str, 
     inputs = hf.example_inputs(model)
     difference = None
     if inputs:
-        ours, stock = hf.answer(model, inputs).cpu(), hf.answer(fresh, {k: v.cpu() for k, v in inputs.items()})
+        try:
+            ours, stock = hf.answer(model, inputs).cpu(), hf.answer(fresh, {k: v.cpu() for k, v in inputs.items()})
+        except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
+            return None, f"it, or the stock {kind.__name__}, does not answer a small input: {hf.one_line(error)}", None
         difference = float((ours - stock).abs().max())
         if not difference <= _tolerance(config.dtype) * max(1.0, float(ours.abs().max())):
             return None, f"the stock {kind.__name__} of the same shapes answers differently, by {difference:.2g}", None
