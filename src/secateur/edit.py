@@ -65,11 +65,11 @@ class Mask:
     def apply_(self, model: nn.Module) -> None:
         """Write zeros, in place."""
         named = tensors(model)
-        gone = self.site.expand(~self.keep)
+        gone = ~self.keep
         with torch.no_grad():
             for part in self.site.parts:
                 seen = part.read(named)
-                seen.masked_fill_(gone[part.key].to(seen.device), 0)
+                seen.masked_fill_(part.expand(gone).to(seen.device), 0)
 
     def describe(self) -> str:
         """`mask blocks.0.mlp.up.weight: 1,536 of 3,072 weights kept`."""
@@ -129,6 +129,7 @@ class Rotate:
         named = tensors(model)
         for part in self.site.parts:
             _contract(model, named, part, self.matrix, self.site.name)
+        _refit(model, self.site, self.matrix.shape[1])
 
     def describe(self) -> str:
         """`rotate blocks.0.stream: 576 -> 432 directions`."""
@@ -219,6 +220,8 @@ class Replace:
         """Set the module in its parent."""
         owner, attribute = _holder(model, self.name)
         setattr(owner, attribute, self.module)
+        if hasattr(self.module, "join_"):  # one that works with other modules finds them by name
+            self.module.join_(model)  # type: ignore[operator]
 
     def describe(self) -> str:
         """`replace blocks.0.norm by Identity`."""
@@ -253,7 +256,7 @@ class _Gated(nn.Module):
         self.site, self.part, self.gate = site, part, gate
 
     def forward(self, tensor: Tensor) -> Tensor:
-        factor = self.site.expand(self.gate(self.part.view(tensor)), nobody=1.0)[self.part.key]
+        factor = self.part.expand(self.gate(self.part.view(tensor)), nobody=1.0)
         return tensor * (factor.transpose(0, -1) if self.part.turned else factor)
 
 
