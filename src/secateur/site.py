@@ -67,6 +67,14 @@ class Part:
             )
         return self.view(tensors[self.name])
 
+    def expand(self, units: Tensor, nobody: float = 0.0) -> Tensor:
+        """One value per unit -> one per element, broadcastable to the part; -1 gets `nobody`."""
+        if self.owner is None:
+            return units.reshape(self.shape)
+        owner, flat = self.owner.to(units.device), units.reshape(-1)
+        fill = torch.full((), nobody, dtype=flat.dtype, device=flat.device)
+        return torch.where(owner >= 0, flat[owner.clamp(min=0)], fill)
+
     def owned(self) -> Tensor:
         """Which unit owns each element along the owner's own axes (int64)."""
         if self.owner is None:
@@ -116,17 +124,7 @@ class Site:
 
     def expand(self, units: Tensor, nobody: float = 0.0) -> dict[str, Tensor]:
         """One value per unit [*shape] -> one per element, broadcastable to each part; -1 gets `nobody`."""
-        flat = units.reshape(-1)
-        out: dict[str, Tensor] = {}
-        for part in self.parts:
-            if part.owner is None:
-                out[part.key] = units.reshape(part.shape)
-                continue
-            owner = part.owner.to(flat.device)
-            value = flat[owner.clamp(min=0)]
-            fill = torch.full((), nobody, dtype=value.dtype, device=value.device)
-            out[part.key] = torch.where(owner >= 0, value, fill)
-        return out
+        return {part.key: part.expand(units, nobody) for part in self.parts}
 
     def cost(self, of: Unit = "weights") -> Tensor:
         """What one unit costs [*shape], float64: weights, multiply-adds per example, bytes, or one."""

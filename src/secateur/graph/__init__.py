@@ -39,6 +39,18 @@ class Coupling:
         """The sites of these kinds."""
         return tuple(site for site in self.sites if site.kind in kinds)
 
+    def need(self, *kinds: Kind) -> tuple[Site, ...]:
+        """The sites of these kinds. Raises GraphError, naming what is frozen, when there is none."""
+        found = self.of(*kinds)
+        if not found:
+            reasons = "; ".join(str(f) for f in self.frozen[:5]) or "no operator couples any"
+            raise GraphError(
+                f"sites of kind {' or '.join(kinds)} were asked for",
+                f"none can be taken out ({reasons})",
+                "Use a method that masks weights, which needs no coupling.",
+            )
+        return found
+
 
 def couple(model: nn.Module, example: Batch, *, verify: bool = True) -> Coupling:
     """Every site whose units can be taken out whole: channels, neurons, attention heads and the residual stream.
@@ -252,16 +264,3 @@ def _maker(site: Site) -> str:
         if site.kind != "stream" and part.axis == 0 and len(part.shape) > 1:
             return part.name.rpartition(".")[0]
     return site.parts[0].name.rpartition(".")[0]
-
-
-def refuse_nothing(model: nn.Module, coupling: Coupling, kinds: Sequence[Kind]) -> tuple[Site, ...]:
-    """The sites of these kinds; GraphError, naming what is frozen, when there is none."""
-    found = coupling.of(*kinds)
-    if not found:
-        reasons = "; ".join(str(f) for f in coupling.frozen[:5]) or "no operator couples any"
-        raise GraphError(
-            f"{' or '.join(kinds)} sites of a {type(model).__name__} were asked for",
-            f"none can be taken out ({reasons})",
-            "Use a method that masks weights, or exclude the module and cut the rest.",
-        )
-    return found

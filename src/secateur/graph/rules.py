@@ -214,7 +214,7 @@ def _conv(t: Tracing, a: dict[str, Any]) -> Traced:
         p.freeze(group)
         p.freeze(group_out)
         p.unify(within, w.dims[1])
-    return _convolved(t, x, w, b, out)
+    return _convolved(t, x, w, b, out, transposed=False)
 
 
 @rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
@@ -231,10 +231,10 @@ def _conv_transposed(t: Tracing, a: dict[str, Any]) -> Traced:
         group, _ = p.split(channels, [groups, len(channels) // groups])
         p.freeze(group)
         out = p.join([group, w.dims[1]])
-    return _convolved(t, x, w, b, out)
+    return _convolved(t, x, w, b, out, transposed=True)
 
 
-def _convolved(t: Tracing, x: Traced, w: Traced, b: Traced | None, out: Ints) -> Traced:
+def _convolved(t: Tracing, x: Traced, w: Traced, b: Traced | None, out: Ints, transposed: bool) -> Traced:
     spatial = len(w.dims) - 2
     for d in (*w.dims[2:], *x.dims[len(x.dims) - spatial :]):
         t.positions.freeze(d)
@@ -242,7 +242,9 @@ def _convolved(t: Tracing, x: Traced, w: Traced, b: Traced | None, out: Ints) ->
         t.positions.unify(b.dims[0], out)
     sizes = t.output[len(t.output) - spatial :]
     batch = x.dims[: len(x.dims) - spatial - 1]
-    t.used(w, math.prod(len(d) for d in batch) * math.prod(sizes))
+    # An element meets every position of the output once; transposed, every position of the input.
+    met = x.shape[len(x.dims) - spatial :] if transposed else sizes
+    t.used(w, math.prod(len(d) for d in batch) * math.prod(met))
     return Traced((*batch, out, *(t.stay(s) for s in sizes)))
 
 
@@ -318,15 +320,18 @@ def _softmax(t: Tracing, a: dict[str, Any]) -> Traced:
 
 # Element by element
 
-_ELEMENTWISE = """abs acos add addcdiv addcmul alias atan bitwise_and bitwise_not bitwise_or bitwise_xor
-__and__ __or__ __xor__ ceil celu clamp clamp_max clamp_min clone contiguous copy cos cosh detach detach_ div dropout elu eq erf exp exp2 expm1
-feature_dropout alpha_dropout floor floor_divide fmod ge gelu greater gt hardshrink hardsigmoid hardswish hardtanh isinf
-isnan le leaky_relu lerp lift_fresh_copy log log10 log1p log2 log_sigmoid logical_and logical_not logical_or logical_xor
-lt masked_fill maximum minimum mish mul native_dropout ne neg nan_to_num ones_like positive pow reciprocal relu
-relu6 remainder round rrelu rsqrt rsub selu sgn sigmoid sign silu sin sinh softplus softshrink sqrt square sub tan tanh
-tanh_shrink tanhshrink threshold to type_as where zeros_like full_like empty_like rand_like randn_like _to_copy
-true_divide divide multiply subtract lift_fresh double float half bfloat16 int long bool cpu cuda
-fake_quantize_per_tensor_affine logaddexp atan2 hypot xlogy erfc erfinv trunc frac logit softmax_backward identity"""
+_ELEMENTWISE = """
+__and__ __or__ __xor__ _to_copy abs acos add addcdiv addcmul alias alpha_dropout atan atan2 bfloat16 bitwise_and
+bitwise_not bitwise_or bitwise_xor bool ceil celu clamp clamp_max clamp_min clone contiguous copy cos cosh cpu cuda
+detach detach_ div divide double dropout elu empty_like eq erf erfc erfinv exp exp2 expm1
+fake_quantize_per_tensor_affine feature_dropout float floor floor_divide fmod frac full_like ge gelu greater gt half
+hardshrink hardsigmoid hardswish hardtanh hypot identity int isinf isnan le leaky_relu lerp lift_fresh lift_fresh_copy
+log log10 log1p log2 log_sigmoid logaddexp logical_and logical_not logical_or logical_xor logit long lt masked_fill
+maximum minimum mish mul multiply nan_to_num native_dropout ne neg ones_like positive pow rand_like randn_like
+reciprocal relu relu6 remainder round rrelu rsqrt rsub selu sgn sigmoid sign silu sin sinh softmax_backward softplus
+softshrink sqrt square sub subtract tan tanh tanh_shrink tanhshrink threshold to true_divide trunc type_as where xlogy
+zeros_like
+"""
 
 
 @rule(*_ELEMENTWISE.split())
@@ -547,6 +552,17 @@ def _flip(t: Tracing, a: dict[str, Any]) -> Traced:
     return Traced(tuple(d[::-1] if i in gone else d for i, d in enumerate(x.dims)))
 
 
+@rule("roll")
+def _roll(t: Tracing, a: dict[str, Any]) -> Traced | None:
+    x, dims = a["self"], a.get("dims")
+    if not dims:
+        return None
+    gone = _axes(dims, len(x.dims))
+    for i in gone:
+        t.positions.freeze(x.dims[i])
+    return Traced(tuple(t.stay(len(d)) if i in gone else d for i, d in enumerate(x.dims)))
+
+
 @rule("embedding")
 def _embedding(t: Tracing, a: dict[str, Any]) -> Traced:
     w, index = a["weight"], a["indices"]
@@ -594,6 +610,33 @@ def _mean(t: Tracing, a: dict[str, Any]) -> Any:
         t.positions.mark(x.dims[i], STATISTIC)
     found = _sum(t, a)
     return found if len(t.outputs) == 1 else [found for _ in t.outputs]
+
+
+@rule("topk", "sort", "argsort", "argmax", "argmin", "kthvalue", "diff", "multinomial")
+def _ordered(t: Tracing, a: dict[str, Any]) -> Any:
+    x = _tensors(a)[0]
+    dim = a.get("dim")
+    gone = [int(-1 if dim is None else dim) % len(x.dims)] if x.dims else []
+    for i in gone:
+        t.positions.freeze(x.dims[i])
+    dims = [t.stay(len(d)) if i in gone else d for i, d in enumerate(x.dims)]
+    outs = []
+    for shape in t.outputs:
+        kept = dims if len(shape) == len(dims) else [d for i, d in enumerate(dims) if i not in gone]
+        outs.append(Traced(tuple(d if len(d) == n else t.stay(n) for d, n in zip(kept, shape, strict=True))))
+    return outs if len(outs) > 1 else outs[0]
+
+
+@rule("grouped_mm_fallback", "_grouped_mm", "grouped_mm")
+def _grouped_mm(t: Tracing, a: dict[str, Any]) -> Traced | None:
+    """Rows of x [rows, in], each through the matrix of its expert, w [experts, in, out]."""
+    x, w = _tensors(a)[:2]
+    if len(x.dims) != 2 or len(w.dims) != 3:
+        return None
+    t.positions.freeze(w.dims[0])
+    t.positions.unify(x.dims[1], w.dims[1])
+    t.used(w, len(x.dims[0]) / max(1, len(w.dims[0])))
+    return Traced((x.dims[0], w.dims[2]))
 
 
 @rule("cumsum", "cumprod")

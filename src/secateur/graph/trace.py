@@ -166,11 +166,11 @@ class _Interpreter:
                 return self.run_graph(args[inner[0]], list(args[inner[0] + 1 :]))
         if not any(isinstance(v, Tensor) for v in outs):
             return value
-        name = name.removeprefix("aten.").rpartition(".")[0] or name
+        name = name.removeprefix("aten.").rpartition(".")[0] or name  # without the overload
         touched = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Traced)]
         shapes = tuple(tuple(v.shape) if isinstance(v, Tensor) else () for v in outs)
         self.tracing.outputs = shapes
-        rule = find(name)
+        rule = find(name.rpartition(".")[2])
         if rule is not None and touched and hasattr(node.target, "_schema"):
             given = dict(zip((a.name for a in node.target._schema.arguments), args, strict=False)) | kwargs
             conflicts = self.tracing.positions.conflicts
@@ -184,7 +184,7 @@ class _Interpreter:
             if found is not None and tuple(v.shape for v in got) == shapes:
                 return found
             return self.give_up(node, name, touched, shapes, value, "its rule does not cover this use")
-        if not touched or all(self.tracing.positions.all_frozen(d) for v in touched for d in v.dims):
+        if all(self.tracing.positions.all_frozen(d) for v in touched for d in v.dims if len(d) > 1):
             return self.unknown(shapes, value)
         return self.give_up(node, name, touched, shapes, value, "there is no rule for this operator")
 
