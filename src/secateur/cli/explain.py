@@ -1,0 +1,148 @@
+"""`secateur explain`: one method, whole."""
+
+import inspect
+import sys
+from dataclasses import MISSING, is_dataclass
+from typing import Any
+
+import click
+
+from secateur.cli.options import metavar, spoken, terminal
+
+
+@click.command("explain")
+@click.argument("method")
+@spoken
+def command(method: str, **spoken: Any) -> None:
+    """One method: the idea, the settings, what the paper reports, what was measured here.
+
+    METHOD may also be a part that settings take: owl, global, per-row, ...
+    """
+    from secateur.axes import words
+    from secateur.errors import SettingError, did_you_mean
+    from secateur.method import load, names
+
+    speaker = terminal(spoken)
+    name = method if method in names() else method.replace("-", "_")
+    if name not in names():
+        parts = words()
+        if method in parts:
+            about = _part(method, parts[method])
+            speaker.emit(about)
+            if not speaker.as_json:
+                _show_part(speaker, about)
+            return
+        raise SettingError(
+            f"method {method!r} was asked for", "there is none of that name", did_you_mean(method, [*names(), *parts])
+        )
+    about = _method(name, load(name))
+    speaker.emit(about)
+    if not speaker.as_json:
+        _show(speaker, about)
+
+
+def _method(name: str, kind: Any) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from secateur.claims import results
+
+    claim = results().get(name)
+    about = asdict(kind.card) | {
+        "name": name,
+        "idea": inspect.cleandoc(sys.modules[kind.__module__].__doc__ or ""),
+        "does": inspect.cleandoc(kind.__doc__ or ""),
+        "settings": _settings(kind),
+        "measured": None,
+    }
+    if claim is not None:
+        about["measured"] = {
+            "verdict": claim.verdict,
+            "says": claim.says,
+            "source": claim.source,
+            "here": claim.here,
+            "seeds": len(claim.seeds),
+            "findings": [{"says": f.says, "verdict": f.verdict, "central": f.central} for f in claim.findings],
+        }
+    return about
+
+
+def _settings(kind: Any) -> list[dict[str, Any]]:
+    from secateur.axes import words
+    from secateur.recipe import fitting, settings_of, text_of_value
+
+    known = words(sys.modules[kind.__module__])
+    return [
+        {
+            "name": setting.name,
+            "type": setting.written,
+            "default": None if setting.default is MISSING else text_of_value(setting.default),
+            "comment": setting.comment,
+            "choices": list(setting.choices) or (sorted(fitting(setting.hint, known)) if setting.part else []),
+            "metavar": metavar(setting),
+        }
+        for setting in settings_of(kind).values()
+    ]
+
+
+def _show(speaker: Any, about: dict[str, Any]) -> None:
+    from rich.markup import escape
+
+    from secateur.cli.terminal import table
+
+    speaker.show(f"{about['name']}\n")
+    speaker.show(about["idea"] + "\n")
+    speaker.show(about["does"] + "\n")
+    facts = table("", "")
+    source = ", ".join(str(v) for v in (f"arXiv:{about['arxiv']}" if about["arxiv"] else "", about["venue"], about["year"]) if v)
+    number = f" (paper {about['number']} of this project)" if about["number"] else ""
+    facts.show_header = False
+    for head, text in (
+        ("paper", f"{about['title']}. {source}{number}"),
+        ("when", about["when"]),
+        ("removes", ", ".join(about["granularity"])),
+        ("models", ", ".join(about["families"])),
+        ("needs", ", ".join(about["needs"]) or "nothing but the model"),
+        ("reports", about["reports"] or "nothing that was noted"),
+        ("measured", _measured(about["measured"])),
+        ("pinned by", about["checked"]),
+        *(("differs", line) for line in about["differs"]),
+    ):
+        if text:
+            facts.add_row(f"[bold]{head}[/]", escape(str(text)))
+    speaker.show(facts)
+    _show_settings(speaker, about["settings"])
+
+
+def _measured(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "not yet"
+    lines = [f"{found['verdict']}, over {found['seeds']} seeds. {found['here']}"]
+    lines += [f"{f['verdict']}: {f['says']}" for f in found["findings"]]
+    return "\n".join(lines)
+
+
+def _show_settings(speaker: Any, settings: list[dict[str, Any]]) -> None:
+    from rich.markup import escape
+
+    from secateur.cli.terminal import table
+
+    if not settings:
+        return
+    shown = table("setting", "type", "default", "", title="\nSettings, each an option of `secateur prune`")
+    for each in settings:
+        choices = f" One of: {', '.join(each['choices'])}." if each["choices"] else ""
+        default = "required" if each["default"] is None else each["default"] or "none"
+        option = f"--{each['name'].replace('_', '-')}"
+        shown.add_row(f"[bold]{option}[/]", escape(each["type"]), escape(default), escape((each["comment"] + choices).strip()))
+    speaker.show(shown)
+
+
+def _part(word: str, kind: Any) -> dict[str, Any]:
+    settings = _settings(kind) if is_dataclass(kind) else []
+    return {"name": word, "idea": inspect.cleandoc(kind.__doc__ or ""), "settings": settings}
+
+
+def _show_part(speaker: Any, about: dict[str, Any]) -> None:
+    speaker.show(f"{about['name']}, a part that settings of methods take\n")
+    speaker.show(about["idea"])
+    _show_settings(speaker, about["settings"])

@@ -1,0 +1,137 @@
+"""`secateur plan`: a dry run, priced before any damage."""
+
+from dataclasses import asdict
+from typing import Any
+
+import click
+
+from secateur.cli.options import SETTINGS, TASK, Verb, measuring, running, spoken, terminal
+
+
+@click.command("plan", cls=Verb)
+@click.argument("model")
+@click.argument("method")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting of a recipe.")
+@click.option("--no-trial", is_flag=True, help="Do not prune one block of a copy to estimate the time.")
+@measuring
+@running
+@spoken
+@click.pass_context
+def command(
+    ctx: click.Context,
+    model: str,
+    method: str,
+    overrides: tuple[str, ...],
+    no_trial: bool,
+    task: str | None,
+    eval_split: str,
+    seed: int | None,
+    device: str | None,
+    dtype: str | None,
+    threads: int | None,
+    online: bool,
+    **spoken: Any,
+) -> None:
+    """A dry run: what would go, what it would cost, and how long it would take. Changes nothing.
+
+    METHOD is a method or a recipe (.yaml); `secateur plan MODEL METHOD --help` lists its settings.
+    """
+    from secateur.cli.opening import model_from, recipe_from, set_threads, task_from
+    from secateur.plan import plan
+
+    speaker = terminal(spoken)
+    set_threads(threads)
+    recipe = recipe_from(method, ctx.meta[SETTINGS], overrides)
+    recipe.method.check()
+    with speaker.busy(f"opening {model}"):
+        opened = model_from(model, dtype=dtype or recipe.dtype, device=device or recipe.device, online=online)
+        settings = {**(recipe.task_settings if task is None else {}), **ctx.meta[TASK]}
+        chosen = task_from(opened, task or recipe.task, settings, seed if seed is not None else recipe.seed or 0)
+    with speaker.busy("looking at every site, and trying one block on a copy"):
+        found = plan(recipe.method, opened.model, chosen, trial=not no_trial)
+    speaker.emit(asdict(found) | {"model": model, "task": chosen.name})
+    if not speaker.as_json:
+        _show(speaker, found, opened.name, chosen.name)
+
+
+def _show(speaker: Any, found: Any, model: str, task: str) -> None:
+    from rich.markup import escape
+
+    from secateur.cli.terminal import table
+    from secateur.report import figures
+
+    speaker.show(f"{found.method} on {model}, calibrated and measured on {task}. Nothing was changed.\n")
+    if found.rows:
+        shown = table("site", "kind", "shape", "units", "to keep", "weights", "to remove", right=("units", "to keep", "weights", "to remove"))
+        for row in shortened(found.rows):
+            shown.add_row(
+                escape(row["site"]),
+                row["kind"],
+                row["shape"],
+                f"{row['units']:,}",
+                "in the run" if row["keep"] is None else f"{row['keep']:,}",
+                f"{row['weights']:,}",
+                "in the run" if row["removed"] is None else f"{row['removed']:,}",
+            )
+        speaker.show(shown)
+        speaker.show("")
+    if found.asked is not None:
+        speaker.show(f"sparsity    {found.asked:g} of {found.denominator}")
+    else:
+        speaker.show(f"sparsity    of {found.denominator}")
+    show_left(speaker.show, found)
+    for frozen in found.frozen:
+        speaker.show(f"frozen      {frozen}")
+    for note in found.notes:
+        speaker.show(f"note        {note}")
+    speaker.show("")
+    cost = table("", "before", "after (estimated)", right=("before", "after (estimated)"))
+    after = found.after
+    for name, key, write in (
+        ("parameters", "parameters", figures.count),
+        ("zeros among them", "zeros", figures.count),
+        ("bytes in memory", "memory_bytes", figures.size),
+        ("work per forward pass, as if dense", "flops", figures.work),
+    ):
+        cost.add_row(name, write(getattr(found.before, key)), "decided in the run" if after is None else write(getattr(after, key)))
+    speaker.show(cost)
+    price = found.price
+    if price is not None:
+        time = "not known" if price.seconds is None else f"about {figures.duration(price.seconds)}"
+        memory = "not known" if price.memory_bytes is None else f"about {figures.size(price.memory_bytes)}"
+        speaker.show(f"\npruning     {time}, peak memory {memory}")
+        speaker.show(f"            estimated: {price.how}")
+
+
+def shortened(rows: Any) -> list[dict[str, Any]]:
+    """Rows for a table, those of blocks that are alike as one."""
+    alike: dict[tuple[Any, ...], list[Any]] = {}
+    for row in rows:
+        own = row.site.removeprefix(row.block) if row.block else row.site
+        alike.setdefault((own, row.kind, row.shape, row.keep) if row.block else (row.site,), []).append(row)
+    found = []
+    for same in alike.values():
+        first = same[0]
+        name = first.site if len(same) == 1 else f"{len(same)} x {first.site.removeprefix(first.block).lstrip('.')}"
+        found.append(
+            {
+                "site": name,
+                "kind": first.kind,
+                "shape": "x".join(map(str, first.shape)),
+                "units": sum(r.units for r in same),
+                "keep": None if first.keep is None else sum(r.keep for r in same),
+                "weights": sum(r.weights for r in same),
+                "removed": None if first.removed is None else sum(r.removed for r in same),
+            }
+        )
+    return found
+
+
+def show_left(say: Any, found: Any) -> None:
+    """What is left alone, by what it is for."""
+    roles: dict[str, list[Any]] = {}
+    for each in found.left:
+        roles.setdefault(each.role, []).append(each)
+    for role, members in roles.items():
+        some = ", ".join(m.name for m in members[:2]) + (f" and {len(members) - 2} more" if len(members) > 2 else "")
+        say(f"left alone  {role}: {sum(m.parameters for m in members):,} parameters ({some})")

@@ -1,0 +1,250 @@
+"""`secateur prune`: from a model and a method to a folder that loads elsewhere."""
+
+import contextlib
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from secateur.cli import MISSED
+from secateur.cli.options import SETTINGS, TASK, Verb, command_line, measuring, running, spoken, terminal
+
+if TYPE_CHECKING:
+    from secateur.cli.terminal import Blocks, Terminal
+    from secateur.method import Method
+    from secateur.models import Opened
+    from secateur.outcome import Outcome, Record
+    from secateur.plan import Plan
+    from secateur.recipe import Recipe
+    from secateur.task import Task
+
+
+@click.command("prune", cls=Verb)
+@click.argument("model")
+@click.argument("method")
+@click.option("--out", required=True, metavar="DIR", help="Where the pruned model is saved.")
+@click.option("--overwrite", is_flag=True, help="Replace a model that secateur saved there before.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting of a recipe.")
+@click.option("--resume", metavar="DIR", help="Where finished blocks are kept until the end. [default: hidden, beside DIR]")
+@click.option("--fresh", is_flag=True, help="Forget what an earlier, unfinished run left there.")
+@click.option("--no-eval", is_flag=True, help="Do not measure quality before and after.")
+@click.option("--timing", is_flag=True, help="Time a forward pass of both models, in turn.")
+@measuring
+@running
+@spoken
+@click.pass_context
+def command(
+    ctx: click.Context,
+    model: str,
+    method: str,
+    out: str,
+    overwrite: bool,
+    overrides: tuple[str, ...],
+    resume: str | None,
+    fresh: bool,
+    no_eval: bool,
+    timing: bool,
+    task: str | None,
+    eval_split: str,
+    seed: int | None,
+    device: str | None,
+    dtype: str | None,
+    threads: int | None,
+    online: bool,
+    **spoken: Any,
+) -> int:
+    """Prune a model and save it, with its record, its recipe and a card.
+
+    MODEL is a Hugging Face folder, a GGUF file, module:function, a folder saved here, or a name such as smollm2. METHOD
+    is a method or a recipe (.yaml); `secateur prune MODEL METHOD --help` lists its settings. A run that was cut off is
+    taken up again by the same command. Ends with 2 for bad input, and with 3 when the target was missed.
+    """
+    from secateur.cli.opening import model_from, recipe_from, set_threads, task_from
+
+    speaker = terminal(spoken)
+    target = Path(out)
+    _refuse_folder(target, overwrite)
+    set_threads(threads)
+    recipe = recipe_from(method, ctx.meta[SETTINGS], overrides)
+    recipe.method.check()
+    with speaker.busy(f"opening {model}"):
+        opened = model_from(model, dtype=dtype or recipe.dtype, device=device or recipe.device, online=online)
+        given = {**(recipe.task_settings if task in (None, recipe.task) else {}), **ctx.meta[TASK]}
+        chosen = task_from(opened, task or recipe.task, given, seed if seed is not None else recipe.seed or 0)
+    recipe = replace(
+        recipe,
+        model=str(Path(model).resolve()) if Path(model).exists() else model,
+        task=_named(task or recipe.task or chosen.name),
+        task_settings=given,
+        seed=chosen.seed,
+        dtype=dtype or recipe.dtype or "float32",
+        device=device or recipe.device,
+    )
+    planned = _announce(speaker, recipe.method, opened, chosen)
+    speaker.log_to(target.with_name(target.name + ".log"))
+    journal = Path(resume) if resume else target.with_name(f".{target.name}.journal")
+    if fresh and journal.exists():
+        _forget(journal)
+    outcome = _run(speaker, recipe.method, opened, chosen, journal, None if no_eval else eval_split, timing, command_line(ctx))
+    with speaker.busy("saving"):
+        from secateur.models import save
+
+        folder = save(outcome, opened, target, recipe=recipe.plain(), overwrite=overwrite)
+    if journal.exists():
+        _forget(journal)
+    return _finish(speaker, outcome, folder, out, planned)
+
+
+def _named(task: str) -> str:
+    return str(Path(task).resolve()) if Path(task).exists() else task
+
+
+def _refuse_folder(target: Path, overwrite: bool) -> None:
+    """Raise ModelError for a folder that could not be saved to, before anything is run."""
+    from secateur.errors import ModelError
+    from secateur.models.folder import is_ours
+
+    if not target.exists():
+        return
+    asked = f"a model was to be saved to {target}"
+    if not is_ours(target):
+        raise ModelError(asked, "it exists and secateur did not write it", "Give a folder that does not exist yet.")
+    if not overwrite:
+        raise ModelError(asked, "a saved model is there", "Give another folder, or --overwrite.")
+
+
+def _announce(speaker: "Terminal", method: "Method", opened: "Opened", task: "Task") -> "Plan":
+    """Everything that can be refused before data is read, and what will be left alone."""
+    from secateur.cli.plan import show_left
+    from secateur.plan import plan
+
+    with speaker.busy("checking every site"):
+        found = plan(method, opened.model, task, priced=False)
+    asked = "" if found.asked is None else f"sparsity {found.asked:g} of "
+    speaker.say(f"{method.name} on {opened.name}: {asked}{found.denominator}")
+    show_left(lambda text: speaker.say(text, "dim"), found)
+    for text in (*(f"frozen      {each}" for each in found.frozen), *(f"note        {each}" for each in found.notes)):
+        speaker.say(text, "dim")
+    return found
+
+
+def _run(
+    speaker: "Terminal",
+    method: "Method",
+    opened: "Opened",
+    task: "Task",
+    journal: Path,
+    measure: str | None,
+    timing: bool,
+    command: str,
+) -> "Outcome":
+    from secateur.method import prune
+    from secateur.walk import watching
+
+    progress: Blocks | None = None
+    try:
+        with speaker.blocks(method.name) as progress, watching(progress):
+            return prune(
+                opened.model,
+                method,
+                task,
+                inplace=True,
+                measure=measure,
+                timing=timing,
+                resume=journal,
+                name=opened.name,
+                command=command,
+            )
+    except BaseException as error:
+        done = len(list(journal.glob("block-*"))) if journal.exists() else 0
+        if not done and journal.exists():
+            _forget(journal)  # nothing in it to take up
+        if done:
+            of = f" of {progress.total}" if progress is not None and progress.total else ""
+            error.add_note(f"{done}{of} blocks are done and kept in {journal}: run the same command again to go on.")
+        elif isinstance(error, KeyboardInterrupt):
+            error.add_note("No block was done yet, and nothing was written.")
+        speaker.note(f"ended: {type(error).__name__}: {error}")
+        raise
+
+
+def _forget(journal: Path) -> None:
+    """Delete a journal, and nothing that is not one."""
+    known = [p for p in journal.iterdir() if p.name == "run.json" or p.name.startswith("block-")]
+    if len(known) == len(list(journal.iterdir())):
+        shutil.rmtree(journal, ignore_errors=True)
+
+
+def _finish(speaker: "Terminal", outcome: "Outcome", folder: Path, out: str, planned: "Plan") -> int:
+    from secateur.models.folder import RECORD
+    from secateur.outcome import Record
+    from secateur.report import summary
+
+    record = Record.read(folder / RECORD)
+    missed = _missed(record, planned)
+    speaker.emit(asdict(record) | {"out": str(folder), "missed": missed})
+    if not speaker.as_json:
+        _show_ledger(speaker, record)
+        speaker.show(f"\n{summary(record)}")
+    for note in record.notes:
+        speaker.say(f"note   {note}", "dim")
+    files = ", ".join(sorted(p.name for p in folder.iterdir()))
+    speaker.say(f"saved  {out}   {record.seconds:.1f} s   ({files})")
+    if missed:
+        from secateur.cli.terminal import explain_error
+        from secateur.errors import BudgetError
+
+        explain_error(BudgetError(*missed), ["The model was saved all the same."])
+        return MISSED
+    return 0
+
+
+def _missed(record: "Record", planned: "Plan") -> list[str]:
+    """What was asked, what was reached and what to do, when a target was not met; to within one unit a site."""
+    if planned.asked is None:
+        return []
+    ledger = record.ledger
+    reached = {
+        "weights": ledger.sparsity,
+        "units": 1 - sum(r.kept for r in record.sites) / max(sum(r.units for r in record.sites), 1),
+        "flops": 1 - (ledger.after.flops or 0) / (ledger.before.flops or 1),
+        "bytes": 1 - ledger.after.memory_bytes / ledger.before.memory_bytes,
+    }[planned.of]
+    total = sum(r.weights for r in record.sites) or 1
+    slack = sum(r.weights / r.units for r in record.sites if r.units) / total
+    if planned.of == "units":
+        slack = len(record.sites) / max(sum(r.units for r in record.sites), 1)
+    wanted = {planned.asked, planned.reachable if planned.reachable is not None else planned.asked}
+    if any(abs(reached - target) <= max(0.005, slack) for target in wanted):
+        return []
+    return [
+        f"a sparsity of {planned.asked:g} of the {planned.of} was asked for",
+        f"{reached:.4g} was reached",
+        "See the notes for what could not be removed, or ask for another pattern or sparsity.",
+    ]
+
+
+def _show_ledger(speaker: "Terminal", record: "Record") -> None:
+    from rich.markup import escape
+
+    from secateur.cli.terminal import table
+    from secateur.report import figures
+    from secateur.report.ledger import lines
+
+    shown = table("", "before", "after", "", right=("before", "after"))
+    before, after = record.measured("before"), record.measured("after")
+    metric = str(record.task.get("metric"))
+    if metric in after:
+        split = next((m.split for m in record.measurements), "")
+        how = ", ".join(f"{k} {figures.value(v)}" for k, v in after.items() if k in ("window", "windows", "tokens", "examples"))
+        first = figures.quality(before[metric]) if metric in before else ""
+        name = f"[bold]{escape(metric)}[/] on {escape(str(record.task['name']))}, {escape(split)}"
+        shown.add_row(name, first, figures.quality(after[metric]), f"[dim]{escape(how)}[/]")
+    with contextlib.suppress(KeyError):
+        for line in lines(record):
+            if line.after != figures.ABSENT:
+                before_text = "" if line.before == figures.ABSENT else line.before
+                shown.add_row(escape(line.name), before_text, line.after, f"[dim]{escape(line.change)}[/]")
+    speaker.show(shown)
