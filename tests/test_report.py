@@ -161,6 +161,19 @@ def test_summary_of_a_smaller_model_says_how_much():
     assert "a forward pass took 25.00 ms instead of 41.50 ms" in said
 
 
+def test_summary_does_not_speak_of_zeros_that_are_not_there():
+    run = record()
+    grown = replace(run.ledger.before, memory_bytes=200_000_000)
+    assert "takes 200.0 MB in memory instead of 136.8 MB" in report.summary(
+        replace(run, ledger=replace(run.ledger, after=grown))
+    )
+    said = report.summary(replace(run, ledger=replace(run.ledger, after=run.ledger.before)))
+    assert "the model takes as much memory and work as before" in said
+    assert "zeros" not in said
+    quick = replace(run.ledger.before, flops=2_568_000_000)
+    assert "a forward pass takes 20% less work" in report.summary(replace(run, ledger=replace(run.ledger, after=quick)))
+
+
 def test_summary_of_what_was_not_measured_and_of_what_diverged():
     assert "perplexity was not measured" in report.summary(record(quality=None))
     assert "the dense model was not measured" in report.summary(record(before=None))
@@ -197,6 +210,13 @@ def test_headline_admits_that_seeds_do_not_tell_two_methods_apart():
         "At 50% sparsity of smollm2, wanda has the lowest perplexity on wikitext2 of 2 methods, 30.11 ± 0.28 over 3"
     )
     assert "apart" not in said
+
+
+def test_headline_names_a_method_that_missed_its_target():
+    run = record("slicegpt", quality=90.0)
+    over = replace(run, ledger=replace(run.ledger, removed=round(0.75 * run.ledger.prunable)))
+    assert report.headline([record(), over]).endswith("; slicegpt removed 75% instead.")
+    assert "instead" not in report.headline([record(), run])
 
 
 # Side by side
@@ -507,7 +527,7 @@ def test_model_card_has_measured_numbers_only():
 def test_model_card_is_safe_from_names():
     text = report.model_card(record(model={"name": HOSTILE + "\n# x | y"}, notes=[HOSTILE]))
     assert "<script>" not in text.replace("\\<", "")
-    assert "\n# x" not in text
+    assert text.splitlines()[6].endswith("\\# x \\| y, pruned with wanda"), "a name is one line of the title"
 
 
 # In a browser

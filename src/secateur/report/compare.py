@@ -163,9 +163,12 @@ def shown(found: Sequence[Point]) -> list[Point]:
 
 def dense(records: Sequence[Record]) -> float | None:
     """The quality before pruning, averaged over the models pruned; None when not measured."""
-    found = {str(r.model.get("fingerprint") or i): quality_of(r, "before") for i, r in enumerate(records)}
-    known = [q for q in found.values() if q is not None]
-    return statistics.fmean(known) if known else None
+    found: dict[str, float] = {}
+    for place, record in enumerate(records):
+        before = quality_of(record, "before")
+        if before is not None:
+            found[str(record.model.get("fingerprint") or place)] = before
+    return statistics.fmean(found.values()) if found else None
 
 
 def compare_table(records: Sequence[Record]) -> list[dict[str, Any]]:

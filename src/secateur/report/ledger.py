@@ -74,7 +74,8 @@ def _faster(record: Record) -> str:
     if ledger.timing_before is None or ledger.timing_after is None:
         return ""
     if not shrank(ledger):
-        return "no speed-up: zeros are multiplied too"
+        zeros = ledger.after.zeros > ledger.before.zeros
+        return "no speed-up: zeros are multiplied too" if zeros else "no speed-up: the model is no smaller"
     faster = speed_up(ledger)
     return "no speed-up beyond the spread" if faster is None else f"{faster:.2f} times as fast"
 

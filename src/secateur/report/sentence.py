@@ -50,6 +50,9 @@ def headline(records: Sequence[Record]) -> str:
         last = f"{worst.series} has the {trail}, {figures.interval(worst.quality, worst.half)}"
     else:
         last = f"{worst.series} diverged"
+    missed = [p for p in ranked if p.asked is not None and abs(p.reached - p.asked) > 0.01]
+    if missed:
+        sure += f"; {_join([f'{p.series} removed {figures.percent(p.reached)} instead' for p in missed])}"
     return f"{start}{best.series} has the {lead} {name}{task} of {len(ranked)} methods, {told}, and {last}{sure}."
 
 
@@ -104,14 +107,18 @@ def _cost(record: Record) -> str:
     saved = "" if after.stored_bytes is None else f", and its saved weights take {figures.size(after.stored_bytes)}"
     if after.stored_bytes is not None and before.stored_bytes is not None:
         saved += f" instead of {figures.size(before.stored_bytes)}"
-    if not shrank(ledger):
+    if before.memory_bytes == after.memory_bytes and not shrank(ledger):
         # Zeros in a dense tensor are stored and multiplied like any other number.
-        return f"the model takes as much memory and work as before, its zeros being stored as numbers{saved}"
+        zeros = ", its zeros being stored as numbers" if after.zeros > before.zeros else ""
+        return f"the model takes as much memory and work as before{zeros}{saved}"
     faster = speed_up(ledger)
     if faster is not None and ledger.timing_before is not None and ledger.timing_after is not None:
         first, second = ledger.timing_before.milliseconds, ledger.timing_after.milliseconds
         saved += f"; a forward pass took {figures.quality(second)} ms instead of {figures.quality(first)} ms"
-    lighter = (
-        f"the model takes {figures.size(after.memory_bytes)} in memory instead of {figures.size(before.memory_bytes)}"
-    )
-    return f"{lighter}{saved}"
+    if before.memory_bytes != after.memory_bytes:
+        held = f"{figures.size(after.memory_bytes)} in memory instead of {figures.size(before.memory_bytes)}"
+        return f"the model takes {held}{saved}"
+    if before.flops and after.flops is not None and after.flops < before.flops:
+        less = figures.percent(1 - after.flops / before.flops)
+        return f"a forward pass takes {less} less work, in as much memory{saved}"
+    return f"the model has {figures.count(before.parameters - after.parameters)} parameters fewer{saved}"
