@@ -1,6 +1,7 @@
 """Rules: masks that hold to the bit, shadows that come back, ramps that are where they say, learning rates."""
 
 import copy
+import itertools
 
 import pytest
 import tiny
@@ -279,7 +280,7 @@ def test_a_ramp_that_zeroes_is_monotone_and_one_that_holds_values_is_not(optimiz
             masks.append({k: v.clone() for k, v in rule.keep.items()})
 
         fit(model, task, 60, [rule], OPTIMIZERS[optimizer](model.parameters()), watch=watch)
-        for old, new in zip(masks, masks[1:], strict=False):
+        for old, new in itertools.pairwise(masks):
             back += sum(int((new[k] & ~old[k]).sum()) for k in new)
         churn[holder] = back
     assert churn[Hold] == 0

@@ -4,10 +4,10 @@ import copy
 import math
 
 import pytest
+import tiny
 import torch
 from torch import nn
 
-import tiny
 from secateur.axes.allocations import Global
 from secateur.axes.rules import Gradual, Hold, LearningRate, Shadow, everything
 from secateur.axes.schedules import Schedule
@@ -314,7 +314,14 @@ def test_a_saved_snapshot_reads_back_whole(tmp_path):
     taken = []
     model, task = noisy(), tiny.toy_vectors()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    fit(model, task, 3, [LearningRate(), ramp(model)], optimizer, watch=lambda loop: taken.append(Snapshot.of(model, loop)))
+    fit(
+        model,
+        task,
+        3,
+        [LearningRate(), ramp(model)],
+        optimizer,
+        watch=lambda loop: taken.append(Snapshot.of(model, loop)),
+    )
     taken[-1].save(tmp_path / "s")
     back = Snapshot.load(tmp_path / "s")
 
