@@ -11,6 +11,7 @@
 `save` and `load` keep a list as safetensors, never pickle; `apply_` replays it.
 """
 
+import copy
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -217,11 +218,12 @@ class Replace:
         self.name, self.module = name, module
 
     def apply_(self, model: nn.Module) -> None:
-        """Set the module in its parent."""
+        """Set the module in its parent, and keep a copy: later edits change what is in the model, not the record."""
         owner, attribute = _holder(model, self.name)
-        setattr(owner, attribute, self.module)
-        if hasattr(self.module, "join_"):  # one that works with other modules finds them by name
-            self.module.join_(model)  # type: ignore[operator]
+        module, self.module = self.module, copy.deepcopy(self.module)
+        setattr(owner, attribute, module)
+        if hasattr(module, "join_"):  # one that works with other modules finds them by name
+            module.join_(model)  # type: ignore[operator]
 
     def describe(self) -> str:
         """`replace blocks.0.norm by Identity`."""
