@@ -186,9 +186,10 @@ def method_page(name: str, kind: type[Method], result: ClaimResult | None) -> st
     lines += ["## Settings", "", *settings_table(kind), ""]
     lines += [
         "```python",
-        "from secateur.method import load, prune",
+        "from secateur import prune",
+        f"from secateur.methods.{name} import {kind.__name__}",
         "",
-        f'outcome = prune(model, load("{name}")(), task)',
+        f"outcome = prune(model, {kind.__name__}(), task)",
         "```",
         "",
     ]
