@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -406,14 +407,16 @@ def _first_tensor(tree: Any) -> Tensor:
 
 
 class _Journal:
-    """Edits of finished blocks, a file each, in the folder of `journal`."""
+    """Edits of finished blocks, a file each, in the folder of `journal`; walks of one run are told apart."""
 
     def __init__(self, active: bool) -> None:
-        self.folder = _folder.get() if active else None
+        found = _folder.get() if active else None
+        self.folder: Path | None = found[0] if found else None
+        self.number = next(found[1]) if found else 0
 
     def _path(self, index: int) -> Path:
         assert self.folder is not None
-        return self.folder / f"block-{index:04d}.safetensors"
+        return self.folder / f"block-{self.number}-{index:04d}.safetensors"
 
     def read(self, index: int) -> list[Edit] | None:
         if self.folder is None or not self._path(index).exists():
@@ -425,7 +428,7 @@ class _Journal:
             save(edits, self._path(index))
 
 
-_folder: ContextVar[Path | None] = ContextVar("folder", default=None)
+_folder: ContextVar[tuple[Path, Iterator[int]] | None] = ContextVar("folder", default=None)
 _watcher: ContextVar[Callable[[Progress], None] | None] = ContextVar("watcher", default=None)
 
 
@@ -456,7 +459,7 @@ def journal(folder: str | Path | None, fingerprint: str = "") -> Iterator[None]:
         )
     else:
         about.write_text(json.dumps({"fingerprint": fingerprint}))
-    token = _folder.set(place)
+    token = _folder.set((place, count()))
     try:
         yield
     finally:
