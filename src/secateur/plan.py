@@ -112,7 +112,7 @@ def sites_of(method: Method, model: nn.Module, task: Task) -> tuple[list[Site], 
         found += [site for site in coupling.sites if site.kind in kinds]
         frozen = [str(each) for each in coupling.frozen]
         if not found:
-            coupling.need(*(kind for kind in ("channel", "head", "stream") if kind in kinds))  # type: ignore[misc]
+            coupling.need(*(kind for kind in ("channel", "head", "stream") if kind in kinds))
     if "layer" in kinds:
         found += layers(model)
     protected = getattr(method, "protected", None)
@@ -165,14 +165,14 @@ def counts(method: Method, sites: Sequence[Site]) -> tuple[dict[str, int] | None
             except PatternError as error:
                 misfits.append((site, error))
         if misfits:
-            site, error = misfits[0]
+            site, misfit = misfits[0]
             more = f" (and {len(misfits) - 1} more)" if len(misfits) > 1 else ""
             # As --exclude takes the place of the default, what is left alone by default must stand there again.
             gone = ",".join([*selection(method)[1], *(s.name.removesuffix(".weight") for s, _ in misfits[:3])])
             raise PatternError(
-                f"{error.asked}, at {site.name} {list(site.shape)}{more}",
-                error.found,
-                f"{error.do} Or leave it out: exclude={gone}.",
+                f"{misfit.asked}, at {site.name} {list(site.shape)}{more}",
+                misfit.found,
+                f"{misfit.do} Or leave it out: exclude={gone}.",
             )
     return keep, exact
 
@@ -256,12 +256,19 @@ def _after(before: Size, sites: Sequence[Site], keep: Mapping[str, int] | None) 
                 elements *= size
             owned = 1.0 if part.owner is None else float((part.owner >= 0).double().mean())
             kept[part.name] = kept.get(part.name, 1.0) * (1 - owned * (1 - keep[site.name] / site.units))
-            held[part.name] = (elements, elements * part.itemsize, 2 * part.uses * elements if len(part.shape) > 1 else 0)
+            held[part.name] = (
+                elements,
+                elements * part.itemsize,
+                2 * part.uses * elements if len(part.shape) > 1 else 0,
+            )
     parameters, memory, work = (sum(held[n][i] * (1 - kept[n]) for n in held) for i in range(3))
     cut = sum(h[2] for h in held.values())
     flops = None if before.flops is None or not cut else round(before.flops * (1 - work / cut) if work < cut else 0)
     return replace(
-        before, parameters=before.parameters - round(parameters), memory_bytes=before.memory_bytes - round(memory), flops=flops
+        before,
+        parameters=before.parameters - round(parameters),
+        memory_bytes=before.memory_bytes - round(memory),
+        flops=flops,
     )
 
 
@@ -381,7 +388,11 @@ def _forward(model: nn.Module, task: Task) -> tuple[float, int, int]:
         model.train(training)
         if hook is not None:
             hook.remove()
-    out = sum(t.numel() * t.element_size() for t in tree_flatten(dict(answer) if isinstance(answer, dict) else answer)[0] if isinstance(t, Tensor))
+    out = sum(
+        t.numel() * t.element_size()
+        for t in tree_flatten(dict(answer) if isinstance(answer, dict) else answer)[0]
+        if isinstance(t, Tensor)
+    )
     return spent, hidden, out
 
 
@@ -408,7 +419,17 @@ def _trial(method: Method, model: nn.Module, task: Task) -> tuple[float, int] | 
     return None
 
 
-
-
-__all__ = ["LeftAlone", "Plan", "Price", "Row", "check", "counts", "denominator", "left_alone", "links", "plan", "price", "sites_of"]
-
+__all__ = [
+    "LeftAlone",
+    "Plan",
+    "Price",
+    "Row",
+    "check",
+    "counts",
+    "denominator",
+    "left_alone",
+    "links",
+    "plan",
+    "price",
+    "sites_of",
+]

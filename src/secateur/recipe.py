@@ -21,9 +21,9 @@ import sys
 import tokenize
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Union
 
@@ -56,7 +56,7 @@ class Setting:
         return next((kind for kind in _members(self.hint) if _is_part(kind)), None)
 
 
-@lru_cache(maxsize=None)
+@cache
 def settings_of(kind: type) -> Mapping[str, Setting]:
     """The fields of a method or a part, by name in the order they are written."""
     hints = typing.get_type_hints(kind)
@@ -204,7 +204,9 @@ def _changed(where: str, part: Any, changes: Mapping[str, Any], known: Mapping[s
     """A part with some of its fields given as text."""
     if not is_dataclass(part) or isinstance(part, type):
         raise SettingError(
-            f"{where}.{next(iter(changes))} was given", f"{where} is {part!r}, which has no fields", "Give the part first."
+            f"{where}.{next(iter(changes))} was given",
+            f"{where} is {part!r}, which has no fields",
+            "Give the part first.",
         )
     if isinstance(part, Method):
         return build(type(part), {**settings(part), **changes})
@@ -255,7 +257,9 @@ def _one(where: str, kind: Any, value: Any, text: str | None, known: Mapping[str
         choices = {str(c): c for c in typing.get_args(kind)}
         if str(value) in choices:
             return choices[str(value)]
-        raise SettingError(f"{where}={value!r} was given", "it is not one of its words", did_you_mean(str(value), choices))
+        raise SettingError(
+            f"{where}={value!r} was given", "it is not one of its words", did_you_mean(str(value), choices)
+        )
     if origin in (tuple, list, Sequence) or kind in (tuple, list):
         return _many(where, kind, value, text, known)
     if origin in (dict, Mapping) and text is not None:
@@ -263,7 +267,16 @@ def _one(where: str, kind: Any, value: Any, text: str | None, known: Mapping[str
         inside = (typing.get_args(kind) or (str, str))[1]
         return {k.strip(): value_of(f"{where}.{k}", inside, v, known) for k, v in pairs.items()}
     if kind is bool:
-        spelt = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+        spelt = {
+            "true": True,
+            "yes": True,
+            "on": True,
+            "1": True,
+            "false": False,
+            "no": False,
+            "off": False,
+            "0": False,
+        }
         if isinstance(value, bool):
             return value
         if text is not None and text.lower() in spelt:
@@ -284,7 +297,9 @@ def _one(where: str, kind: Any, value: Any, text: str | None, known: Mapping[str
         return adapter.validate_python(value)
     except ValidationError as error:
         raise SettingError(
-            f"{where}={value!r} was given", error.errors()[0]["msg"][0].lower() + error.errors()[0]["msg"][1:], "Give another."
+            f"{where}={value!r} was given",
+            error.errors()[0]["msg"][0].lower() + error.errors()[0]["msg"][1:],
+            "Give another.",
         ) from None
 
 
@@ -310,11 +325,13 @@ def _many(where: str, kind: Any, value: Any, text: str | None, known: Mapping[st
     given = _split(text) if text is not None else value
     if not isinstance(given, (list, tuple)):
         raise SettingError(f"{where}={value!r} was given", "it is a list", "Give it as a,b or [a, b].")
-    if make is list or len(inside) == 2 and inside[1] is Ellipsis:
+    if make is list or (len(inside) == 2 and inside[1] is Ellipsis):
         return make(value_of(where, inside[0], v, known) for v in given)
     if len(inside) != len(given):
         raise SettingError(
-            f"{where}={value!r} was given", f"it takes {len(inside)} values, not {len(given)}", "Separate them by commas."
+            f"{where}={value!r} was given",
+            f"it takes {len(inside)} values, not {len(given)}",
+            "Separate them by commas.",
         )
     return tuple(value_of(where, k, v, known) for k, v in zip(inside, given, strict=True))
 
@@ -333,7 +350,9 @@ def _part(where: str, kind: Any, value: Any, known: Mapping[str, type]) -> Any:
         except (TypeError, ValueError) as error:
             if isinstance(error, SecateurError):
                 raise
-            raise SettingError(f"{where}={value} was given", f"it cannot be made: {error}", "Give its fields.") from None
+            raise SettingError(
+                f"{where}={value} was given", f"it cannot be made: {error}", "Give its fields."
+            ) from None
         value = part
         if not _fits(type(part), kind):
             raise SettingError(
@@ -358,7 +377,7 @@ def _fits(part: type, kind: type) -> bool:
     """Whether a part is of a kind: a class it is of, or a protocol all of whose members it has."""
     if not getattr(kind, "_is_protocol", False):
         return issubclass(part, kind)
-    wanted = {n for n in dir(kind) if not n.startswith("_")} | set(kind.__dict__.get("__annotations__", {}))
+    wanted = {n for n in dir(kind) if not n.startswith("_")} | set(inspect.get_annotations(kind))
     if "__call__" in kind.__dict__:
         wanted.add("__call__")
     held = {f.name for f in fields(part)} | set(dir(part))
@@ -467,7 +486,9 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         text = place.read_text(encoding="utf-8")
     except FileNotFoundError:
         near = [p.name for p in place.parent.glob("*") if p.name.endswith(SUFFIXES)] if place.parent.is_dir() else []
-        raise SettingError(f"recipe {path} was asked for", "there is no such file", did_you_mean(place.name, near)) from None
+        raise SettingError(
+            f"recipe {path} was asked for", "there is no such file", did_you_mean(place.name, near)
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise SettingError(f"recipe {path} was asked for", f"it cannot be read: {error}", "Give a text file.") from None
     return recipe_of(overridden(_loaded(text, str(path)), overrides), str(path))
@@ -479,7 +500,9 @@ def recipe_of(value: Any, where: str = "the recipe") -> Recipe:
         value = {"steps": value}
     if isinstance(value, Mapping) and "method" in value:
         value = {k: v for k, v in value.items() if k in KEYS} | {
-            "steps": [{k: v for k, v in value.items() if k not in KEYS or (k == "seed" and "seed" in _fields_of(value))}]
+            "steps": [
+                {k: v for k, v in value.items() if k not in KEYS or (k == "seed" and "seed" in _fields_of(value))}
+            ]
         }
     if not isinstance(value, Mapping):
         raise SettingError(f"{where} was given", "it holds no steps", "Write steps: and a list of methods.")
@@ -515,7 +538,7 @@ def _fields_of(step: Mapping[str, Any]) -> Mapping[str, Setting]:
 
 
 def overridden(value: Any, overrides: Sequence[str]) -> Any:
-    """Plain values of a recipe with `key=value` changes: `seed=1`, `task.window=128`, `sparsity=0.3`, `steps.1.rounds=2`.
+    """Plain values of a recipe with `key=value` changes: `seed=1`, `task.window=128`, `steps.1.rounds=2`.
 
     A key that is not the recipe's own is a setting of its one step, or of the numbered one.
     """
@@ -556,7 +579,9 @@ def _override_step(value: dict[str, Any], key: str, new: str) -> None:
             )
         place, key = (int(number[1]), number[2]) if number else (0, key)
         if place >= len(steps):
-            raise SettingError(f"--set steps.{place}.{key} was given", f"the recipe has {len(steps)} steps", "Count from 0.")
+            raise SettingError(
+                f"--set steps.{place}.{key} was given", f"the recipe has {len(steps)} steps", "Count from 0."
+            )
         if isinstance(steps[place], str):
             steps[place] = {"method": steps[place]}
         step = steps[place]
@@ -578,34 +603,32 @@ def _scalar(text: str) -> Any:
 
 
 def _loaded(text: str, where: str) -> Any:
+    """YAML without base sixty, in which 2:4 is 124, and without keys that are there twice."""
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """YAML without base sixty, in which 2:4 is 124, and without keys that are there twice."""
-
-        yaml_implicit_resolvers: typing.ClassVar = {
-            sign: [(tag, regex) for tag, regex in held if tag not in (_INT, _FLOAT)]
-            for sign, held in yaml.SafeLoader.yaml_implicit_resolvers.items()
-        }
-
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             seen: set[str] = set()
             for key, _ in node.value:
                 if key.value in seen:
-                    raise SettingError(
-                        f"{where} was given", f"{key.value!r} is in one place twice (line {key.start_mark.line + 1})", "Keep one."
-                    )
+                    line = key.start_mark.line + 1
+                    raise SettingError(f"{where} was given", f"{key.value!r} is there twice (line {line})", "Keep one.")
                 seen.add(key.value)
             return super().construct_mapping(node, deep)
 
+    usual = yaml.SafeLoader.yaml_implicit_resolvers
+    Loader.yaml_implicit_resolvers = {
+        sign: [(tag, regex) for tag, regex in held if tag not in (_INT, _FLOAT)] for sign, held in usual.items()
+    }
     Loader.add_implicit_resolver(_INT, re.compile(r"[-+]?\d+$"), list("-+0123456789"))
-    Loader.add_implicit_resolver(
-        _FLOAT, re.compile(r"[-+]?(\d+\.\d*|\.\d+)([eE][-+]?\d+)?$|[-+]?\d+[eE][-+]?\d+$|[-+]?\.(inf|Inf|INF)$"), list("-+.0123456789")
-    )
+    real = r"[-+]?(\d+\.\d*|\.\d+)([eE][-+]?\d+)?$|[-+]?\d+[eE][-+]?\d+$|[-+]?\.(inf|Inf|INF)$"
+    Loader.add_implicit_resolver(_FLOAT, re.compile(real), list("-+.0123456789"))
     try:
-        return yaml.load(text, Loader)  # noqa: S506  a SafeLoader with less
+        return yaml.load(text, Loader)  # a SafeLoader with less
     except yaml.YAMLError as error:
-        raise SettingError(f"{where} was given", f"it is not YAML: {_line(error)}", "Mind the indents and colons.") from None
+        raise SettingError(
+            f"{where} was given", f"it is not YAML: {_line(error)}", "Mind the indents and colons."
+        ) from None
 
 
 _INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
@@ -613,11 +636,3 @@ _INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
 
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())
-
-
-def every_part(method: Method) -> Iterator[tuple[str, Any]]:
-    """The parts of a method, by the name of the setting that holds them."""
-    for name in settings_of(type(method)):
-        value = getattr(method, name)
-        if is_dataclass(value) and not isinstance(value, (type, Method)):
-            yield name, value

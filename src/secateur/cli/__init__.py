@@ -34,7 +34,9 @@ class Root(click.Group):
         """The verb of a name."""
         return importlib.import_module(f"secateur.cli.{name}").command if name in VERBS else None
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         """The verb to run. Raises UsageError with the nearest name."""
         if args and args[0] not in VERBS:
             from secateur.errors import did_you_mean
@@ -80,7 +82,9 @@ def _told(error: BaseException, args: Sequence[str]) -> int:
         explain_error(error, getattr(error, "__notes__", []))
         return getattr(error, "exit_code", BAD_INPUT)
     if isinstance(error, MemoryError) or "out of memory" in str(error).lower() or "alloc" in str(error).lower():
-        explain_error(f"There is not enough memory: {error}", ["Ask for fewer samples, shorter windows, or --dtype bfloat16."])
+        explain_error(
+            f"There is not enough memory: {error}", ["Ask for fewer samples, shorter windows, or --dtype bfloat16."]
+        )
         return BUG
     if isinstance(error, OSError):
         explain_error(f"The system refused: {error}", [])

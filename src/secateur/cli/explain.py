@@ -93,7 +93,9 @@ def _show(speaker: Any, about: dict[str, Any]) -> None:
     speaker.show(about["idea"] + "\n")
     speaker.show(about["does"] + "\n")
     facts = table("", "")
-    source = ", ".join(str(v) for v in (f"arXiv:{about['arxiv']}" if about["arxiv"] else "", about["venue"], about["year"]) if v)
+    source = ", ".join(
+        str(v) for v in (f"arXiv:{about['arxiv']}" if about["arxiv"] else "", about["venue"], about["year"]) if v
+    )
     number = f" (paper {about['number']} of this project)" if about["number"] else ""
     facts.show_header = False
     for head, text in (
@@ -130,10 +132,11 @@ def _show_settings(speaker: Any, settings: list[dict[str, Any]]) -> None:
         return
     shown = table("setting", "type", "default", "", title="\nSettings, each an option of `secateur prune`")
     for each in settings:
-        choices = f" One of: {', '.join(each['choices'])}." if each["choices"] else ""
+        comment = each["comment"]
+        choices = f"{'.' * bool(comment)} One of: {', '.join(each['choices'])}." if each["choices"] else ""
         default = "required" if each["default"] is None else each["default"] or "none"
         option = f"--{each['name'].replace('_', '-')}"
-        shown.add_row(f"[bold]{option}[/]", escape(each["type"]), escape(default), escape((each["comment"] + choices).strip()))
+        shown.add_row(f"[bold]{option}[/]", escape(each["type"]), escape(default), escape((comment + choices).strip()))
     speaker.show(shown)
 
 

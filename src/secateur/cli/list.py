@@ -32,7 +32,11 @@ def command(when: str | None, granularity: str | None, family: str | None, needs
     if family is not None:
         _known("--family", family, (f for c in cards.values() for f in c.families))
     if needs is not None:
-        _known("--needs", needs, ("nothing", "calibration", "labels", "training", *(n for c in cards.values() for n in c.needs)))
+        _known(
+            "--needs",
+            needs,
+            ("nothing", "calibration", "labels", "training", *(n for c in cards.values() for n in c.needs)),
+        )
     measured = results()
     rows = [
         {
@@ -63,7 +67,9 @@ def _known(option: str, value: str, values: Iterable[str]) -> None:
     from secateur.errors import SettingError, did_you_mean
 
     if value not in (known := set(values)):
-        raise SettingError(f"{option} {value} was asked for", "no method says that of itself", did_you_mean(value, known))
+        raise SettingError(
+            f"{option} {value} was asked for", "no method says that of itself", did_you_mean(value, known)
+        )
 
 
 def _show(speaker: Any, rows: list[dict[str, Any]]) -> None:
@@ -72,7 +78,9 @@ def _show(speaker: Any, rows: list[dict[str, Any]]) -> None:
     from secateur.cli.terminal import table
 
     style = {"holds": "green", "does not hold at this size": "red", "inconclusive": "yellow"}
-    shown = table("method", "NN", "year", "when", "removes", "models", "needs", "its claim, measured here", right=("NN", "year"))
+    shown = table(
+        "method", "NN", "year", "when", "removes", "models", "needs", "its claim, measured here", right=("NN", "year")
+    )
     for row in rows:
         verdict = row["verdict"]
         shown.add_row(

@@ -103,9 +103,15 @@ def device_named(device: str | None) -> torch.device:
         found = torch.device(name)
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError) as error:
-        kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else []), *(["mps"] if torch.backends.mps.is_available() else [])]
+        kinds = [
+            "cpu",
+            *(["cuda"] if torch.cuda.is_available() else []),
+            *(["mps"] if torch.backends.mps.is_available() else []),
+        ]
         reason = str(error).splitlines()[0].rstrip(".")
-        raise SettingError(f"device {name!r} was asked for", f"it cannot be used ({reason})", did_you_mean(name, kinds)) from None
+        raise SettingError(
+            f"device {name!r} was asked for", f"it cannot be used ({reason})", did_you_mean(name, kinds)
+        ) from None
     return found
 
 
@@ -146,7 +152,9 @@ def _task_of(name: str, module: str, attribute: str, opened: Opened, given: Mapp
     try:
         found = getattr(importlib.import_module(module), attribute, None)
     except ModuleNotFoundError as error:
-        raise TaskError(f"task {name!r} was asked for", f"there is no module {error.name!r}", "Check the name.") from None
+        raise TaskError(
+            f"task {name!r} was asked for", f"there is no module {error.name!r}", "Check the name."
+        ) from None
     finally:
         if added and here in sys.path:
             sys.path.remove(here)
@@ -163,7 +171,9 @@ def _task_of(name: str, module: str, attribute: str, opened: Opened, given: Mapp
             )
     made = found(**known, **{k: _scalar(v) for k, v in given.items()})
     if not isinstance(made, Task):
-        raise TaskError(f"task {name!r} was asked for", f"{attribute} returned a {type(made).__name__}", "Return a Task.")
+        raise TaskError(
+            f"task {name!r} was asked for", f"{attribute} returned a {type(made).__name__}", "Return a Task."
+        )
     return made
 
 
@@ -194,8 +204,6 @@ def recipe_from(method: str, given: Mapping[str, Any], overrides: Sequence[str])
             raise SettingError(f"--set {text} was given", "it is not key=value", "Write --set sparsity=0.3.")
         values[key.strip()] = value
     return Recipe((build(kind, values),))
-
-
 
 
 __all__ = ["Moved", "device_named", "model_from", "recipe_from", "set_threads", "task_from", "usual_task"]

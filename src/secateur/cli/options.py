@@ -48,8 +48,9 @@ class Verb(click.Command):
         if rows:
             with formatter.section(f"Settings of {ctx.meta['method']}"):
                 formatter.write_dl(rows)
+        options = [p for p in self.params if isinstance(p, click.Option)]
         with formatter.section("Options"):
-            formatter.write_dl([row for p in self.params if (row := p.get_help_record(ctx))])
+            formatter.write_dl([row for p in options if (row := p.get_help_record(ctx))])
 
     def _for_method(self, ctx: click.Context, args: list[str]) -> list[str]:
         from secateur.method import load, names
@@ -142,7 +143,9 @@ def _option(method: str, setting: Any, taken: set[str], kind: type) -> click.Opt
 
     default = "" if setting.default is MISSING else text_of_value(setting.default)
     shown = f"[default: {default or 'none'}]" if setting.default is not MISSING else "[required]"
-    say = " ".join(filter(None, [setting.comment, _words_for(setting, kind), shown]))
+    words = _words_for(setting, kind)
+    comment = setting.comment + ("." if words and setting.comment and setting.comment[-1] not in ".!?" else "")
+    say = " ".join(filter(None, [comment, words, shown]))
     option, name = option_name(method, setting.name, taken), f"field_{setting.name}"
     if setting.hint is bool:
         negative = f"--no-{option[2:]}"
@@ -187,7 +190,9 @@ def spoken(function: F) -> F:
     for decorate in (
         click.option("--debug", is_flag=True, expose_value=False, help="Show where an error came from."),
         click.option("--quiet", is_flag=True, help="Say nothing but errors."),
-        click.option("--json", "as_json", is_flag=True, help="One JSON value on standard output, and nothing else there."),
+        click.option(
+            "--json", "as_json", is_flag=True, help="One JSON value on standard output, and nothing else there."
+        ),
     ):
         function = decorate(function)
     return function
@@ -209,12 +214,14 @@ def running(function: F) -> F:
 def measuring(function: F) -> F:
     """On what a model is calibrated and measured."""
     for decorate in (
-        click.option("--eval-split", default="val", show_default=True, metavar="SPLIT", help="Where quality is measured."),
+        click.option(
+            "--eval-split", default="val", show_default=True, metavar="SPLIT", help="Where quality is measured."
+        ),
         click.option(
             "--task",
             metavar="TASK",
-            help="A ready-made task, a text file or folder, or module:function; --task.KEY sets one of its settings, such"
-            " as --task.window 512. [default: python-docs for language models, the usual data of image models we know]",
+            help="A ready-made task, a text file or folder, or module:function; --task.KEY sets one of its settings,"
+            " such as --task.window 512. [default: python-docs for language models, the usual data of image models we know]",
         ),
     ):
         function = decorate(function)

@@ -19,6 +19,7 @@ from secateur.cli.options import SETTINGS, TASK, Verb, measuring, running, spoke
 @click.pass_context
 def command(
     ctx: click.Context,
+    /,
     model: str,
     method: str,
     overrides: tuple[str, ...],
@@ -62,7 +63,16 @@ def _show(speaker: Any, found: Any, model: str, task: str) -> None:
 
     speaker.show(f"{found.method} on {model}, calibrated and measured on {task}. Nothing was changed.\n")
     if found.rows:
-        shown = table("site", "kind", "shape", "units", "to keep", "weights", "to remove", right=("units", "to keep", "weights", "to remove"))
+        shown = table(
+            "site",
+            "kind",
+            "shape",
+            "units",
+            "to keep",
+            "weights",
+            "to remove",
+            right=("units", "to keep", "weights", "to remove"),
+        )
         for row in shortened(found.rows):
             shown.add_row(
                 escape(row["site"]),
@@ -93,7 +103,11 @@ def _show(speaker: Any, found: Any, model: str, task: str) -> None:
         ("bytes in memory", "memory_bytes", figures.size),
         ("work per forward pass, as if dense", "flops", figures.work),
     ):
-        cost.add_row(name, write(getattr(found.before, key)), "decided in the run" if after is None else write(getattr(after, key)))
+        cost.add_row(
+            name,
+            write(getattr(found.before, key)),
+            "decided in the run" if after is None else write(getattr(after, key)),
+        )
     speaker.show(cost)
     price = found.price
     if price is not None:

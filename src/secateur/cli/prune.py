@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from secateur.models import Opened
     from secateur.outcome import Outcome, Record
     from secateur.plan import Plan
-    from secateur.recipe import Recipe
     from secateur.task import Task
 
 
@@ -27,7 +26,9 @@ if TYPE_CHECKING:
 @click.option("--out", required=True, metavar="DIR", help="Where the pruned model is saved.")
 @click.option("--overwrite", is_flag=True, help="Replace a model that secateur saved there before.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting of a recipe.")
-@click.option("--resume", metavar="DIR", help="Where finished blocks are kept until the end. [default: hidden, beside DIR]")
+@click.option(
+    "--resume", metavar="DIR", help="Where finished blocks are kept until the end. [default: hidden, beside DIR]"
+)
 @click.option("--fresh", is_flag=True, help="Forget what an earlier, unfinished run left there.")
 @click.option("--no-eval", is_flag=True, help="Do not measure quality before and after.")
 @click.option("--timing", is_flag=True, help="Time a forward pass of both models, in turn.")
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 @click.pass_context
 def command(
     ctx: click.Context,
+    /,
     model: str,
     method: str,
     out: str,
@@ -87,7 +89,9 @@ def command(
     journal = Path(resume) if resume else target.with_name(f".{target.name}.journal")
     if fresh and journal.exists():
         _forget(journal)
-    outcome = _run(speaker, recipe.method, opened, chosen, journal, None if no_eval else eval_split, timing, command_line(ctx))
+    outcome = _run(
+        speaker, recipe.method, opened, chosen, journal, None if no_eval else eval_split, timing, command_line(ctx)
+    )
     with speaker.busy("saving"):
         from secateur.models import save
 
@@ -187,7 +191,8 @@ def _finish(speaker: "Terminal", outcome: "Outcome", folder: Path, out: str, pla
     speaker.emit(asdict(record) | {"out": str(folder), "missed": missed})
     if not speaker.as_json:
         _show_ledger(speaker, record)
-        speaker.show(f"\n{summary(record)}")
+        speaker.show("")
+        speaker.show(summary(record))
     for note in record.notes:
         speaker.say(f"note   {note}", "dim")
     files = ", ".join(sorted(p.name for p in folder.iterdir()))
@@ -238,7 +243,9 @@ def _show_ledger(speaker: "Terminal", record: "Record") -> None:
     metric = str(record.task.get("metric"))
     if metric in after:
         split = next((m.split for m in record.measurements), "")
-        how = ", ".join(f"{k} {figures.value(v)}" for k, v in after.items() if k in ("window", "windows", "tokens", "examples"))
+        how = ", ".join(
+            f"{k} {figures.value(v)}" for k, v in after.items() if k in ("window", "windows", "tokens", "examples")
+        )
         first = figures.quality(before[metric]) if metric in before else ""
         name = f"[bold]{escape(metric)}[/] on {escape(str(record.task['name']))}, {escape(split)}"
         shown.add_row(name, first, figures.quality(after[metric]), f"[dim]{escape(how)}[/]")

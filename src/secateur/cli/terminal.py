@@ -147,7 +147,9 @@ def explain_error(error: Any, notes: Sequence[str]) -> None:
 
 def table(*heads: str, title: str = "", right: Sequence[str] = ()) -> Table:
     """An empty table of the house."""
-    made = Table(title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="bold dim")
+    made = Table(
+        title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="bold dim"
+    )
     for head in heads:
         made.add_column(head, justify="right" if head in right else "left", overflow="fold")
     return made
