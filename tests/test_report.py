@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,10 +13,12 @@ from random import Random
 import pytest
 
 from secateur import report
-from secateur.errors import SettingError, TaskError
+from secateur.errors import ModelError, SettingError, TaskError
 from secateur.outcome import Ledger, Measurement, Record, SiteRow, Size, Timing
 from secateur.report import Claim, figures
+from secateur.report.charts import shorten
 from secateur.report.compare import half_width, points, shown, speed_up, t95
+from secateur.report.page import _bundle
 
 HOSTILE = '</script><script>alert("x")</script><b>{{ 7*7 }}</b>'
 PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
@@ -217,6 +220,7 @@ def test_headline_names_a_method_that_missed_its_target():
     over = replace(run, ledger=replace(run.ledger, removed=round(0.75 * run.ledger.prunable)))
     assert report.headline([record(), over]).endswith("; slicegpt removed 75% instead.")
     assert "instead" not in report.headline([record(), run])
+    assert "removed 75% (50% was asked for) of the" in report.summary(over)
 
 
 # Side by side
@@ -290,6 +294,16 @@ def test_runs_that_cannot_be_compared_are_refused(changes, text):
 def test_no_records_are_refused():
     with pytest.raises(SettingError, match="there are no run records"):
         report.page([])
+
+
+@pytest.mark.parametrize("package", ["jinja2", "vl_convert"])
+def test_what_is_not_installed_is_named(monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    _bundle.cache_clear()
+    with pytest.raises(
+        ModelError, match=rf"{package} is not installed\.\nInstall it: pip install 'secateur\[report\]'"
+    ):
+        report.page([record()])
 
 
 # The page
@@ -490,6 +504,15 @@ def test_sites_of_a_regular_network_are_drawn_block_by_block():
     assert {c["x"] for c in cells} == {str(b) for b in range(30)}
     assert {c["y"] for c in cells} == set(ROLES)
     assert {round(c["kept"], 3) for c in cells} == {0.5}
+
+
+def test_blocks_lose_the_name_they_share():
+    assert shorten(["model.layers.0", "model.layers.1", ""]) == {
+        "model.layers.0": "0",
+        "model.layers.1": "1",
+        "": "elsewhere",
+    }
+    assert shorten(["features"]) == {"features": "features"}
 
 
 def test_sites_of_an_irregular_network_are_bars():

@@ -171,14 +171,14 @@ def role(row: SiteRow) -> str:
 
 def shorten(names: Sequence[str]) -> dict[str, str]:
     """Names without the dotted beginning that they share, as long as they stay different."""
-    split = [n.split(".") for n in names]
+    split = [n.split(".") for n in names if n]
     shared = 0
-    if len(names) > 1:
+    if len(split) > 1:
         for level in zip(*split, strict=False):
             if len(set(level)) > 1:
                 break
             shared += 1
-    short = {n: ".".join(parts[shared:]) or n or "(none)" for n, parts in zip(names, split, strict=True)}
+    short = {n: ".".join(n.split(".")[shared:]) or n or "elsewhere" for n in names}
     return short if len(set(short.values())) == len(set(names)) else {n: n for n in names}
 
 

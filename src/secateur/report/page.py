@@ -49,6 +49,8 @@ def page(records: Sequence[Record], title: str = "", extra: Sequence[Claim] = ()
         import jinja2
 
         from secateur.report import charts
+
+        bundle = _bundle()
     except ImportError as error:
         raise ModelError(
             "a report was asked for", f"{error.name} is not installed", "Install it: pip install 'secateur[report]'."
@@ -69,7 +71,7 @@ def page(records: Sequence[Record], title: str = "", extra: Sequence[Claim] = ()
     )
     environment.globals.update(figures=figures, role=charts.role, kept=charts.kept)
     environment.filters["pretty"] = lambda value: json.dumps(value, indent=1, sort_keys=True, default=str)
-    bundle, boot = _bundle(), environment.get_template("draw.js").render()
+    boot = environment.get_template("draw.js").render()
     name = first.model.get("name") or "model"
     return environment.get_template("page.html").render(
         title=title or (f"{name} pruned with {first.method}" if single else f"{name}: {len(series(found))} methods"),

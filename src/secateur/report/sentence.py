@@ -5,7 +5,9 @@ from collections.abc import Sequence
 
 from secateur.outcome import Record
 from secateur.report import figures
-from secateur.report.compare import Point, dense, metric, points, quality_of, shown, shrank, speed_up
+from secateur.report.compare import Point, asked, dense, metric, points, quality_of, shown, shrank, speed_up
+
+MISSED = 0.01  # further from the sparsity asked for than this, a sentence says so
 
 
 def summary(record: Record) -> str:
@@ -50,7 +52,7 @@ def headline(records: Sequence[Record]) -> str:
         last = f"{worst.series} has the {trail}, {figures.interval(worst.quality, worst.half)}"
     else:
         last = f"{worst.series} diverged"
-    missed = [p for p in ranked if p.asked is not None and abs(p.reached - p.asked) > 0.01]
+    missed = [p for p in ranked if p.asked is not None and abs(p.reached - p.asked) > MISSED]
     if missed:
         sure += f"; {_join([f'{p.series} removed {figures.percent(p.reached)} instead' for p in missed])}"
     return f"{start}{best.series} has the {lead} {name}{task} of {len(ranked)} methods, {told}, and {last}{sure}."
@@ -80,8 +82,11 @@ def _removed(record: Record) -> str:
     ledger, model = record.ledger, record.model.get("name") or "the model"
     if not ledger.prunable:
         return f"{record.method} ran on {model} and removed nothing"
+    target = asked(record.settings)
+    missed = target is not None and abs(ledger.sparsity - target) > MISSED
+    instead = f" ({figures.percent(target)} was asked for)" if missed else ""
     return (
-        f"{record.method} removed {figures.percent(ledger.sparsity)} of the {figures.count(ledger.prunable)} "
+        f"{record.method} removed {figures.percent(ledger.sparsity)}{instead} of the {figures.count(ledger.prunable)} "
         f"prunable weights of {model}"
     )
 
