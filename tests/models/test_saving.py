@@ -2,14 +2,18 @@ import copy
 import errno
 import json
 import os
+import sys
 
 import pytest
+import tiny
 import torch
 import transformers as hub
 import yaml
 from safetensors.torch import load_file
 from small_nets import PassOn, bert, first, gpt2, groups, linears, llama, mixtral, mlp, neurons, part, small, t5, vit
 
+from secateur import method as methods
+from secateur import recipe
 from secateur.edit import Gate, Mask, Remove, Replace, Update, apply_
 from secateur.errors import ModelError
 from secateur.models import Opened, fingerprint, index_maps, inspect_file, load, load_edits, open_model, save
@@ -341,6 +345,35 @@ def _umask():
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def test_a_real_run_comes_back_with_modules_that_were_put_in(tmp_path):
+    model, task = tiny.make_model("decoder"), tiny.make_task("decoder")
+    method = methods.tiny(methods.load("slicegpt"))
+    outcome = methods.prune(model, method, task, measure="val", timing=True, name="tiny decoder")
+    save(outcome, model, tmp_path / "out")
+    assert saved(tmp_path / "out")["modules"] == ["secateur.stream"]
+    assert "stock layers also have" in saved(tmp_path / "out")["why_not"]
+    assert same(outcome.model, load(tmp_path / "out"))
+    again = copy.deepcopy(model)
+    apply_(again, load_edits(tmp_path / "out"))
+    assert same(outcome.model, again)
+    run = recipe.read(tmp_path / "out" / "recipe.yaml")
+    assert run.steps == (method,)
+    assert (run.task, run.seed) == (task.name, task.seed)
+    card = (tmp_path / "out" / "README.md").read_text()
+    measured = outcome.record.measured("after")[task.metric]
+    assert f"{measured:.4g}" in card
+    assert "| milliseconds (batch" in card
+
+
+def test_only_our_own_modules_are_imported(tmp_path):
+    save(Outcome(small()), small(), tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "secateur.json").read_text())
+    record["saved"]["modules"] = ["this", "secateur.nowhere", "secateur.models.folder", "secateur..os", 3]
+    (tmp_path / "out" / "secateur.json").write_text(json.dumps(record))
+    load(tmp_path / "out", build=small)
+    assert "this" not in sys.modules
 
 
 def test_folders_that_are_not_ours_are_left_alone(tmp_path):

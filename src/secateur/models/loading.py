@@ -5,7 +5,10 @@ marked with @replacement, and a network of the user's is built by a function the
 """
 
 import copy
+import importlib
+import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from secateur.models import hf, resnet
 from secateur.models.folder import Entry, check_saved, check_tensors, few, header, read_json, read_tensors
 from secateur.site import Site, Tensors, tensors
 
+_OWN = re.compile(r"secateur(\.[a-z][a-z0-9_]*)+")
 Builder = Callable[[], nn.Module]
 
 OWN_BUILDERS: dict[str, Builder] = {
@@ -36,8 +40,8 @@ def load(folder: str | Path, *, build: Builder | None = None) -> nn.Module:
     """
     place = Path(folder)
     about = check_saved(place)
-    saved, weights = about["saved"], place / "model.safetensors"
-    there = header(weights)
+    saved, there = about["saved"], header(place / "model.safetensors")
+    _know_modules(saved)
     if saved.get("kind") == "hf":
         model = _stock(place, saved, there) if saved.get("stock") is True else _cut(place, saved, there)
     else:
@@ -48,8 +52,17 @@ def load(folder: str | Path, *, build: Builder | None = None) -> nn.Module:
 def load_edits(folder: str | Path) -> list[Edit]:
     """The edits of a saved folder, after checking that they are the ones that were saved."""
     place = Path(folder)
-    check_saved(place)
+    _know_modules(check_saved(place)["saved"])
     return edits_file.load(place / "edits.safetensors")
+
+
+def _know_modules(saved: Mapping[str, Any]) -> None:
+    """Import those parts of secateur itself that define the modules which were put in; no other code."""
+    modules = saved.get("modules")
+    for name in modules if isinstance(modules, list) else ():
+        if isinstance(name, str) and _OWN.fullmatch(name):
+            with suppress(ModuleNotFoundError):  # the edits are refused when read, and say which class is not known
+                importlib.import_module(name)
 
 
 def structure_(model: nn.Module, edits: Iterable[Edit]) -> nn.Module:

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from secateur import edit as edits_file
-from secateur.edit import Edit, Mask, Merge, Remove
+from secateur.edit import Edit, Mask, Merge, Remove, Replace
 from secateur.errors import ModelError
 from secateur.models import hf
 from secateur.models.card import model_card
 from secateur.models.folder import CARD, FORMAT, RECORD, check_tensors, is_ours, sha256
 from secateur.models.loading import structure_
-from secateur.models.opening import Opened
+from secateur.models.opening import NAMES, Opened
 from secateur.outcome import (
     SCHEMA_VERSION,
     Ledger,
@@ -124,6 +124,7 @@ def _write(folder: Path, outcome: Outcome, opened: Opened, recipe: Mapping[str, 
         "format": FORMAT,
         "dtypes": sorted(str(d).removeprefix("torch.") for d in floats),
         "source": opened.source,
+        "modules": sorted({type(e.module).__module__ for e in edits if isinstance(e, Replace)}),
         "opened": opened.kind,
         "index": index_maps(outcome.edits, opened.index),
         "lineage": [*opened.lineage, {"method": record.method, "settings": record.settings, "created": record.created}],
@@ -302,12 +303,15 @@ def _record(outcome: Outcome, opened: Opened) -> Record:
 
 
 def _recipe(record: Record, opened: Opened) -> dict[str, Any]:
+    """What `secateur.recipe.read` takes, from the record alone."""
+    steps = record.settings.get("methods") or [{"method": record.method, **record.settings}]
+    about = {k: v for k, v in record.task.items() if k not in ("seed", "metric", "higher_is_better", "fingerprint")}
     return {
         "secateur": record.secateur,
-        "model": opened.source or opened.name,
-        "steps": [{"method": record.method, "settings": record.settings}],
-        "task": {k: v for k, v in record.task.items() if k != "fingerprint"},
-        "seed": record.task.get("seed"),
+        "model": opened.name if opened.name in NAMES else opened.source or opened.name,
+        **({"task": about} if about else {}),
+        **({"seed": record.task["seed"]} if "seed" in record.task else {}),
+        "steps": steps,
     }
 
 
