@@ -248,7 +248,7 @@ class _Follower(TorchFunctionMode):
             for tag in known:
                 if isinstance(tag, _At):
                     raise self._error(
-                        f"after addition {tag.segment} it goes through {func!r}, which may not survive a change of basis"
+                        f"after addition {tag.segment} it goes through {func!r}, which a change of basis may alter"
                     )
                 if isinstance(tag, _Normed):
                     raise self._error(f"the output of {tag.norm} goes through {func!r} rather than into linear layers")
@@ -261,8 +261,8 @@ class _Follower(TorchFunctionMode):
         for one, other in ((a, b), (b, a)):
             if isinstance(one, _Normed):
                 raise self._error(
-                    f"the output of {one.norm} goes on as the stream: it stands after an addition (post-norm), or at the"
-                    " start"
+                    f"the output of {one.norm} goes on as the stream: it stands after an addition (post-norm), or at"
+                    " the start"
                 )
             if isinstance(one, _Embedded) and isinstance(other, _Embedded):
                 return _Embedded((*one.tables, *other.tables)) if one is a else _Embedded((*other.tables, *one.tables))
