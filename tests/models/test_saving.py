@@ -183,6 +183,20 @@ def test_zeros_and_new_values_survive(tmp_path):
     assert found[name]["zeros"] == pytest.approx(float((~keep).float().mean()))
 
 
+def test_added_biases_load_with_stock_transformers(tmp_path):
+    model = llama()
+    edits = [Remove(mlp(model, i), first(48, 32)) for i in range(2)]
+    edits += [Update(f"model.layers.{i}.mlp.down_proj.bias", torch.arange(32.0) / 32) for i in range(2)]
+    outcome = check(model, edits, tmp_path / "out", hub.AutoModelForCausalLM, intermediate_size=32, mlp_bias=True)
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert not found["model.layers.0.mlp.up_proj.bias"].any()
+    uneven = cut(model, [Remove(mlp(model, 1), first(48, 32)), edits[2]])
+    save(uneven, model, tmp_path / "uneven")
+    assert not saved(tmp_path / "uneven")["stock"]
+    assert same(uneven.model, load(tmp_path / "uneven"))
+    assert outcome.model.model.layers[0].mlp.up_proj.bias is None
+
+
 def test_gpt2_with_turned_weights(tmp_path):
     model = gpt2()
     edits = []

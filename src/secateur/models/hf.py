@@ -330,7 +330,10 @@ def renumbered(name: str, kept: Mapping[str, Sequence[int]], shortened: Sequence
 
 
 def fit_config(kind: Any, config: Any, target: Shapes, kept: Mapping[str, Sequence[int]]) -> tuple[Any | None, str]:
-    """A config with which the stock class has exactly these shapes, or None and why there is none."""
+    """A config with which the stock class has these shapes, or None and why there is none.
+
+    The stock class may have biases that the shapes have not, since one number switches on several: they are zero.
+    """
     why = "no config number explains the shapes"
     for sizes_last in (True, False):
         fitted, why_not = _fit(kind, copy.deepcopy(config), target, kept, sizes_last)
@@ -346,7 +349,7 @@ def _fit(
     invented = _spell_out(kind, config)
     if kept and not _fit_layers(kind, config, kept):
         return None, f"no config number gives the layers {few(kept)} their count"
-    now = shapes_of(skeleton(kind, config))
+    now = _with_biases(kind, config, shapes_of(skeleton(kind, config)), target)
     if now != target:
         order = sorted(WIDTHS, key=lambda k: (k in ("head_dim", "d_kv")) is sizes_last)
         for key in order:
@@ -363,7 +366,7 @@ def _fit(
                 now = shapes_of(skeleton(kind, config))
             except Exception as error:  # each architecture has its own rules, and its own exceptions
                 return None, f"{type(config).__name__} refuses {key}={size + wanted}: {one_line(error)}"
-    if now != target:
+    if {n: s for n, s in now.items() if n in target or not n.endswith(".bias")} != target:
         return None, _mismatch(now, target)
     for key, value in invented.items():  # what was spelled out and turned out not to matter goes again
         heads = getattr(config, "num_attention_heads", 0)
@@ -371,6 +374,20 @@ def _fit(
         if key == "head_dim" and getattr(config, key) == value and heads and width == value * heads:
             setattr(config, key, None)
     return config, ""
+
+
+def _with_biases(kind: Any, config: Any, now: Shapes, target: Shapes) -> Shapes:
+    """Switch on the biases that were added to a model; those that come along with them are left to be zero."""
+    for flag in [k for k, v in vars(config).items() if v is False and "bias" in k]:
+        if not any(name.endswith(".bias") for name in target.keys() - now.keys()):
+            break
+        tried = copy.deepcopy(config)
+        setattr(tried, flag, True)
+        found = shapes_of(skeleton(kind, tried))
+        if len(target.keys() - found.keys()) < len(target.keys() - now.keys()):
+            setattr(config, flag, True)
+            now = found
+    return now
 
 
 def _spell_out(kind: Any, config: Any) -> dict[str, Any]:
@@ -456,6 +473,8 @@ def _explained(slopes: Mapping[tuple[str, int], Fraction], now: Shapes, target: 
     """The one change of a number that brings every dimension it rules to where it should be."""
     wanted = set()
     for (name, axis), slope in slopes.items():
+        if name not in target and name.endswith(".bias"):
+            continue  # it will be zero, of whatever length
         if name not in target or len(target[name]) != len(now[name]):
             return None
         wanted.add(Fraction(target[name][axis] - now[name][axis]) / slope)

@@ -194,7 +194,11 @@ def _stock(folder: Path, model: nn.Module, base: Any) -> tuple[Any | None, str, 
         return None, why, None
     config.dtype = dtypes.pop()
     fresh = hf.empty(kind, config, config.dtype)
-    hf.fill_(fresh, {moved[n]: v for n, v in values.items() if moved[n]}, aliases)  # type: ignore[misc,arg-type]
+    whole_file = {moved[n]: v for n, v in values.items() if moved[n]}
+    for name, shape in hf.shapes_of(fresh).items():
+        if name not in target:  # a bias that came along with another
+            whole_file[name] = torch.zeros(shape, dtype=config.dtype)
+    hf.fill_(fresh, whole_file, aliases)  # type: ignore[arg-type]
     if getattr(model, "generation_config", None) is not None:
         fresh.generation_config = model.generation_config
     inputs = hf.example_inputs(model)
