@@ -8,6 +8,8 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from secateur import edit
@@ -126,6 +128,29 @@ def test_what_stays_keeps_its_factors_and_not_the_other_way_round():
     p.settle()
     assert p.frozen(a).tolist() == [False, True]
     assert p.frozen(b).tolist() == [True, True]
+
+
+@given(st.integers(0, 10_000))
+def test_what_is_unified_is_a_product_of_the_same_classes(seed):
+    # Dimensions of 24 split at nested places, then tied entry by entry, some of them shifted or reversed.
+    draw = np.random.default_rng(seed)
+    p, tied = Positions(), []
+    dims = [p.fresh(24) for _ in range(4)]
+    for d in dims:
+        for sizes in ([2, 12], [6, 4], [2, 3, 4], [24], [6, 2, 2]):
+            if draw.random() < 0.4:
+                p.split(d, sizes)
+    for _ in range(3):
+        x, y = (dims[i] for i in draw.integers(0, 4, 2))
+        y = [y, y[::-1], np.concatenate([y[4:], y[:4]])][draw.integers(3)]
+        p.unify(x, y)
+        tied.append((x, y))
+    p.settle()
+    if p.conflicts:
+        return
+    for x, y in tied:
+        for a, b in zip(p.leaves(x).tolist(), p.leaves(y).tolist(), strict=True):
+            assert set(a) - {-1} == set(b) - {-1}
 
 
 def test_a_product_that_contains_itself_ends():
@@ -288,11 +313,11 @@ def tokens():
     return Batch({"input_ids": torch.randint(0, 50, (2, 7))})
 
 
-def resnet(data):
+def pack(data):
     spec = importlib.util.spec_from_file_location("data_pack_models", data / "models.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.ResNetCifar(20)
+    return module
 
 
 # How many units, by site. "!" is a site a norm takes statistics over.
@@ -465,7 +490,7 @@ def test_the_residual_stream_can_be_cut_with_all_that_reads_and_writes_it(networ
 def test_resnet_shortcuts_of_slices_and_padding(data):
     from safetensors.torch import load_file
 
-    model, batch = resnet(data), images(32)
+    model, batch = pack(data).ResNetCifar(20), images(32)
     model.load_state_dict(load_file(data / "weights" / "resnet20_cifar10_jpeg.safetensors"))
     model.eval()
     coupling = couple(model, batch)
@@ -480,6 +505,57 @@ def test_resnet_shortcuts_of_slices_and_padding(data):
     close(answer(masked(model, coupling.sites, keep), batch), answer(cut, batch))
     assert sum(p.numel() for p in cut.parameters()) == left_over(model, coupling.sites, keep)
     assert cut.layer1[0].conv1.out_channels == 12
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(
+    ("name", "weights", "size", "sites"),
+    [("FastestDet", "fastestdet_bccd", 352, 34), ("RLFN", "rlfn_x4", 48, 25)],
+)
+def test_a_detector_and_a_super_resolver(data, name, weights, size, sites):
+    from safetensors.torch import load_file
+
+    make = getattr(pack(data), name)
+    model, batch = (make(3) if name == "FastestDet" else make()), Batch((torch.rand(1, 3, size, size),))
+    model.load_state_dict(load_file(data / "weights" / f"{weights}.safetensors"))
+    model.eval()
+    coupling = couple(model, batch)
+    assert coupling.frozen == ()
+    assert len(coupling.sites) == sites
+    keep = {s.name: some(s.units) for s in coupling.sites}
+    cut = removed(model, coupling.sites, keep)
+    close(answer(masked(model, coupling.sites, keep), batch), answer(cut, batch))
+    assert sum(p.numel() for p in cut.parameters()) == left_over(model, coupling.sites, keep)
+
+
+@pytest.mark.model
+@pytest.mark.slow  # 25 s: opening a model of 134.5 M parameters
+def test_a_real_language_model(smollm2):
+    batch = Batch({"input_ids": torch.arange(16)[None]})
+    coupling = couple(smollm2.model, batch)
+    assert coupling.frozen == ()
+    assert {s.units for s in coupling.of("head")} == {3}
+    assert {s.units for s in coupling.of("channel")} == {1536}
+    assert [len(coupling.of(kind)) for kind in ("head", "channel", "stream")] == [30, 30, 1]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_attention_written_out_or_called_is_the_same(attention):
+    model = tiny.decoder()
+    model.set_attn_implementation(attention)
+    batch = Batch({"input_ids": torch.randint(0, 50, (2, 7)), "attention_mask": torch.ones(2, 7, dtype=torch.long)})
+    coupling = couple(model, batch)
+    assert [(s.kind, s.units) for s in coupling.sites] == [("stream", 32)] + 2 * [("head", 2), ("channel", 64)]
+    assert coupling.frozen == ()
+
+
+def test_the_neurons_of_experts_go_together():
+    model, batch = lively(tiny.moe()), tokens()
+    coupling = couple(model, batch)
+    site = next(s for s in coupling.sites if s.name == "model.layers.0.mlp.experts")
+    assert {part.name.split(".")[-1]: part.axis for part in site.parts} == {"gate_up_proj": 1, "down_proj": 2}
+    keep = {site.name: torch.arange(32) % 4 != 1}  # 24: grouped products take whole eights
+    close(answer(masked(model, [site], keep), batch), answer(removed(model, [site], keep), batch))
 
 
 # Particulars
@@ -644,7 +720,7 @@ def test_a_cut_that_changes_the_answer_is_not_offered():
     assert "something else than with those at zero" in coupling.frozen[0].why
 
 
-def test_a_forward_pass_that_depends_on_data_is_refused():
+def test_a_forward_pass_that_depends_on_data_is_refused(capfd):
     class Jumpy(nn.Module):
         def __init__(self):
             super().__init__()
@@ -653,8 +729,11 @@ def test_a_forward_pass_that_depends_on_data_is_refused():
         def forward(self, x):
             return self.a(x) if bool(x.sum() > 0) else x
 
-    with pytest.raises(GraphError, match=r"coupling of a Jumpy was asked for(.|\n)*torch.export cannot trace"):
+    with pytest.raises(GraphError, match=r"coupling of a Jumpy was asked for(.|\n)*torch.export cannot trace") as said:
         couple(Jumpy(), Batch((torch.randn(3, 5),)))
+    assert "test_graph.py" in said.value.found
+    assert "if bool(x.sum() > 0)" in said.value.found
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_number_of_the_module_is_found_by_trying():

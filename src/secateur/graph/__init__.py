@@ -56,7 +56,9 @@ def couple(model: nn.Module, example: Batch, *, verify: bool = True) -> Coupling
     """Every site whose units can be taken out whole: channels, neurons, attention heads and the residual stream.
 
     `verify` tries every site on the example, and finds the numbers (a count of heads) that modules keep about
-    themselves; without it a site may break the forward pass. Raises GraphError for a model that cannot be traced.
+    themselves; it takes a copy of the weights for as long as it lasts. Without it a site may break the forward pass.
+    A `Part.uses` counts products of matrices and convolutions, not biases, norms, or attention's own products.
+    Raises GraphError for a model that cannot be traced.
     """
     network = follow(model, example)
     sites, inexact = _sites(model, network)
@@ -67,14 +69,14 @@ def couple(model: nn.Module, example: Batch, *, verify: bool = True) -> Coupling
     return Coupling(tuple(sites), tuple(frozen), frozenset(s.name for s in sites) & inexact)
 
 
-def channels(model: nn.Module, example: Batch) -> tuple[Site, ...]:
+def channels(model: nn.Module, example: Batch, *, verify: bool = True) -> tuple[Site, ...]:
     """Channels of convolutions and neurons of MLPs, each with all that reads and writes it."""
-    return couple(model, example).of("channel")
+    return couple(model, example, verify=verify).of("channel")
 
 
-def heads(model: nn.Module, example: Batch) -> tuple[Site, ...]:
+def heads(model: nn.Module, example: Batch, *, verify: bool = True) -> tuple[Site, ...]:
     """Attention heads: a key-value head with all its query heads is one unit."""
-    return couple(model, example).of("head")
+    return couple(model, example, verify=verify).of("head")
 
 
 def removals(sites: Sequence[Site], keep: Mapping[str, Tensor]) -> list[Remove]:

@@ -563,6 +563,16 @@ def _roll(t: Tracing, a: dict[str, Any]) -> Traced | None:
     return Traced(tuple(t.stay(len(d)) if i in gone else d for i, d in enumerate(x.dims)))
 
 
+@rule("index_add", "index_copy")
+def _index_add(t: Tracing, a: dict[str, Any]) -> Traced:
+    x, source, dim = a["self"], a["source"], int(a["dim"]) % len(a["self"].dims)
+    t.positions.freeze(x.dims[dim])
+    for i, (d, other) in enumerate(zip(x.dims, source.dims, strict=True)):
+        if i != dim:
+            t.positions.unify(d, other)
+    return Traced(x.dims)
+
+
 @rule("embedding")
 def _embedding(t: Tracing, a: dict[str, Any]) -> Traced:
     w, index = a["weight"], a["indices"]

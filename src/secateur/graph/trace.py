@@ -2,8 +2,13 @@
 
 import contextlib
 import inspect
+import io
+import logging
+import traceback
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -80,20 +85,46 @@ def follow(model: nn.Module, example: Batch) -> Network:
     Raises GraphError, with the exporter's reason, for a model that cannot be traced.
     """
     args, kwargs = arguments(model, example)
-    with plain(model):
+    with plain(model), _quiet():
         try:
             program = torch.export.export(model, args, kwargs, strict=False)
         except Exception as error:
-            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
             raise GraphError(
                 f"the coupling of a {type(model).__name__} was asked for",
-                f"torch.export cannot trace its forward pass: {type(error).__name__}: {reason.strip()[:300]}",
-                "Give the inner network without the step that depends on data, or use Mask through `weights`, which "
-                "needs no trace.",
+                f"torch.export cannot trace its forward pass: {type(error).__name__}: {reason[:300]}{_line(error)}",
+                "Give the inner network without the step that cannot be traced, or use a method that masks weights, "
+                "which needs no trace.",
             ) from error
     run = _Interpreter(model, example.size)
     run.run_program(program)
     return Network(run.tracing, run.own, tuple(dict.fromkeys(run.frozen)))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings of recurrent layers, which keep their weights in a list as well, and no listing of a failed trace."""
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    nowhere = io.StringIO()
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+def _line(error: BaseException) -> str:
+    """Where in the model's own code an error arose."""
+    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(ours)]
+    return f", at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    """The lengths of a traced tensor's dimensions; 1 for one that depends on data, which no unit can be along."""
+    return tuple(n if isinstance(n, int) else 1 for n in value.shape) if isinstance(value, Tensor) else ()
 
 
 class _Interpreter:
@@ -168,7 +199,7 @@ class _Interpreter:
             return value
         name = name.removeprefix("aten.").rpartition(".")[0] or name  # without the overload
         touched = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Traced)]
-        shapes = tuple(tuple(v.shape) if isinstance(v, Tensor) else () for v in outs)
+        shapes = tuple(_shape(v) for v in outs)
         self.tracing.outputs = shapes
         rule = find(name.rpartition(".")[2])
         if rule is not None and touched and hasattr(node.target, "_schema"):
