@@ -469,7 +469,7 @@ def load(path: str | Path) -> list[Edit]:
             values = {name: file.get_tensor(name) for name in file.keys()}
             sites = [_site(row, values) for row in json.loads(about["sites"])]
             return [_edit(row, sites, values) for row in json.loads(about["edits"])]
-    except (SafetensorError, OSError, KeyError, ValueError, IndexError, TypeError) as error:
+    except (SafetensorError, OSError, KeyError, ValueError, IndexError, TypeError, RuntimeError) as error:
         if isinstance(error, ModelError):
             raise
         raise ModelError(f"edits were to be read from {path}", f"it is not whole: {error}", "Copy it again.") from error
@@ -496,7 +496,10 @@ def _edit(row: dict[str, Any], sites: Sequence[Site], values: Tensors) -> Edit:
     kind = row["edit"]
     if kind == "Mask":
         site = sites[row["site"]]
-        bits = np.unpackbits(values[row["bits"]].numpy(), count=site.units).astype(bool)
+        packed = values[row["bits"]].numpy()
+        if packed.size != -(-site.units // 8):  # before memory is taken for what the file only claims
+            raise ValueError(f"the mask of {site.name} has {packed.size} bytes for {site.units} units")
+        bits = np.unpackbits(packed, count=site.units).astype(bool)
         return Mask(site, torch.from_numpy(bits).reshape(site.shape))
     if kind == "Update":
         return Update(row["name"], values[row["value"]])

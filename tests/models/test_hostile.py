@@ -6,14 +6,17 @@ import struct
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_nets import first, llama, mlp
 
-from secateur.edit import Remove, apply_
+from secateur import edit as edits_file
+from secateur.edit import Mask, Remove, Replace, apply_
 from secateur.errors import ModelError
 from secateur.models import load, load_edits, open_model, save
 from secateur.models.folder import header, plain_name, sha256
 from secateur.outcome import Outcome
+from secateur.site import Part, Site
 
 
 @pytest.fixture(scope="module")
@@ -239,6 +242,30 @@ def test_edits_that_fit_another_model(folders, tmp_path):
     (folder / "edits.safetensors").write_bytes(b"")
     sign(folder)
     refused(folder, "edits")
+
+
+def test_edits_that_claim_more_than_they_hold(folders, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(folders / "uneven", tmp_path / "uneven")
+    site = Site("model.norm.weight", "weight", (32,), (Part("model.norm.weight", (32,)),))
+    path = folder / "edits.safetensors"
+
+    def write(old, new):
+        edits_file.save([Mask(site, first(32, 3)), Replace("x", torch.nn.Identity())], path)
+        with safe_open(path, framework="pt") as file:
+            about, values = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}
+        changed = {k: v.replace(old, new) for k, v in about.items()}
+        assert changed != about
+        save_file(values, path, metadata=changed)
+        sign(folder)
+
+    write('"shape": [32]', '"shape": [1000000000000000]')
+    refused(folder, "bytes for 1000000000000000 units")
+    write("Identity", "Trainer")
+    refused(folder, "not one secateur knows")
+    write('"state": {}', '"state": {"weight": "t0"}')
+    refused(folder, "Unexpected key")
 
 
 def test_tied_names_that_are_not_there(folders, tmp_path):
