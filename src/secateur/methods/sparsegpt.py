@@ -40,6 +40,7 @@ class SparseGPT(Method):
         arxiv="2301.00774",
         year=2023,
         needs=("calibration",),
+        families=("mlp", "cnn", "decoder", "encoder", "vision transformer", "moe"),
         axes="solver pattern allocation",
         reports="LLaMA-2-7B, WikiText-2 perplexity: dense 5.12, 50 % 6.51, 2:4 10.17 (figures of the Wanda paper).",
         checked="tests/methods/test_oneshot.py::test_sparsegpt_equals_the_plain_formulas",
