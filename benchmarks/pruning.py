@@ -203,9 +203,7 @@ def side_by_side(model: nn.Module, ids: Tensor, repeats: int) -> list[dict[str, 
                 "seconds": statistics.median(times[0]),
                 "seconds plain": statistics.median(times[1]),
                 "mask agreement": statistics.fmean(same),
-                "first block's agreement": statistics.fmean(
-                    s for k, s in zip(masks[0], same, strict=True) if ".0." in k
-                ),
+                "in first block": statistics.fmean(s for k, s in zip(masks[0], same, strict=True) if ".0." in k),
                 "extra memory": statistics.median(peaks[0]),
                 "extra memory plain": statistics.median(peaks[1]),
                 "block and activations": block + activations,
@@ -252,14 +250,14 @@ def page(found: dict[str, object]) -> str:
         "",
         f"{found['about']}",
         "",
-        "| method | speed-up over the plain formulas | seconds, plain | mask agreement | in the first block | extra memory, "
-        "plain (MiB) | one block and its activations (MiB) |",
+        "| method | speed-up over the plain formulas | seconds, plain | mask agreement | in the first block "
+        "| extra memory, plain (MiB) | one block and its activations (MiB) |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in found["side by side"]:
         lines.append(
             f"| {row['method']} | {row['speed-up']:.2f} | {row['seconds']:.1f}, {row['seconds plain']:.1f} "
-            f"| {row['mask agreement']:.4f} | {row["first block's agreement"]:.6f} "
+            f"| {row['mask agreement']:.4f} | {row['in first block']:.6f} "
             f"| {row['extra memory'] / mib:.0f}, {row['extra memory plain'] / mib:.0f} "
             f"| {row['block and activations'] / mib:.0f} |"
         )
@@ -300,8 +298,8 @@ def main() -> None:
     }
     machine = found["machine"]
     found["about"] = (
-        f"SmolLM2-135M-Instruct in float32, {asked.samples} windows of {asked.window} tokens, {asked.threads} thread(s), "
-        f"{asked.repeats} repeats, on {machine['processor']}, {found['created']}."
+        f"SmolLM2-135M-Instruct in float32, {asked.samples} windows of {asked.window} tokens, "
+        f"{asked.threads} thread(s), {asked.repeats} repeats, on {machine['processor']}, {found['created']}."
     )
     RESULT.parent.mkdir(exist_ok=True)
     write_text(RESULT, json.dumps(found, indent=1) + "\n")
