@@ -130,12 +130,14 @@ def method_of(value: Any) -> Method:
 def text_of_method(method: Method) -> str:
     """A method as text: its name, and those of its settings that are not the default."""
     own = {k: v.default for k, v in settings_of(type(method)).items()}
-    given = [
-        f"{k}={'None' if value is None else repr(text_of_value(value))}"
-        for k in own
-        if (value := getattr(method, k)) != own[k]
-    ]
+    given = [f"{k}={_quoted(value)}" for k in own if (value := getattr(method, k)) != own[k]]
     return method.name + (f"({', '.join(given)})" if given else "")
+
+
+def _quoted(value: Any) -> str:
+    text = text_of_value(value)
+    plain = value is None or (re.fullmatch(r"[\w.:%-]+", text) and text != "None")
+    return "None" if value is None else text if plain else repr(text)
 
 
 def text_of_value(value: Any) -> str:

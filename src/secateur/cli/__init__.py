@@ -28,7 +28,7 @@ class Root(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """In the order in which they are met."""
-        return list(VERBS)
+        return [*VERBS]  # `list` here is the verb, once it was imported
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         """The verb of a name."""
@@ -47,11 +47,11 @@ class Root(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The verbs with a line each, without importing them."""
         with formatter.section("Verbs"):
-            formatter.write_dl(list(VERBS.items()))
+            formatter.write_dl([*VERBS.items()])
 
     def main(self, args: Sequence[str] | None = None, **options: Any) -> NoReturn:  # type: ignore[override]
         """Run, say what went wrong in three parts, and end the process with what came of it."""
-        given = list(sys.argv[1:] if args is None else args)
+        given = [*(sys.argv[1:] if args is None else args)]
         options["standalone_mode"] = False
         try:
             found = super().main(given, **options)
@@ -70,7 +70,8 @@ def _told(error: BaseException, args: Sequence[str]) -> int:
     if isinstance(error, click.exceptions.Exit):
         return error.exit_code
     if isinstance(error, (KeyboardInterrupt, click.Abort)):
-        explain_error("Stopped.", getattr(error, "__notes__", []))
+        stopped = error.__cause__ or error  # click makes an Abort of the interrupt
+        explain_error("", getattr(stopped, "__notes__", ["Nothing was written."]), head="stopped")
         return INTERRUPTED
     if isinstance(error, BrokenPipeError):
         return 0  # the reader has gone, as `secateur list | head` does

@@ -139,7 +139,9 @@ def asked(methods: str, sparsity: str, overrides: Sequence[str]) -> "list[Method
         inside = re.sub(r"^[^(]*\(?|\)\s*$", "", text)
         own = {key: value for key, value in changes if key.partition(".")[0].replace("-", "_") in fields}
         used |= own.keys()
-        levels = split_methods(sparsity) if "sparsity" in fields and "sparsity" not in inside else [""]
+        fixed = getattr(getattr(_with(text, own), "pattern", None), "fixed", None) is not None
+        free = "sparsity" in fields and not re.search(r"\bsparsity\s*=", inside) and "sparsity" not in own and not fixed
+        levels = split_methods(sparsity) if free else [""]
         for level in levels:
             given = {**({"sparsity": level} if level else {}), **own}
             found.append(_with(text, given))
@@ -172,8 +174,9 @@ def _name(method: "Method", seed: int, marks: list[Any]) -> str:
 
 
 def _label(cell: Cell) -> str:
-    level = getattr(cell.method, "sparsity", None)
-    return f"{cell.method.name}{'' if level is None else f' at {level:g}'}, seed {cell.seed}"
+    from secateur.recipe import text_of_method
+
+    return f"{text_of_method(cell.method)}, seed {cell.seed}"
 
 
 def _refused(check: Any, cell: Cell, opened: "Opened", tasks: "dict[int, Task]") -> Exception | None:

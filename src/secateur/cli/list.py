@@ -26,7 +26,7 @@ def command(when: str | None, granularity: str | None, family: str | None, needs
     if when is not None:
         short = {w.removesuffix(" training").removeprefix("at "): w for w in whens}
         when = short.get(when, when.replace("-", " "))
-        _known("--when", when, whens)
+        _known("--when", when, (*whens, *short))
     if granularity is not None:
         _known("--granularity", granularity, (g for c in cards.values() for g in c.granularity))
     if family is not None:

@@ -169,7 +169,12 @@ def _task_of(name: str, module: str, attribute: str, opened: Opened, given: Mapp
             raise SettingError(
                 f"setting {key!r} of task {name!r} was given", "it has none of that name", did_you_mean(key, accepted)
             )
-    made = found(**known, **{k: _scalar(v) for k, v in given.items()})
+    try:
+        made = found(**known, **{k: _scalar(v) for k, v in given.items()})
+    except TypeError as error:
+        raise SettingError(
+            f"task {name!r} with {dict(given)} was asked for", f"it says: {error}", "Check the names after --task."
+        ) from error
     if not isinstance(made, Task):
         raise TaskError(
             f"task {name!r} was asked for", f"{attribute} returned a {type(made).__name__}", "Return a Task."

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from secateur.cli.terminal import Blocks, Terminal
     from secateur.method import Method
     from secateur.models import Opened
-    from secateur.outcome import Outcome, Record
+    from secateur.outcome import Measurement, Outcome, Record
     from secateur.plan import Plan
     from secateur.task import Task
 
@@ -98,7 +98,7 @@ def command(
         folder = save(outcome, opened, target, recipe=recipe.plain(), overwrite=overwrite)
     if journal.exists():
         _forget(journal)
-    return _finish(speaker, outcome, folder, out, planned)
+    return _finish(speaker, recipe.method, outcome, folder, out, planned)
 
 
 def _named(task: str) -> str:
@@ -140,38 +140,56 @@ def _run(
     opened: "Opened",
     task: "Task",
     journal: Path,
-    measure: str | None,
+    split: str | None,
     timing: bool,
     command: str,
 ) -> "Outcome":
     from secateur.method import prune
+    from secateur.outcome import Measurement
     from secateur.walk import watching
 
     progress: Blocks | None = None
+    taken = []
     try:
+        if split is not None:
+            with speaker.busy(f"measuring {opened.name} before, on {task.name}"):
+                taken.append(Measurement("before", split, task.measure(opened.model, split)))
+            speaker.say(f"before: {_quality(task, taken[0])}")
         with speaker.blocks(method.name) as progress, watching(progress):
-            return prune(
+            outcome = prune(
                 opened.model,
                 method,
                 task,
                 inplace=True,
-                measure=measure,
                 timing=timing,
                 resume=journal,
                 name=opened.name,
                 command=command,
             )
+        if split is not None:
+            with speaker.busy(f"measuring {opened.name} after"):
+                taken.append(Measurement("after", split, task.measure(outcome.model, split)))
+            speaker.say(f"after:  {_quality(task, taken[1])}")
     except BaseException as error:
-        done = len(list(journal.glob("block-*"))) if journal.exists() else 0
+        done = len([*journal.glob("block-*")]) if journal.exists() else 0
         if not done and journal.exists():
             _forget(journal)  # nothing in it to take up
         if done:
             of = f" of {progress.total}" if progress is not None and progress.total else ""
             error.add_note(f"{done}{of} blocks are done and kept in {journal}: run the same command again to go on.")
         elif isinstance(error, KeyboardInterrupt):
-            error.add_note("No block was done yet, and nothing was written.")
+            error.add_note("No block was done yet, and no model was written.")
         speaker.note(f"ended: {type(error).__name__}: {error}")
         raise
+    assert outcome.record is not None
+    outcome.record = replace(outcome.record, measurements=taken)
+    return outcome
+
+
+def _quality(task: "Task", taken: "Measurement") -> str:
+    from secateur.report import figures
+
+    return f"{task.metric} {figures.quality(taken.values.get(task.metric))} on {task.name}, {taken.split}"
 
 
 def _forget(journal: Path) -> None:
@@ -181,13 +199,13 @@ def _forget(journal: Path) -> None:
         shutil.rmtree(journal, ignore_errors=True)
 
 
-def _finish(speaker: "Terminal", outcome: "Outcome", folder: Path, out: str, planned: "Plan") -> int:
+def _finish(speaker: "Terminal", method: "Method", outcome: "Outcome", folder: Path, out: str, planned: "Plan") -> int:
     from secateur.models.folder import RECORD
     from secateur.outcome import Record
     from secateur.report import summary
 
     record = Record.read(folder / RECORD)
-    missed = _missed(record, planned)
+    missed = _missed(record, method, planned)
     speaker.emit(asdict(record) | {"out": str(folder), "missed": missed})
     if not speaker.as_json:
         _show_ledger(speaker, record)
@@ -206,7 +224,7 @@ def _finish(speaker: "Terminal", outcome: "Outcome", folder: Path, out: str, pla
     return 0
 
 
-def _missed(record: "Record", planned: "Plan") -> list[str]:
+def _missed(record: "Record", method: "Method", planned: "Plan") -> list[str]:
     """What was asked, what was reached and what to do, when a target was not met; to within one unit a site."""
     if planned.asked is None:
         return []
@@ -221,8 +239,13 @@ def _missed(record: "Record", planned: "Plan") -> list[str]:
     slack = sum(r.weights / r.units for r in record.sites if r.units) / total
     if planned.of == "units":
         slack = len(record.sites) / max(sum(r.units for r in record.sites), 1)
-    wanted = {planned.asked, planned.reachable if planned.reachable is not None else planned.asked}
-    if any(abs(reached - target) <= max(0.005, slack) for target in wanted):
+    from secateur.plan import links
+
+    # A chain of masks over the same weights reaches its last target, one of cuts all of them together.
+    budgets = [budget for link in (*links(method), method) if (budget := link.budget()) is not None]
+    wanted = [planned.asked if planned.reachable is None else planned.reachable, *(b.sparsity for b in budgets)]
+    least, most = (min(wanted), max(wanted)) if budgets[1:-1] else (min(wanted[:2]), max(wanted[:2]))
+    if least - max(0.005, slack) <= reached <= most + max(0.005, slack):
         return []
     return [
         f"a sparsity of {planned.asked:g} of the {planned.of} was asked for",

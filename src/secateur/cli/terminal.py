@@ -131,7 +131,7 @@ class Memory(ProgressColumn):
         return Text(f"peak {peak_memory() / 1e9:.1f} GB", style="dim")
 
 
-def explain_error(error: Any, notes: Sequence[str]) -> None:
+def explain_error(error: Any, notes: Sequence[str], head: str = "error") -> None:
     """An error in its three parts, on standard error."""
     console = Console(stderr=True, highlight=False)
     parts = [getattr(error, part, "") for part in ("asked", "found", "do")]
@@ -140,7 +140,7 @@ def explain_error(error: Any, notes: Sequence[str]) -> None:
         if parts[2]:
             console.print(f"       [green]{escape(parts[2])}[/]", soft_wrap=True)
     else:
-        console.print(f"[bold red]error[/]  {escape(str(error))}", soft_wrap=True)
+        console.print(f"[bold red]{head}[/]  {escape(str(error))}", soft_wrap=True)
     for note in notes:
         console.print(f"       [green]{escape(note)}[/]", soft_wrap=True)
 
