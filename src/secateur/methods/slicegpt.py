@@ -201,7 +201,9 @@ class SliceGPT(Method):
             return turned
 
         if self.basis.own:
-            moments, tokens = _moments(next(walk(model, batches)), stream.segments[0], batches)
+            for block in walk(model, batches):  # the first is enough to see what the embeddings give
+                moments, tokens = _moments(block, stream.segments[0], batches)
+                break
             edits += apply_(model, Rotate(sliced[0], basis(moments, sliced[0].name)))
             # A segment is measured in the basis it was born with, since its shortcut still leads out of the one
             # before, and after everything before it was sliced.
@@ -212,7 +214,7 @@ class SliceGPT(Method):
         else:
             moments = torch.zeros(stream.width, stream.width, dtype=torch.float64)
             if self.basis.measures:
-                moments, tokens = _pooled(model, stream, sliced, batches)
+                moments, tokens = pooled_moments(model, stream, batches)
             turned = basis(moments, "stream")
             edits += apply_(model, [Rotate(site, turned) for site in sliced])
         if keep < stream.width:
@@ -269,18 +271,16 @@ def _moments(block: Block, segment: Segment, batches: Sequence[Batch]) -> tuple[
     return moments.cpu(), tokens
 
 
-def _pooled(model: nn.Module, stream: Stream, found: Sequence[object], batches: Sequence[Batch]) -> tuple[Tensor, int]:
-    """Second moments of all segments of the dense stream, each brought to a trace of 1."""
+def pooled_moments(model: nn.Module, stream: Stream, batches: Sequence[Batch]) -> tuple[Tensor, int]:
+    """Second moments [width, width] of the stream as it is, each segment but the last brought to a trace of 1; tokens.
+
+    The last is left out because it usually stays whole.
+    """
     total, tokens = torch.zeros(stream.width, stream.width, dtype=torch.float64), 0
-    waiting = list(range(len(found)))
+    waiting = list(stream.segments[:-1])
     for block in walk(model, batches):
-        for number in list(waiting):
-            segment = stream.segments[number]
-            here = not block.name or segment.norms[0].startswith(block.name + ".")
-            if here:
-                moments, tokens = _moments(block, segment, batches)
-                total += moments / moments.trace()
-                waiting.remove(number)
-        if not waiting:
-            break
+        for segment in [s for s in waiting if not block.name or s.norms[0].startswith(block.name + ".")]:
+            moments, tokens = _moments(block, segment, batches)
+            total += moments / moments.trace()
+            waiting.remove(segment)
     return total, tokens
