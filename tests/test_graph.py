@@ -554,7 +554,9 @@ def test_the_neurons_of_experts_go_together():
     coupling = couple(model, batch)
     site = next(s for s in coupling.sites if s.name == "model.layers.0.mlp.experts")
     assert {part.name.split(".")[-1]: part.axis for part in site.parts} == {"gate_up_proj": 1, "down_proj": 2}
-    keep = {site.name: torch.arange(32) % 4 != 1}  # 24: grouped products take whole eights
+    assert coupling.multiples == dict.fromkeys(coupling.multiples, 8)  # grouped products take whole 16 bytes
+    assert site.name in coupling.multiples
+    keep = {site.name: torch.arange(32) % 4 != 1}
     close(answer(masked(model, [site], keep), batch), answer(removed(model, [site], keep), batch))
 
 
@@ -679,6 +681,30 @@ def test_an_operator_without_a_rule_freezes_what_it_touches_and_is_named():
     assert str(frozen) == (
         "frozen: aten.linalg_matrix_exp at the model itself: there is no rule for this operator"
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("split", [
+    lambda x: x.chunk(2, 1)[0] - x.chunk(2, 1)[1],
+    lambda x: x[:, 0::2] - x[:, 1::2],
+    lambda x: F.pixel_shuffle(x, 2),
+    lambda x: x.unflatten(1, (2, 4)).select(1, 0),
+    lambda x: F.glu(x, 1),
+    lambda x: x.repeat(1, 2, 1, 1),
+    lambda x: x.roll(1, 1),
+])  # fmt: skip
+def test_a_count_that_stands_in_the_code_is_no_unit(split):
+    # What comes out stays; halves, phases and cells are counts in the code, so nothing is left to take out.
+    class Tail(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 1)
+
+        def forward(self, x):
+            return split(self.conv(x))
+
+    coupling = couple(Tail().eval(), images(), verify=False)
+    assert coupling.sites == ()
+    assert coupling.frozen == ()
 
 
 def test_a_recurrent_layer_is_named():

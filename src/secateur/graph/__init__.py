@@ -8,7 +8,7 @@ must give what the model with those units at zero gives.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import numpy as np
@@ -34,6 +34,7 @@ class Coupling:
     sites: tuple[Site, ...]
     frozen: tuple[Frozen, ...] = ()
     inexact: frozenset[str] = frozenset()  # sites a norm takes statistics over: removing a unit is not zeroing it
+    multiples: Mapping[str, int] = field(default_factory=dict)  # sites of which a multiple of so many must stay
 
     def of(self, *kinds: Kind) -> tuple[Site, ...]:
         """The sites of these kinds."""
@@ -63,10 +64,11 @@ def couple(model: nn.Module, example: Batch, *, verify: bool = True) -> Coupling
     network = follow(model, example)
     sites, inexact = _sites(model, network)
     frozen = list(network.frozen)
+    multiples: dict[str, int] = {}
     if verify:
-        sites, failed = fit(model, example, sites, inexact)
+        sites, failed, multiples = fit(model, example, sites, inexact)
         frozen += failed
-    return Coupling(tuple(sites), tuple(frozen), frozenset(s.name for s in sites) & inexact)
+    return Coupling(tuple(sites), tuple(frozen), frozenset(s.name for s in sites) & inexact, multiples)
 
 
 def channels(model: nn.Module, example: Batch, *, verify: bool = True) -> tuple[Site, ...]:

@@ -3,7 +3,7 @@
 import contextlib
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import torch
@@ -26,23 +26,32 @@ _COUNTS = {
 
 def fit(
     model: nn.Module, example: Batch, sites: Sequence[Site], inexact: frozenset[str]
-) -> tuple[list[Site], list[Frozen]]:
-    """The sites that can be cut, with the numbers that must change; and those that cannot, with the reason."""
+) -> tuple[list[Site], list[Frozen], dict[str, int]]:
+    """The sites that can be cut, with the numbers that must change; those that cannot, with the reason; and those of
+    which only a multiple of some number may stay."""
     trial = _Trial(model, example, inexact)
     found: list[Site] = []
     failed: dict[str, str] = {}
-    learned: dict[tuple, tuple[tuple[str, str, float], ...] | str] = {}
+    learned: dict[tuple, _Learned | str] = {}
     for site in sites:
         root = _root(site)
         # Sites that look alike in modules of one class are tried once.
         alike = (site.kind, type(model.get_submodule(root)), site.units, tuple(p.name[len(root) :] for p in site.parts))
         if alike not in learned:
             learned[alike] = _learn(model, trial, site, root)
+            if isinstance(learned[alike], str) and site.units > _MULTIPLE and site.units % _MULTIPLE == 0:
+                # Some kernels (grouped products of experts) take rows of whole 16 bytes only.
+                trial.multiples[site.name] = _MULTIPLE
+                found_whole = _learn(model, trial, site, root)
+                learned[alike] = learned[alike] if isinstance(found_whole, str) else found_whole
         rule = learned[alike]
         if isinstance(rule, str):
             failed[site.name] = rule
         else:
-            found.append(replace(site, numbers=tuple(Number(_under(root, path), a, per) for path, a, per in rule)))
+            found.append(
+                replace(site, numbers=tuple(Number(_under(root, path), a, per) for path, a, per in rule.numbers))
+            )
+            trial.multiples[site.name] = rule.multiple
     good = list(found)
     if good and trial.complaint(good):
         # One that passed for another like it does not: each on its own.
@@ -58,7 +67,17 @@ def fit(
                 else:
                     together.append(site)
             good = together
-    return good, [Frozen(f"{s.kind} site", s.name, failed[s.name]) for s in sites if s.name in failed]
+    multiples = {site.name: m for site in good if (m := trial.multiples[site.name]) > 1}
+    return good, [Frozen(f"{s.kind} site", s.name, failed[s.name]) for s in sites if s.name in failed], multiples
+
+
+_MULTIPLE = 8
+
+
+@dataclass(frozen=True)
+class _Learned:
+    numbers: tuple[tuple[str, str, float], ...]  # path below the root, attribute, per unit
+    multiple: int = 1
 
 
 def _root(site: Site) -> str:
@@ -75,8 +94,8 @@ def _under(root: str, path: str) -> str:
     return ".".join(p for p in (root, path) if p)
 
 
-def _learn(model: nn.Module, trial: "_Trial", site: Site, root: str) -> tuple[tuple[str, str, float], ...] | str:
-    """Numbers (path below the root, attribute, per unit) with which a cut is right, or why there are none."""
+def _learn(model: nn.Module, trial: "_Trial", site: Site, root: str) -> _Learned | str:
+    """Numbers with which a cut is right, or why there are none."""
     candidates = _candidates(model, site, root)
     named = [c for c in candidates if _COUNTS[site.kind].fullmatch(c[1])]
     others = [c for c in candidates if c not in named]
@@ -89,7 +108,7 @@ def _learn(model: nn.Module, trial: "_Trial", site: Site, root: str) -> tuple[tu
         made = tuple(Number(_under(root, path), attribute, per) for path, attribute, per in numbers)
         why = trial.complaint([replace(site, numbers=made)])
         if not why:
-            return tuple(numbers)
+            return _Learned(tuple(numbers), trial.multiples.get(site.name, 1))
         first = first or why
     return first
 
@@ -122,12 +141,13 @@ class _Trial:
 
     def __init__(self, model: nn.Module, example: Batch, inexact: frozenset[str]) -> None:
         self.model, self.example, self.inexact = model, example, inexact
+        self.multiples: dict[str, int] = {}
 
     def complaint(self, sites: Sequence[Site]) -> str:
         """What is wrong with cutting these, or "" when nothing is."""
         from secateur.graph import removals
 
-        keep = {site.name: _some(site.units) for site in sites}
+        keep = {site.name: _some(site.units, self.multiples.get(site.name, 1)) for site in sites}
         exact = not any(site.name in self.inexact for site in sites)
         with plain(self.model):
             with _restored(self.model):
@@ -157,14 +177,9 @@ class _Trial:
             Mask(site, keep[site.name]).apply_(self.model)
 
 
-def _some(units: int) -> Tensor:
-    """About two thirds of the units, in no order that a model could share; a width of eights stays one.
-
-    Some kernels (grouped products of experts) take rows of whole 16 bytes only, which says nothing of coupling.
-    """
-    gone = max(1, units // 3)
-    if units % 8 == 0 and units >= 24:
-        gone = max(8, gone // 8 * 8)
+def _some(units: int, multiple: int) -> Tensor:
+    """About two thirds of the units, in no order that a model could share, and a multiple of them."""
+    gone = max(1, units // 3 // multiple) * multiple
     order = torch.randperm(units, generator=torch.Generator().manual_seed(units))
     keep = torch.ones(units, dtype=torch.bool)
     keep[order[:gone]] = False

@@ -5,6 +5,7 @@ Li, Kadav, Durdanovic, Samet, Graf. "Pruning Filters for Efficient ConvNets." 20
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from math import lcm
 from typing import ClassVar
 
 import torch
@@ -51,6 +52,7 @@ class L1Norm(Method):
         arxiv="1608.08710",
         year=2016,
         granularity=KINDS,
+        families=("decoder", "encoder", "vision transformer", "cnn", "mlp", "moe"),
         axes="criterion allocation",
         reports="CIFAR-10, after retraining: 34 % less work for VGG-16 and up to 38 % for ResNet-110.",
         checked="tests/methods/test_l1_norm.py::test_small_filters_go_and_large_ones_stay",
@@ -88,15 +90,16 @@ class L1Norm(Method):
         sites = [site for site in found if not self.protected(site)]
         named = tensors(model)
         scores = {site.name: l1_norm(site, named) for site in sites}
-        counts = self.rounded(sites, self.allocation.spread(sites, self.budget(), scores))
+        multiples = {site.name: lcm(self.round_to, coupling.multiples.get(site.name, 1)) for site in sites}
+        counts = self.rounded(sites, self.allocation.spread(sites, self.budget(), scores), multiples)
         keep = {site.name: keep_top(scores[site.name], counts[site.name]) for site in sites}
         edits = apply_(model, removals(sites, keep))
         notes = [str(frozen) for frozen in coupling.frozen]
         notes += [f"left alone: {site.name}" for site in found if self.protected(site)]
         notes += [
-            f"{site.name} keeps {counts[site.name]} of {site.units} to make a multiple of {self.round_to}"
+            f"{site.name} keeps {counts[site.name]} of {site.units} to make a multiple of {multiples[site.name]}"
             for site in sites
-            if self.round_to > 1 and abs(counts[site.name] - kept_of(site.units, self.sparsity)) > 1
+            if multiples[site.name] > 1 and abs(counts[site.name] - kept_of(site.units, self.sparsity)) > 1
         ]
         return Outcome(model, list(edits), notes=notes)
 
@@ -105,7 +108,7 @@ class L1Norm(Method):
         names = (site.name, *(part.name for part in site.parts))
         return any(fnmatchcase(name, glob) for glob in self.protect for name in names)
 
-    def rounded(self, sites: list[Site], counts: dict[str, int]) -> dict[str, int]:
+    def rounded(self, sites: list[Site], counts: dict[str, int], multiples: dict[str, int]) -> dict[str, int]:
         """Counts of units to keep, made equal among sites alike where asked, and multiples; one at least."""
         found = dict(counts)
         if self.uniform:
@@ -113,8 +116,7 @@ class L1Norm(Method):
                 names = [site.name for site in sites if (site.kind, site.units) == alike]
                 found.update(dict.fromkeys(names, round(sum(counts[name] for name in names) / len(names))))
         for site in sites:
-            if self.round_to > 1:
-                multiple = round(found[site.name] / self.round_to) * self.round_to
-                found[site.name] = min(site.units, max(multiple, self.round_to))
+            if (of := multiples[site.name]) > 1:
+                found[site.name] = min(site.units, max(round(found[site.name] / of) * of, of))
             found[site.name] = max(1, found[site.name])
         return found
