@@ -522,8 +522,10 @@ class Validate(Rule):
         assert loop.task is not None
         was_training = loop.model.training
         loop.model.eval()
-        loop.log("validation loss", validation_loss(loop, self.split, self.n))
-        loop.log(f"validation {loop.task.metric}", loop.task.measure(loop.model, self.split)[loop.task.metric])
+        found = loop.task.measure(loop.model, self.split)
+        loop.log(f"validation {loop.task.metric}", found[loop.task.metric])
+        same = "loss" in found and self.n is None  # a second pass over the data would give it again
+        loop.log("validation loss", found["loss"] if same else validation_loss(loop, self.split, self.n))
         loop.model.train(was_training)
 
 
