@@ -253,6 +253,21 @@ def test_a_run_that_was_cut_off_is_taken_up_and_ends_the_same(tmp_path) -> None:
     assert [e.describe() for e in whole.edits] == [e.describe() for e in again.edits]
 
 
+def test_a_saved_model_opens_as_it_was(tmp_path) -> None:
+    from secateur.models import load, save
+
+    model = trained("decoder")
+    done = sliced(0.25, model)
+    save(done, model, tmp_path / "saved")
+    assert torch.equal(logits(load(tmp_path / "saved")), logits(done.model))
+
+
+def test_it_compiles_into_one_graph() -> None:
+    model = sliced(0.25).model
+    graph = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.equal(logits(graph), logits(model))
+
+
 def test_it_refuses_settings_and_models_it_cannot_serve() -> None:
     with pytest.raises(BudgetError, match=r"sparsity of 0.9 of a residual width of 32.*no multiple of 8") as caught:
         sliced(0.9)
