@@ -3,7 +3,8 @@
 python tools/generate.py            writes every generated file that is stale
 python tools/generate.py --check    says which are stale, and fails if any is
 
-README.md                       the table between <!-- methods --> and <!-- /methods -->
+README.md                       what stands between <!-- methods -->, <!-- session --> and <!-- figure --> marks
+docs/figure.svg                 the README's figure, from the records in docs/records/compare
 src/secateur/methods/README.md  the catalogue
 docs/reference/*.md             a page per method and per study: idea, source, settings
 claims/README.md                every claim, what was measured, the verdict
@@ -12,13 +13,15 @@ docs/claim.schema.json          the result of a claim
 """
 
 import argparse
+import hashlib
 import importlib
 import inspect
 import json
 import pkgutil
 import sys
-from dataclasses import MISSING
+from dataclasses import MISSING, asdict
 from pathlib import Path
+from textwrap import wrap
 from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,9 +32,11 @@ from claims import harness  # noqa: E402
 from secateur import method as catalogue  # noqa: E402
 from secateur.claims import ClaimResult, Figure, Finding, claim_schema  # noqa: E402
 from secateur.method import Card, Method  # noqa: E402
-from secateur.outcome import record_schema, write_text  # noqa: E402
+from secateur.outcome import Record, record_schema, write_text  # noqa: E402
 from secateur.recipe import settings_of, text_of_value  # noqa: E402
+from secateur.report import charts, headline, summary  # noqa: E402
 
+RECORDS = ROOT / "docs" / "records"
 NOTE = "<!-- Written by tools/generate.py: do not edit. -->"
 
 
@@ -51,19 +56,73 @@ def generated() -> dict[str, str]:
     for name, module in studies().items():
         pages[f"docs/reference/{name}.md"] = study_page(name, module, measured.get(name))
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    if "<!-- methods -->" in readme and "<!-- /methods -->" in readme:
-        head, rest = readme.split("<!-- methods -->", 1)
-        tail = rest.split("<!-- /methods -->", 1)[1]
-        table = method_table(methods, measured, "docs/reference/")
-        pages["README.md"] = f"{head}<!-- methods -->\n\n{table}\n\n<!-- /methods -->{tail}"
+    compared = records(RECORDS / "compare")
+    readme = between(readme, "methods", method_table(methods, measured, "docs/reference/"))
+    readme = between(readme, "session", session(records(RECORDS / "session")))
+    pages["README.md"] = between(readme, "figure", figure_text(compared))
+    if compared:
+        pages["docs/figure.svg"] = figure(compared)
     return pages
+
+
+def between(text: str, mark: str, found: str) -> str:
+    """A text with what stands between <!-- mark --> and <!-- /mark --> replaced; as it is, without the marks."""
+    start, end = f"<!-- {mark} -->", f"<!-- /{mark} -->"
+    if start not in text or end not in text:
+        return text
+    head, rest = text.split(start, 1)
+    return f"{head}{start}\n\n{found}\n\n{end}{rest.split(end, 1)[1]}"
+
+
+def records(folder: Path) -> list[Record]:
+    """The run records of a folder, by file name."""
+    return [Record.read(path) for path in sorted(folder.glob("*.json"))]
+
+
+def session(found: list[Record]) -> str:
+    """What was typed and what came of it, from the records of those runs."""
+    lines = [line for record in found for line in (f"$ {record.command}", *wrap(summary(record), 110), "")]
+    return "\n".join(["```", *lines[:-1], "```"]) if lines else ""
+
+
+def figure_text(found: list[Record]) -> str:
+    """The figure, and under it how it was made."""
+    if not found:
+        return ""
+    seeds = len({record.task["seed"] for record in found})
+    command = next((record.command for record in found if record.command), "")
+    return "\n".join(
+        [
+            f"![{headline(found)}](docs/figure.svg)",
+            "",
+            headline(found),
+            "",
+            f"Made by `{command}`; {seeds} {'seed' if seeds == 1 else 'seeds'}.",
+        ]
+    )
+
+
+def figure(found: list[Record]) -> str:
+    """The figure, its first line a fingerprint of the records: drawings differ by machine, records do not."""
+    import vl_convert
+
+    text = "".join(json.dumps(asdict(record), sort_keys=True) for record in found)
+    drawing = charts.quality_against_sparsity(found)
+    assert drawing is not None, "a comparison has points to draw"
+    svg = vl_convert.vegalite_to_svg(drawing.spec)
+    return f"<!-- records {hashlib.sha256(text.encode()).hexdigest()} -->\n{svg}\n"
 
 
 def stale(pages: dict[str, str]) -> list[str]:
     """The generated files that are not what they should be, and those that should not be there."""
-    found = [path for path, text in pages.items() if not (ROOT / path).exists() or _read(path) != text]
+    found = [path for path, text in pages.items() if not (ROOT / path).exists() or not _same(path, text)]
     gone = [p.relative_to(ROOT).as_posix() for p in (ROOT / "docs/reference").glob("*.md")]
     return sorted([*found, *(path for path in gone if path not in pages)])
+
+
+def _same(path: str, text: str) -> bool:
+    there = _read(path)
+    return there.split("\n", 1)[0] == text.split("\n", 1)[0] if path.endswith(".svg") else there == text
 
 
 def _read(path: str) -> str:

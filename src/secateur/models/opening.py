@@ -6,10 +6,12 @@ Only transformers' own classes are built and only safetensors and GGUF are read:
 import copy
 import importlib
 import importlib.util
+import io
 import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -265,9 +267,10 @@ def _from_gguf(path: Path, dtype: torch.dtype, name: str) -> Opened:
         )
     where = {"gguf_file": path.name, "local_files_only": True, "trust_remote_code": False}
     try:
-        with hf.quiet():
+        # The bar of the conversion ignores transformers' own switch, so it is given nowhere to write.
+        with hf.quiet(), redirect_stderr(io.StringIO()):
             packed = hub.AutoModelForCausalLM.from_pretrained(str(path.parent), dtype=dtype, **where)
-        tokenizer = hub.AutoTokenizer.from_pretrained(str(path.parent), **where)
+            tokenizer = hub.AutoTokenizer.from_pretrained(str(path.parent), **where)
     except Exception as error:  # whatever transformers and gguf raise for a file they cannot read
         raise ModelError(
             f"{path} was to be opened",
