@@ -266,6 +266,15 @@ def test_plan_of_a_structural_method_counts_what_goes():
     assert "32" not in found["denominator"].split()[0]
 
 
+def test_a_plan_foresees_what_the_cut_comes_to(tmp_path):
+    args = ("tiny:cnn", "l1_norm", "--task", "tiny:toy_images", "--sparsity", "0.5", "--json")
+    after = json.loads(run("plan", *args).stdout)["after"]
+    cut = json.loads(run("prune", *args, "--out", tmp_path / "out").stdout)["ledger"]["after"]
+    assert after["parameters"] == cut["parameters"]
+    assert after["memory_bytes"] == pytest.approx(cut["memory_bytes"], rel=0.01)
+    assert after["flops"] == pytest.approx(cut["flops"], rel=0.02)
+
+
 def test_plan_says_when_whole_units_miss_the_target():
     shown = run("plan", *TEXT, "--sparsity", "0.51", "--no-trial").stdout
     assert "51.00% was asked for; whole units in this pattern make 50" in shown
@@ -359,13 +368,38 @@ def test_a_killed_run_is_taken_up_again(tmp_path, monkeypatch):
     assert "run the same command again" in said(found)
     assert sorted(p.name for p in tmp_path.iterdir()) == [".out.journal", "out.log", "whole", "whole.log"]
     monkeypatch.setattr(spoken.Blocks, "__call__", told)
+    before = json.loads((tmp_path / ".out.journal/before.json").read_text())
+    (tmp_path / ".out.journal/before.json").write_text(json.dumps({**before, "perplexity": 1.5}))
     other = run(*args, "--seed", "1", "--out", tmp_path / "out", code=BAD_INPUT)
     assert "journal there is of another model" in said(other)
+    assert "--fresh" in said(other)
+    assert "run the same command again" not in said(other)
     found = run(*args, "--out", tmp_path / "out")
     assert "taken up again after 1 blocks" in said(found)
     assert "model.layers.0 " not in found.stderr
     assert same(tmp_path / "whole", tmp_path / "out")
+    assert "before: perplexity 1.500" in said(found)  # not measured twice
     assert not (tmp_path / ".out.journal").exists()
+
+
+def test_a_fresh_run_forgets_an_earlier_one(tmp_path, monkeypatch):
+    args = ("prune", *TEXT, "--no-eval", "--out", tmp_path / "out")
+    told = spoken.Blocks.__call__
+
+    def kill(self, block):
+        raise Killed
+
+    monkeypatch.setattr(spoken.Blocks, "__call__", kill)
+    run(*args, code=INTERRUPTED)
+    monkeypatch.setattr(spoken.Blocks, "__call__", told)
+    assert "model.layers.0 " in run(*args, "--fresh", "--sparsity", "0.25").stderr
+
+
+def test_a_folder_that_is_no_journal_is_not_deleted(tmp_path):
+    (tmp_path / "j").mkdir()
+    (tmp_path / "j/mine.txt").write_text("dear diary")
+    run("prune", *TEXT, "--fresh", "--resume", tmp_path / "j", "--out", tmp_path / "out", code=BAD_INPUT)
+    assert (tmp_path / "j/mine.txt").exists()
 
 
 def test_a_killed_chain_is_taken_up_again(tmp_path, monkeypatch):
@@ -396,7 +430,7 @@ def test_a_killed_chain_is_taken_up_again(tmp_path, monkeypatch):
 def test_a_recipe_runs_again(tmp_path):
     run("prune", *TEXT, "--sparsity", "1:4", "--task.window", "8", "--seed", "3", "--out", tmp_path / "a")
     written = tmp_path / "a/recipe.yaml"
-    assert yaml.safe_load(written.read_text())["task"] == {"name": "tiny:toy_text", "window": "8"}
+    assert yaml.safe_load(written.read_text())["task"] == {"name": "tiny:toy_text", "window": 8}
     run("prune", "tiny:decoder", written, "--out", tmp_path / "b")
     run("prune", written, "--out", tmp_path / "c")
     assert same(tmp_path / "a", tmp_path / "b")

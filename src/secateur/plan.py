@@ -9,6 +9,8 @@ import copy
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from math import lcm
 from typing import Any
 
 import torch
@@ -95,31 +97,46 @@ class _Unread(Mapping[str, Tensor]):
         raise self.Asked
 
 
-def sites_of(method: Method, model: nn.Module, task: Task) -> tuple[list[Site], list[str]]:
-    """The sites a method would cut, by its card, and what cannot be taken out whole.
+@dataclass(frozen=True)
+class Found:
+    """The sites a method would cut."""
 
-    Empty for methods whose units are not in the weights, or are found on the way. Raises SiteError for a selection
+    sites: list[Site]
+    frozen: list[str] = field(default_factory=list)  # what cannot be taken out whole, and why
+    multiples: Mapping[str, int] = field(default_factory=dict)  # site -> what the units that stay are a multiple of
+
+
+def sites_of(method: Method, model: nn.Module, task: Task) -> Found:
+    """The sites a method would cut, by its card and settings.
+
+    None for methods whose units are not in the weights, or are found on the way. Raises SiteError for a selection
     that matches nothing, GraphError for a network whose coupling cannot be followed.
     """
     kinds = set(getattr(method, "kinds", None) or method.card.granularity)
     if kinds & {"weight", "block"}:
         include, exclude = selection(method)
-        return weights(model, include, exclude), []
+        return Found(weights(model, include, exclude))
     found: list[Site] = []
     frozen: list[str] = []
+    multiples: dict[str, int] = {}
     if kinds & {"channel", "head", "stream"}:
         coupling = graph.couple(model, task.example)
         found += [site for site in coupling.sites if site.kind in kinds]
         frozen = [str(each) for each in coupling.frozen]
+        own = getattr(method, "round_to", 1)
+        multiples = {site.name: lcm(own, coupling.multiples.get(site.name, 1)) for site in found}
         if not found:
             coupling.need(*(kind for kind in ("channel", "head", "stream") if kind in kinds))
     if "layer" in kinds:
         found += layers(model)
-    protected = getattr(method, "protected", None)
-    if callable(protected):
-        frozen += [f"{site.name}: protected by the settings" for site in found if protected(site)]
-        found = [site for site in found if not protected(site)]
-    return found, frozen
+    globs = getattr(method, "protect", ())
+    kept = [site for site in found if any(fnmatchcase(n, g) for g in globs for n in (site.name, *_names(site)))]
+    frozen += [f"{site.name}: protected by the settings" for site in kept]
+    return Found([site for site in found if site not in kept], frozen, multiples)
+
+
+def _names(site: Site) -> list[str]:
+    return [part.name for part in site.parts]
 
 
 def selection(method: Method) -> tuple[Sequence[str], Sequence[str]]:
@@ -134,8 +151,7 @@ def check(method: Method, model: nn.Module, task: Task) -> None:
     """
     for link in links(method):
         link.check()
-        sites, _ = sites_of(link, model, task)
-        counts(link, sites)
+        counts(link, sites_of(link, model, task))
 
 
 def links(method: Method) -> tuple[Method, ...]:
@@ -143,12 +159,12 @@ def links(method: Method) -> tuple[Method, ...]:
     return method.methods if isinstance(method, Chain) else (method,)
 
 
-def counts(method: Method, sites: Sequence[Site]) -> tuple[dict[str, int] | None, bool]:
+def counts(method: Method, found: Found) -> tuple[dict[str, int] | None, bool]:
     """Units to keep at each site, and whether the allocation says so without scores; None where nothing says.
 
     Raises BudgetError for a budget that cannot be met, PatternError for a shape the pattern does not fit.
     """
-    budget = method.budget()
+    budget, sites = method.budget(), found.sites
     if budget is None or not sites:
         return None, False
     allocation, exact = getattr(method, "allocation", None) or Uniform(), True
@@ -156,6 +172,9 @@ def counts(method: Method, sites: Sequence[Site]) -> tuple[dict[str, int] | None
         keep = allocation.spread(sites, budget, _Unread())
     except _Unread.Asked:
         keep, exact = Uniform().spread(sites, budget), False
+    for site in sites:
+        if (of := found.multiples.get(site.name, 1)) > 1:
+            keep[site.name] = min(site.units, max(round(keep[site.name] / of) * of, of))
     pattern = getattr(method, "pattern", None)
     if pattern is not None and hasattr(pattern, "nearest"):
         misfits = []
@@ -186,10 +205,11 @@ def plan(method: Method, model: nn.Module, task: Task, *, priced: bool = True, t
     method.check()
     before = Size.of(model, task.example)
     first, *rest = links(method)
-    sites, frozen = sites_of(first, model, task)
-    keep, exact = counts(first, sites)
+    found = sites_of(first, model, task)
+    sites = found.sites
+    keep, exact = counts(first, found)
     for link in rest:
-        counts(link, sites_of(link, model, task)[0])
+        counts(link, sites_of(link, model, task))
     rows = [_row(site, None if keep is None else keep[site.name]) for site in sites]
     budget, notes = first.budget(), []
     if not sites:
@@ -210,9 +230,9 @@ def plan(method: Method, model: nn.Module, task: Task, *, priced: bool = True, t
         settings(method),
         rows,
         left_alone(first, model, sites),
-        frozen,
+        found.frozen,
         before,
-        _after(before, sites, keep),
+        _after(model, before, sites, keep),
         asked,
         reachable,
         of,
@@ -240,7 +260,7 @@ def _reachable(sites: Sequence[Site], keep: Mapping[str, int] | None, of: str) -
     return 1 - sum(costs[s.name] * keep[s.name] / s.units for s in sites) / total_cost if total_cost else None
 
 
-def _after(before: Size, sites: Sequence[Site], keep: Mapping[str, int] | None) -> Size | None:
+def _after(model: nn.Module, before: Size, sites: Sequence[Site], keep: Mapping[str, int] | None) -> Size | None:
     """The size to come: zeros for single weights, fewer parameters for whole units (overlaps counted once)."""
     if keep is None or not sites:
         return None
@@ -261,7 +281,9 @@ def _after(before: Size, sites: Sequence[Site], keep: Mapping[str, int] | None) 
                 elements * part.itemsize,
                 2 * part.uses * elements if len(part.shape) > 1 else 0,
             )
-    parameters, memory, work = (sum(held[n][i] * (1 - kept[n]) for n in held) for i in range(3))
+    trained = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    parameters = sum(held[n][0] * (1 - kept[n]) for n in held if n in trained)
+    memory, work = (sum(held[n][i] * (1 - kept[n]) for n in held) for i in (1, 2))
     cut = sum(h[2] for h in held.values())
     flops = None if before.flops is None or not cut else round(before.flops * (1 - work / cut) if work < cut else 0)
     return replace(
@@ -282,7 +304,7 @@ def left_alone(method: Method, model: nn.Module, sites: Sequence[Site]) -> list[
         if id(value) in taken or id(value) in seen:
             continue
         seen.add(id(value))
-        found.append(LeftAlone(plain, role(model, plain), value.numel()))
+        found.append(LeftAlone(plain, "bias" if plain.endswith("bias") else role(model, plain), value.numel()))
     return found
 
 
@@ -293,7 +315,8 @@ def denominator(model: nn.Module, sites: Sequence[Site], of: str) -> str:
     parameters = sum(p.numel() for p in model.parameters())
     kind = sites[0].kind
     units = sum(site.units for site in sites)
-    own = {part.name: part for site in sites for part in site.parts}
+    trained = {name for name, _ in model.named_parameters(remove_duplicate=False)}  # a norm's statistics are not
+    own = {part.name: part for site in sites for part in site.parts if part.name in trained or kind == "weight"}
     elements = sum(site.units for site in sites) if kind == "weight" else 0
     if not elements:
         for part in own.values():
@@ -420,6 +443,7 @@ def _trial(method: Method, model: nn.Module, task: Task) -> tuple[float, int] | 
 
 
 __all__ = [
+    "Found",
     "LeftAlone",
     "Plan",
     "Price",

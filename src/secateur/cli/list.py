@@ -78,9 +78,8 @@ def _show(speaker: Any, rows: list[dict[str, Any]]) -> None:
     from secateur.cli.terminal import table
 
     style = {"holds": "green", "does not hold at this size": "red", "inconclusive": "yellow"}
-    shown = table(
-        "method", "NN", "year", "when", "removes", "models", "needs", "its claim, measured here", right=("NN", "year")
-    )
+    heads = ("method", "NN", "year", "when", "removes", "needs", "models", "claim, here")
+    shown = table(*heads, right=("NN", "year"), whole=("method", "when"))
     for row in rows:
         verdict = row["verdict"]
         shown.add_row(
@@ -89,8 +88,8 @@ def _show(speaker: Any, rows: list[dict[str, Any]]) -> None:
             str(row["year"] or ""),
             row["when"],
             ", ".join(row["granularity"]),
-            ", ".join(row["families"]),
             ", ".join(row["needs"]) or "nothing",
+            ", ".join(row["families"]),
             f"[{style.get(verdict, 'dim')}]{verdict}[/]",
         )
     if not rows:

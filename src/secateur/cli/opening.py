@@ -182,6 +182,11 @@ def _task_of(name: str, module: str, attribute: str, opened: Opened, given: Mapp
     return made
 
 
+def scalars(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as typed on a command line, with numbers and truth values as such."""
+    return {key: _scalar(value) for key, value in given.items()}
+
+
 def _scalar(value: Any) -> Any:
     if not isinstance(value, str):
         return value

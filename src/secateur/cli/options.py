@@ -221,7 +221,7 @@ def measuring(function: F) -> F:
             "--task",
             metavar="TASK",
             help="A ready-made task, a text file or folder, or module:function; --task.KEY sets one of its settings,"
-            " such as --task.window 512. [default: python-docs for language models, its usual data for a known image model]",
+            " such as --task.window 512. [default: python-docs for language models, the usual one of image models]",
         ),
     ):
         function = decorate(function)

@@ -1,6 +1,7 @@
 """`secateur prune`: from a model and a method to a folder that loads elsewhere."""
 
 import contextlib
+import json
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from secateur.outcome import Measurement, Outcome, Record
     from secateur.plan import Plan
     from secateur.task import Task
+
+
+BEFORE = "before.json"  # in the journal: the quality before, so that it is measured once
 
 
 @click.command("prune", cls=Verb)
@@ -63,7 +67,7 @@ def command(
     is a method or a recipe (.yaml); `secateur prune MODEL METHOD --help` lists its settings. A run that was cut off is
     taken up again by the same command. Ends with 2 for bad input, and with 3 when the target was missed.
     """
-    from secateur.cli.opening import model_from, recipe_from, set_threads, task_from
+    from secateur.cli.opening import model_from, recipe_from, scalars, set_threads, task_from
 
     speaker = terminal(spoken)
     target = Path(out)
@@ -73,7 +77,7 @@ def command(
     recipe.method.check()
     with speaker.busy(f"opening {model}"):
         opened = model_from(model, dtype=dtype or recipe.dtype, device=device or recipe.device, online=online)
-        given = {**(recipe.task_settings if task in (None, recipe.task) else {}), **ctx.meta[TASK]}
+        given = {**(recipe.task_settings if task in (None, recipe.task) else {}), **scalars(ctx.meta[TASK])}
         chosen = task_from(opened, task or recipe.task, given, seed if seed is not None else recipe.seed or 0)
     recipe = replace(
         recipe,
@@ -144,16 +148,18 @@ def _run(
     timing: bool,
     command: str,
 ) -> "Outcome":
+    from secateur.errors import BudgetError, ResumeError
     from secateur.method import prune
-    from secateur.outcome import Measurement
+    from secateur.outcome import Measurement, fingerprint, write_text
     from secateur.walk import watching
 
     progress: Blocks | None = None
-    taken = []
+    taken, mark = [], ""
     try:
         if split is not None:
-            with speaker.busy(f"measuring {opened.name} before, on {task.name}"):
-                taken.append(Measurement("before", split, task.measure(opened.model, split)))
+            mark = f"{fingerprint(opened.model)}/{task.fingerprint()}/{split}"
+            values = _before(speaker, opened, task, split, journal / BEFORE, mark)
+            taken.append(Measurement("before", split, values))
             speaker.say(f"before: {_quality(task, taken[0])}")
         with speaker.blocks(method.name) as progress, watching(progress):
             outcome = prune(
@@ -170,10 +176,17 @@ def _run(
             with speaker.busy(f"measuring {opened.name} after"):
                 taken.append(Measurement("after", split, task.measure(outcome.model, split)))
             speaker.say(f"after:  {_quality(task, taken[1])}")
+    except ResumeError as error:
+        error.add_note("--fresh forgets what is there; --resume DIR names another folder.")
+        raise
     except BaseException as error:
         done = len([*journal.glob("block-*")]) if journal.exists() else 0
         if not done and journal.exists():
             _forget(journal)  # nothing in it to take up
+        if isinstance(error, BudgetError):
+            error.__dict__["exit_code"] = MISSED  # found on the way, not before it
+        if done and taken:
+            write_text(journal / BEFORE, json.dumps({"of": mark, **taken[0].values}))
         if done:
             of = f" of {progress.total}" if progress is not None and progress.total else ""
             error.add_note(f"{done}{of} blocks are done and kept in {journal}: run the same command again to go on.")
@@ -186,6 +199,16 @@ def _run(
     return outcome
 
 
+def _before(speaker: "Terminal", opened: "Opened", task: "Task", split: str, kept: Path, mark: str) -> dict[str, float]:
+    """The quality before: as the run that was cut off measured it, or measured now."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        known = json.loads(kept.read_text(encoding="utf-8"))
+        if known.pop("of") == mark:
+            return {str(k): float(v) for k, v in known.items()}
+    with speaker.busy(f"measuring {opened.name} before, on {task.name}"):
+        return task.measure(opened.model, split)
+
+
 def _quality(task: "Task", taken: "Measurement") -> str:
     from secateur.report import figures
 
@@ -194,8 +217,8 @@ def _quality(task: "Task", taken: "Measurement") -> str:
 
 def _forget(journal: Path) -> None:
     """Delete a journal, and nothing that is not one."""
-    known = [p for p in journal.iterdir() if p.name == "run.json" or p.name.startswith("block-")]
-    if len(known) == len(list(journal.iterdir())):
+    found = [*journal.iterdir()]
+    if all(p.name in ("run.json", BEFORE) or p.name.startswith("block-") for p in found):
         shutil.rmtree(journal, ignore_errors=True)
 
 

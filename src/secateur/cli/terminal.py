@@ -79,7 +79,7 @@ class Terminal:
             Memory(),
             console=self.aside,
             transient=True,
-            disable=self.quiet,
+            disable=self.quiet or not self.aside.is_terminal,
         )
         with bar:
             yield Blocks(self, bar, what)
@@ -145,13 +145,15 @@ def explain_error(error: Any, notes: Sequence[str], head: str = "error") -> None
         console.print(f"       [green]{escape(note)}[/]", soft_wrap=True)
 
 
-def table(*heads: str, title: str = "", right: Sequence[str] = ()) -> Table:
-    """An empty table of the house."""
+def table(*heads: str, title: str = "", right: Sequence[str] = (), whole: Sequence[str] = ()) -> Table:
+    """An empty table; numbers stand to the `right`, and columns that are `whole` are never broken."""
     made = Table(
         title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="bold dim"
     )
     for head in heads:
-        made.add_column(head, justify="right" if head in right else "left", overflow="fold")
+        made.add_column(
+            head, justify="right" if head in right else "left", overflow="fold", no_wrap=head in whole or head in right
+        )
     return made
 
 
