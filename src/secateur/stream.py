@@ -40,7 +40,7 @@ class Segment:
     """The stream between two additions: one basis. Names of parameters, except the norms', which are modules'."""
 
     embeddings: tuple[str, ...]  # tables that start the stream: the first segment's only
-    writers: tuple[str, ...]  # weights whose output is added to the segment before; two in a parallel block
+    writers: tuple[str, ...]  # weights whose output is added to the segment before, as they run; two in parallel blocks
     norms: tuple[str, ...]  # modules the segment is read through
     readers: tuple[tuple[str, ...], ...]  # per norm: weights that read its output
 
@@ -128,6 +128,7 @@ class _Follower(TorchFunctionMode):
         self.lost: list[str] = []  # what became of embeddings that are no longer followed
         self.segments: list[dict[str, list[Any]]] = []
         self.width = 0
+        self._order: dict[str, int] = {}  # weights, as they are met
         self._reshaped: set[str] = set()  # norms whose output is given a shape with a width in it
 
     def __enter__(self) -> "_Follower":
@@ -234,6 +235,7 @@ class _Follower(TorchFunctionMode):
         elif known and name is None:
             self._other(func, args, kwargs, out, known)
         if name is not None:
+            self._order.setdefault(name, len(self._order))
             self._put(out, _Written((name,)))
 
     def _other(self, func: str, args: tuple[Any, ...], kwargs: Any, out: Any, known: list[_Tag]) -> None:
@@ -302,7 +304,12 @@ class _Follower(TorchFunctionMode):
         if twice is not None:
             raise self._error(f"{twice} is used twice")
         found = tuple(
-            Segment(tuple(s["embeddings"]), tuple(s["writers"]), tuple(s["norms"]), tuple(map(tuple, s["readers"])))
+            Segment(
+                tuple(s["embeddings"]),
+                tuple(sorted(s["writers"], key=self._order.__getitem__)),
+                tuple(s["norms"]),
+                tuple(map(tuple, s["readers"])),
+            )
             for s in self.segments
         )
         return Stream(self.width, found, any(norm in self._reshaped for norm in found[-1].norms))
@@ -331,9 +338,9 @@ class StreamNorm(nn.Module):
         """What it is built from."""
         return {"width": self.width, "eps": self.eps}
 
-    def give_(self, stream: Tensor) -> None:
-        """Take part of a stream that is wider than the input will be."""
-        self.given = stream if self.given is None else self.given + stream
+    def give_(self, stream: Tensor, first: bool) -> None:
+        """Take part of a stream that is wider than the input will be; the first part replaces what was never used."""
+        self.given = stream if first or self.given is None else self.given + stream
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., width]."""
@@ -396,7 +403,7 @@ class StreamLinear(nn.Linear):
             assert x is not None, "the norm runs before the layers behind it"
             out = out + F.linear(x, self.shortcut).reshape(out.shape)
         if out.shape[-1] != narrow:
-            onto.give_(out)
+            onto.give_(out, first=x is not None)
             return out.new_zeros(*out.shape[:-1], narrow)
         return out if x is None else out - x.reshape(out.shape)
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from secateur.edit import Remove, Rotate
 from secateur.errors import BudgetError, GraphError, SettingError
-from secateur.method import prune, tiny
+from secateur.method import Chain, prune, tiny
 from secateur.methods.slicegpt import (
     PcaGlobal,
     PcaPerBlock,
@@ -21,6 +21,7 @@ from secateur.methods.slicegpt import (
     principal_axes,
     random_rotation,
 )
+from secateur.methods.sparsegpt import SparseGPT
 from secateur.stream import few, follow, fuse
 from secateur.task import Batch
 
@@ -260,6 +261,15 @@ def test_a_saved_model_opens_as_it_was(tmp_path) -> None:
     done = sliced(0.25, model)
     save(done, model, tmp_path / "saved")
     assert torch.equal(logits(load(tmp_path / "saved")), logits(done.model))
+
+
+def test_another_method_can_follow_it() -> None:
+    model, task = trained("decoder"), make_task("decoder")
+    done = prune(model, Chain((tiny(SliceGPT), tiny(SparseGPT, sparsity=0.1))), task)
+    assert "model.layers.0.self_attn.o_proj.shortcut" in {row.site for row in done.record.sites}
+    assert quality(done.model) < 1.5 * quality(sliced().model)
+    with pytest.raises(GraphError, match="what is added to it after addition 0"):
+        prune(model, Chain((tiny(SliceGPT), tiny(SliceGPT))), task)
 
 
 def test_it_compiles_into_one_graph() -> None:
