@@ -529,9 +529,42 @@ def test_compare_runs_each_cell_once_and_reports(tmp_path):
     assert (tmp_path / "again.html").exists()
 
 
-def test_errors_say_what_they_end_with():
-    assert issubclass(BudgetError, ValueError)
-    assert (BAD_INPUT, MISSED, INTERRUPTED) == (2, 3, 130)
+def test_a_comparison_that_is_stopped_goes_on(tmp_path, monkeypatch):
+    pytest.importorskip("altair")
+    args = (
+        "compare",
+        "tiny:mlp",
+        "--methods",
+        "magnitude",
+        "--task",
+        "tiny:toy_vectors",
+        "--out",
+        tmp_path / "page.html",
+    )
+
+    def stop(self, model, task):
+        raise Killed
+
+    whole = load("random").run
+    monkeypatch.setattr(load("random"), "run", stop)
+    assert "run the same command again" in said(run(*args, code=INTERRUPTED))
+    monkeypatch.setattr(load("random"), "run", whole)
+    assert "2 runs, 1 of them done before" in said(run(*args))
+
+
+def test_a_target_missed_on_the_way_ends_with_three(tmp_path, monkeypatch):
+    def miss(self, model, task):
+        raise BudgetError("0.5 was asked for", "0.4 is all there is", "Ask for 0.4.")
+
+    monkeypatch.setattr(load("magnitude"), "run", miss)
+    run("prune", *VECTORS, "--out", tmp_path / "out", code=MISSED)
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_a_verb_there_is_help():
+    found = run(code=BAD_INPUT)
+    assert "Verbs:" in found.stderr
+    assert "error" not in found.stderr
 
 
 def test_nothing_slow_is_imported_for_help():

@@ -100,6 +100,9 @@ def _told(error: BaseException, args: Sequence[str]) -> int:
 def _usage(error: click.ClickException) -> int:
     from secateur.cli.terminal import explain_error
 
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        error.show()
+        return BAD_INPUT
     notes = []
     context = getattr(error, "ctx", None)
     if context is not None:

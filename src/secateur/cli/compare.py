@@ -100,22 +100,30 @@ def command(
         for method in wanted
         for number, chosen in tasks.items()
     ]
-    problems = {cell.record: found for cell in cells if (found := _refused(check, cell, opened, tasks)) is not None}
     todo = [cell for cell in cells if not cell.record.exists()]
+    asks = {cell.method: tasks[cell.seed] for cell in todo}
+    with speaker.busy("checking every site"):
+        problems = {method: _refused(check, method, opened, chosen) for method, chosen in asks.items()}
     speaker.say(f"{len(cells)} runs, {len(cells) - len(todo)} of them done before; records in {folder}")
     before: dict[int, dict[str, float]] = {}
-    for number, cell in enumerate(todo, 1):
-        label = f"{number} of {len(todo)}  {_label(cell)}"
-        error = problems.get(cell.record)
-        if error is None:
-            chosen = tasks[cell.seed]
-            if cell.seed not in before:
-                with speaker.busy("measuring the dense model"):
-                    before[cell.seed] = chosen.measure(opened.model, eval_split)
-            error = _run(speaker, cell, opened, chosen, eval_split, before[cell.seed], timing, command_line(ctx), label)
-        if error is not None:
-            _fail(cell, error)
-            speaker.say(f"{label}  failed: {error}", "red")
+    try:
+        for number, cell in enumerate(todo, 1):
+            label = f"{number} of {len(todo)}  {_label(cell)}"
+            error = problems[cell.method]
+            if error is None:
+                chosen = tasks[cell.seed]
+                if cell.seed not in before:
+                    with speaker.busy("measuring the dense model"):
+                        before[cell.seed] = chosen.measure(opened.model, eval_split)
+                error = _run(
+                    speaker, cell, opened, chosen, eval_split, before[cell.seed], timing, command_line(ctx), label
+                )
+            if error is not None:
+                _fail(cell, error)
+                speaker.say(f"{label}  failed: {error}", "red")
+    except KeyboardInterrupt as error:
+        error.add_note(f"What was done is kept in {folder}: run the same command again to go on.")
+        raise
     records, failures = _gathered(cells)
     _finish(speaker, records, failures, out, write)
 
@@ -179,14 +187,12 @@ def _label(cell: Cell) -> str:
     return f"{text_of_method(cell.method)}, seed {cell.seed}"
 
 
-def _refused(check: Any, cell: Cell, opened: "Opened", tasks: "dict[int, Task]") -> Exception | None:
-    """Why a run cannot be, found before any data is read."""
+def _refused(check: Any, method: "Method", opened: "Opened", task: "Task") -> Exception | None:
+    """Why runs of a method cannot be, found before any data is read."""
     from secateur.errors import SecateurError
 
-    if cell.record.exists():
-        return None
     try:
-        check(cell.method, opened.model, tasks[cell.seed])
+        check(method, opened.model, task)
     except SecateurError as error:
         return error
     return None
