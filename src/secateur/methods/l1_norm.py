@@ -99,7 +99,7 @@ class L1Norm(Method):
         notes += [
             f"{site.name} keeps {counts[site.name]} of {site.units} to make a multiple of {multiples[site.name]}"
             for site in sites
-            if multiples[site.name] > 1 and abs(counts[site.name] - kept_of(site.units, self.sparsity)) > 1
+            if multiples[site.name] > 1 and counts[site.name] != kept_of(site.units, self.sparsity)
         ]
         return Outcome(model, list(edits), notes=notes)
 
