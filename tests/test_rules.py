@@ -28,7 +28,7 @@ from secateur.axes.rules import (
 from secateur.axes.schedules import Jump, Linear, Schedule
 from secateur.cut import blocks, weights
 from secateur.edit import Mask
-from secateur.errors import BudgetError, SettingError, SiteError, TaskError
+from secateur.errors import BudgetError, PatternError, SettingError, SiteError, TaskError
 from secateur.site import tensors
 from secateur.tasks.labelled import Labelled
 from secateur.train import History, Loop, attach, fit
@@ -421,3 +421,28 @@ def test_validation_needs_a_task():
         attach(torch.optim.SGD(model.parameters(), 0.1), model, Validate(), 5)
     with pytest.raises(SettingError, match="validation every 0 steps"):
         Validate(0)
+
+
+def test_held_weights_stay_zero_under_an_optimizer_that_moves_everything():
+    class Restless(torch.optim.SGD):
+        def step(self, closure=None):
+            with torch.no_grad():
+                for group in self.param_groups:
+                    for p in group["params"]:
+                        p.add_(1.0)
+
+    model = tiny.mlp()
+    sites = weights(model)
+    keep = half(sites)
+    fit(model, tiny.toy_vectors(), 1, [Hold(sites, keep)], Restless(model.parameters(), 0.1))
+    assert all(bool((tensors(model)[s.name][~keep[s.name]] == 0).all()) for s in sites)
+
+
+def test_what_is_gone_for_good_cannot_be_asked_back():
+    model = tiny.mlp()
+    sites = weights(model)
+    falling = Schedule(start=0.8, end=0.5, until=1.0, every=1, falling=True)
+    with pytest.raises(PatternError, match="units were to be kept among those allowed"):
+        fit(model, tiny.toy_vectors(), 5, [Gradual(sites, falling, holder=Hold(sites))])
+    history = fit(model, tiny.toy_vectors(), 5, [Gradual(sites, falling, holder=Shadow(sites))])
+    assert history.curves["sparsity"][-1][1] == 0.5
