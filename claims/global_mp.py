@@ -168,6 +168,8 @@ CLAIM = Claim(
             central=False,
         ),
     ),
+    # The collapse network and its margin were chosen on seeds 0 and 1.
+    seeds=(2, 3, 4),
     once=("dense",),
     settings={
         "images": 5000,

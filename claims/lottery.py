@@ -185,7 +185,7 @@ CLAIM = Claim(
             central=False,
         ),
     ),
-    seeds=(0, 1, 2, 3, 4),
+    seeds=(1, 2, 3, 4, 5),  # the size was chosen on seed 0
     settings={
         "images": 10_000,
         "validation": 2000,
