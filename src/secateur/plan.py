@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from secateur import graph
-from secateur.axes import Uniform
+from secateur.axes import Allocation, Uniform
 from secateur.cut import DEFAULT_EXCLUDE, layers, role, weights
 from secateur.errors import PatternError, SecateurError
 from secateur.method import Chain, Method, peak_memory, settings
@@ -167,7 +167,9 @@ def counts(method: Method, found: Found) -> tuple[dict[str, int] | None, bool]:
     budget, sites = method.budget(), found.sites
     if budget is None or not sites:
         return None, False
-    allocation, exact = getattr(method, "allocation", None) or Uniform(), True
+    allocation, exact = getattr(method, "allocation", None), True
+    if not isinstance(allocation, Allocation):
+        allocation = Uniform()
     try:
         keep = allocation.spread(sites, budget, _Unread())
     except _Unread.Asked:

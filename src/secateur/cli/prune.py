@@ -89,7 +89,7 @@ def command(
         device=device or recipe.device,
     )
     planned = _announce(speaker, recipe.method, opened, chosen)
-    speaker.log_to(target.with_name(target.name + ".log"))
+    speaker.log_to(target.with_name(target.name + ".log"), command_line(ctx))
     journal = Path(resume) if resume else target.with_name(f".{target.name}.journal")
     if fresh and journal.exists():
         _forget(journal)

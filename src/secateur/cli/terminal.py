@@ -28,11 +28,11 @@ class Terminal:
         self.result = Console(quiet=quiet or as_json, highlight=False)
         self._log: Path | None = None
 
-    def log_to(self, path: Path) -> None:
+    def log_to(self, path: Path, command: str) -> None:
         """From now on write down every line said, after what is there already."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self._log = path
-        self.note(f"secateur {' '.join(sys.argv[1:])}")
+        self.note(command)
 
     def note(self, text: str) -> None:
         """A line for the log alone."""
