@@ -518,9 +518,11 @@ def test_compare_runs_each_cell_once_and_reports(tmp_path):
     assert {f["run"] for f in found["failures"]} == {
         f"sparsegpt({s}samples=9999), seed {n}" for s in ("sparsity=0.25, ", "") for n in (0, 1)
     }
-    assert "sparsegpt" in out.read_text()
+    assert "sparsegpt(samples=9999), seed 0 failed" in out.read_text()
     records = list((tmp_path / "page-records").glob("*[0-9a-f].json"))
     assert "14 runs, 0 of them done before" in said(first)
+    assert said(first).count("sparsity of the 1,664 weights in 3 sites") == 1
+    assert "left alone bias: 68 parameters" in said(first)
     again = run(*args)
     assert "14 runs, 10 of them done before" in said(again)
     assert "dense" in again.stdout

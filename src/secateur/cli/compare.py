@@ -104,6 +104,7 @@ def command(
     asks = {cell.method: tasks[cell.seed] for cell in todo}
     with speaker.busy("checking every site"):
         problems = {method: _refused(check, method, opened, chosen) for method, chosen in asks.items()}
+    _say_what_of(speaker, [method for method, problem in problems.items() if problem is None], opened, tasks[first])
     speaker.say(f"{len(cells)} runs, {len(cells) - len(todo)} of them done before; records in {folder}")
     before: dict[int, dict[str, float]] = {}
     try:
@@ -185,6 +186,26 @@ def _label(cell: Cell) -> str:
     from secateur.recipe import text_of_method
 
     return f"{text_of_method(cell.method)}, seed {cell.seed}"
+
+
+def _say_what_of(speaker: "Terminal", methods: "Sequence[Method]", opened: "Opened", task: "Task") -> None:
+    """What the sparsities are fractions of, and what is left alone, once for methods that cut the same."""
+    from secateur.cli.plan import show_left
+    from secateur.plan import denominator, left_alone, links, sites_of
+
+    told: set[tuple[str, ...]] = set()
+    for method in methods:
+        first, budget = links(method)[0], method.budget()
+        key = tuple(
+            map(str, (first.card.granularity, *(getattr(first, n, "") for n in ("include", "exclude", "kinds"))))
+        )
+        if key in told:
+            continue
+        told.add(key)
+        sites = sites_of(first, opened.model, task).sites
+        of = denominator(opened.model, sites, "weights" if budget is None else budget.of)
+        speaker.say(f"{method.name}: sparsity of {of}", "dim")
+        show_left(lambda text: speaker.say(text, "dim"), left_alone(first, opened.model, sites))
 
 
 def _refused(check: Any, method: "Method", opened: "Opened", task: "Task") -> Exception | None:

@@ -89,7 +89,7 @@ def _show(speaker: Any, found: Any, model: str, task: str) -> None:
         speaker.show(f"sparsity    {found.asked:g} of {found.denominator}")
     else:
         speaker.show(f"sparsity    of {found.denominator}")
-    show_left(speaker.show, found)
+    show_left(speaker.show, found.left)
     for frozen in found.frozen:
         speaker.show(f"frozen      {frozen}")
     for note in found.notes:
@@ -141,10 +141,10 @@ def shortened(rows: Any) -> list[dict[str, Any]]:
     return found
 
 
-def show_left(say: Any, found: Any) -> None:
+def show_left(say: Any, left: Any) -> None:
     """What is left alone, by what it is for."""
     roles: dict[str, list[Any]] = {}
-    for each in found.left:
+    for each in left:
         roles.setdefault(each.role, []).append(each)
     for role, members in roles.items():
         some = ", ".join(m.name for m in members[:2]) + (f" and {len(members) - 2} more" if len(members) > 2 else "")

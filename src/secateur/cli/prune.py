@@ -132,7 +132,7 @@ def _announce(speaker: "Terminal", method: "Method", opened: "Opened", task: "Ta
         found = plan(method, opened.model, task, priced=False)
     asked = "" if found.asked is None else f"sparsity {found.asked:g} of "
     speaker.say(f"{method.name} on {opened.name}: {asked}{found.denominator}")
-    show_left(lambda text: speaker.say(text, "dim"), found)
+    show_left(lambda text: speaker.say(text, "dim"), found.left)
     for text in (*(f"frozen      {each}" for each in found.frozen), *(f"note        {each}" for each in found.notes)):
         speaker.say(text, "dim")
     return found
