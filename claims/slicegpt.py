@@ -109,7 +109,7 @@ CLAIM = Claim(
     "block's signal a quarter of the directions can be deleted at little cost: LLaMA-2-7B has WikiText-2 perplexity "
     "5.47 dense, 6.64 with 20 %, 7.24 with 25 % and 8.12 with 30 % of the width sliced.",
     source="arXiv:2401.15024, theorem 1 and table 1",
-    here="SmolLM2-135M-Instruct (width 576, 30 blocks), WikiText-2 test, 64 windows of 256 tokens; calibrated on 48 "
+    here="SmolLM2-135M-Instruct (width 576, 30 blocks), WikiText-2 test, 64 windows of 256 tokens; calibrated on 32 "
     "windows of 256 tokens of the validation split (c4: of C4) drawn by the seed; evaluated in bfloat16, the exact "
     "condition and times in float32. One basis for the whole stream: principal axes of it (global), its own channels "
     "by mean square (raw), a random rotation (random).",
@@ -120,19 +120,16 @@ CLAIM = Claim(
         "pca@0.2",
         "pca@0.25",
         "pca@0.3",
-        "global@0.1",
         "global@0.2",
         "global@0.3",
-        "raw@0.1",
         "raw@0.2",
         "raw@0.3",
-        "random@0.1",
         "random@0.2",
         "random@0.3",
         "c4@0.25",
     ),
     once=("dense", "exact"),
-    settings={"window": 256, "windows": 64, "samples": 48, "repeats": 6},
+    settings={"window": 256, "windows": 64, "samples": 32, "repeats": 6},
     large={"window": 2048, "windows": 140, "samples": 128},
     expects=(
         Expectation(
@@ -151,21 +148,23 @@ CLAIM = Claim(
             "lower",
             exact=True,
         ),
-        beats("pca@0.1", "global@0.1", "A basis per block beats one for all at 10 %"),
         beats("pca@0.2", "global@0.2", "A basis per block beats one for all at 20 %"),
         beats("pca@0.3", "global@0.3", "A basis per block beats one for all at 30 %"),
-        beats(
-            "global@0.1", "raw@0.1", "Principal axes have at most two thirds of raw channels' perplexity at 10 %", 1.5
-        ),
         beats(
             "global@0.2", "raw@0.2", "Principal axes have at most two thirds of raw channels' perplexity at 20 %", 1.5
         ),
         beats(
             "global@0.3", "raw@0.3", "Principal axes have at most two thirds of raw channels' perplexity at 30 %", 1.5
         ),
-        beats("raw@0.1", "random@0.1", "Raw channels beat a random basis at 10 %", central=False),
         beats("raw@0.2", "random@0.2", "Raw channels beat a random basis at 20 %", central=False),
         beats("raw@0.3", "random@0.3", "Raw channels beat a random basis at 30 %", central=False),
+        beats(
+            "pca@0.1",
+            "dense",
+            "10 % costs at most 1.32 times the dense perplexity",
+            1 / 1.32,
+            central=False,
+        ),
         beats(
             "pca@0.25",
             "dense",

@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_flatten
 from secateur.edit import Edit, Replace, Update, replacement
 from secateur.errors import GraphError
 from secateur.evidence import calm
-from secateur.site import Part, Site, tensors
+from secateur.site import Part, Site, Tensors, tensors
 from secateur.task import Batch
 from secateur.walk import stacks
 
@@ -443,7 +443,7 @@ def fuse(model: nn.Module, stream: Stream) -> list[Edit]:
         for norm, readers in zip(segment.norms, segment.readers, strict=True):
             kind = kinds[norm]
             for name in readers:
-                edits += _fused(model, name, kind, tied=named[name].data_ptr() in tables)
+                edits += _fused(model, named, name, kind, tied=named[name].data_ptr() in tables)
             edits.append(Replace(norm, StreamNorm(stream.width, kind.eps)))
     if centred == {True}:
         for segment in stream.segments:
@@ -461,9 +461,9 @@ def fuse(model: nn.Module, stream: Stream) -> list[Edit]:
     return edits
 
 
-def _fused(model: nn.Module, name: str, kind: "_Kind", tied: bool) -> list[Edit]:
+def _fused(model: nn.Module, named: Tensors, name: str, kind: "_Kind", tied: bool) -> list[Edit]:
     path = name.rpartition(".")[0]
-    module, named = model.get_submodule(path), tensors(model)
+    module = model.get_submodule(path)
     turned, old = _turned(model, name), named[name]
     weight = old.double().T if turned else old.double()  # [out, in]
     bias = named[_bias(name)].double() if _bias(name) in named else None
@@ -518,16 +518,16 @@ def sites(model: nn.Module, stream: Stream) -> list[Site]:
     blocks = [name for stack in stacks(model) for name in stack]
     found = []
     for place, segment in enumerate(stream.segments):
-        parts = [_part(model, name, axis=1) for name in segment.embeddings]
+        parts = [_part(model, named, name, axis=1) for name in segment.embeddings]
         for name in segment.writers:
             path = name.rpartition(".")[0]
-            parts.append(_part(model, name, axis=0))
-            parts += [_part(model, n, axis=0) for n in (f"{path}.bias", f"{path}.shortcut") if n in named]
+            parts.append(_part(model, named, name, axis=0))
+            parts += [_part(model, named, n, axis=0) for n in (f"{path}.bias", f"{path}.shortcut") if n in named]
         for readers in segment.readers:
-            parts += [_part(model, name, axis=1) for name in readers]
+            parts += [_part(model, named, name, axis=1) for name in readers]
         after = stream.segments[place + 1].writers if place + 1 < len(stream.segments) else ()
         shortcuts = (f"{name.rpartition('.')[0]}.shortcut" for name in after)
-        parts += [_part(model, name, axis=1) for name in shortcuts if name in named]
+        parts += [_part(model, named, name, axis=1) for name in shortcuts if name in named]
         first = parts[0]
         width = first.shape[0 if segment.writers else 1]
         block = next((b for b in blocks if first.name.startswith(b + ".")), "")
@@ -541,8 +541,8 @@ def whole(model: nn.Module, stream: Stream) -> Site:
     return Site("stream", "stream", (stream.width,), tuple(parts.values()))
 
 
-def _part(model: nn.Module, name: str, axis: int) -> Part:
-    value, turned = tensors(model)[name], _turned(model, name)
+def _part(model: nn.Module, named: Tensors, name: str, axis: int) -> Part:
+    value, turned = named[name], _turned(model, name)
     shape = tuple(reversed(value.shape)) if turned else tuple(value.shape)
     grid = [1] * len(shape)
     grid[axis] = shape[axis]

@@ -5,7 +5,7 @@ Columns." ICLR 2024. arXiv:2401.15024, section 3: invariance (theorem 1), a basi
 stream, fusing norms and the matrices on the shortcuts are secateur.stream.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import floor
 from typing import ClassVar, Protocol
@@ -260,27 +260,51 @@ def _answer(out: object) -> Tensor:
 def _moments(block: Block, segment: Segment, batches: Sequence[Batch]) -> tuple[Tensor, int]:
     """Second moments of a segment written in a block: from before the norm in it, or from what flows out of it."""
     inside = not block.name or segment.norms[0].startswith(block.name + ".")
-    masks = [b.inputs.get("attention_mask") if isinstance(b.inputs, Mapping) else None for b in batches]
-    moments, tokens = second_moments(block.watch(segment.norms[0]) if inside else block.outputs(), masks)
-    if not bool(torch.isfinite(moments).all()):
-        raise EvidenceError(
-            f"the stream was measured before {segment.norms[0]}",
-            "it holds NaN or infinity",
-            "Half precision often overflows here: use bfloat16 or float32.",
-        )
+    flows = block.watch(segment.norms[0]) if inside else block.outputs()
+    moments, tokens = second_moments(flows, _masks(batches))
+    _refuse_infinite(moments, segment.norms[0])
     return moments.cpu(), tokens
 
 
+@torch.no_grad()
 def pooled_moments(model: nn.Module, stream: Stream, batches: Sequence[Batch]) -> tuple[Tensor, int]:
     """Second moments [width, width] of the stream as it is, each segment but the last brought to a trace of 1; tokens.
 
     The last is left out because it usually stays whole.
     """
-    total, tokens = torch.zeros(stream.width, stream.width, dtype=torch.float64), 0
-    waiting = list(stream.segments[:-1])
-    for block in walk(model, batches):
-        for segment in [s for s in waiting if not block.name or s.norms[0].startswith(block.name + ".")]:
-            moments, tokens = _moments(block, segment, batches)
-            total += moments / moments.trace()
-            waiting.remove(segment)
-    return total, tokens
+    found: dict[str, tuple[Tensor, int]] = {}
+    caught: dict[str, Tensor] = {}
+
+    def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, args: caught.update({name: args[0]})
+
+    names = [segment.norms[0] for segment in stream.segments[:-1]]
+    hooks = [model.get_submodule(name).register_forward_pre_hook(note(name)) for name in names]
+    try:
+        with calm(model):
+            for batch, mask in zip(batches, _masks(batches), strict=True):
+                batch.through(model)
+                for name, flow in caught.items():
+                    more, tokens = second_moments([flow], [mask])
+                    before, count = found.get(name, (torch.zeros((), dtype=torch.float64), 0))
+                    found[name] = (before + more, count + tokens)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    for name, (moments, _) in found.items():
+        _refuse_infinite(moments, name)
+    total = torch.stack([moments / moments.trace() for moments, _ in found.values()]).sum(0)
+    return total.cpu(), max(tokens for _, tokens in found.values())
+
+
+def _masks(batches: Sequence[Batch]) -> list[Tensor | None]:
+    return [b.inputs.get("attention_mask") if isinstance(b.inputs, Mapping) else None for b in batches]
+
+
+def _refuse_infinite(moments: Tensor, norm: str) -> None:
+    if not bool(torch.isfinite(moments).all()):
+        raise EvidenceError(
+            f"the stream was measured before {norm}",
+            "it holds NaN or infinity",
+            "Half precision often overflows here: use bfloat16 or float32.",
+        )
