@@ -377,16 +377,15 @@ def _steps(method: Method) -> int | None:
     return steps * (1 + rounds) if isinstance(rounds, int) else steps
 
 
-def _walked(samples: int, each: float, blocks: int, found: tuple[float, int] | None) -> tuple[float, str]:
+def _walked(samples: int, each: float, blocks: int, found: "_Tried | None") -> tuple[float, str]:
     """Seconds of a walk: to measure and to go on, each example goes through every block twice."""
     if found is None:
         return 2 * samples * each, f"{samples} calibration examples go through every block twice"
-    spent, tried = found
     share = each / blocks
-    deciding = max(0.0, spent - 3 * tried * share)  # the trial also takes the example to the first block
-    total = blocks * (deciding + 2 * samples * share) + samples * share
+    deciding = max(0.0, found.block - found.samples * share)
+    total = found.setup + blocks * (deciding + 2 * samples * share)
     return total, (
-        f"the first of {blocks} blocks of a copy was pruned with {tried} examples in {spent:.1f} s; "
+        f"the first of {blocks} blocks of a copy was pruned with {found.samples} examples in {found.block:.1f} s; "
         f"{samples} examples go through every block twice"
     )
 
@@ -406,9 +405,11 @@ def _forward(model: nn.Module, task: Task) -> tuple[float, int, int]:
     model.eval()
     try:
         answer = example.through(model)
-        start = time.perf_counter()
-        example.through(model)
-        spent = time.perf_counter() - start
+        spent = float("inf")
+        for _ in range(2):  # the quicker of two, since others may use the machine
+            start = time.perf_counter()
+            example.through(model)
+            spent = min(spent, time.perf_counter() - start)
     finally:
         model.train(training)
         if hook is not None:
@@ -421,16 +422,28 @@ def _forward(model: nn.Module, task: Task) -> tuple[float, int, int]:
     return spent, hidden, out
 
 
+@dataclass(frozen=True)
+class _Tried:
+    """What the first block of a copy took."""
+
+    setup: float  # seconds before it
+    block: float  # seconds in it
+    samples: int
+
+
 class _Enough(Exception):  # noqa: N818  the first block is done
     pass
 
 
-def _trial(method: Method, model: nn.Module, task: Task) -> tuple[float, int] | None:
-    """Seconds of one block on a copy, and with how many examples; None where that says nothing."""
+def _trial(method: Method, model: nn.Module, task: Task) -> _Tried | None:
+    """The first block pruned on a copy with a few examples; None where that says nothing."""
     samples = min(TRIAL, getattr(method, "samples", TRIAL))
     work = copy.deepcopy(model)
+    inside = 0.0
 
-    def stop(_: Progress) -> None:
+    def stop(done: Progress) -> None:
+        nonlocal inside
+        inside = done.seconds
         raise _Enough
 
     start = time.perf_counter()
@@ -438,7 +451,7 @@ def _trial(method: Method, model: nn.Module, task: Task) -> tuple[float, int] | 
         with watching(stop):
             replace(method, samples=samples).run(work, task)  # type: ignore[type-var]
     except _Enough:
-        return time.perf_counter() - start, samples
+        return _Tried(time.perf_counter() - start - inside, inside, samples)
     except (SecateurError, RuntimeError):
         return None  # too little data for this method, say: a forward pass must do
     return None

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from secateur.errors import SettingError, TaskError, did_you_mean
-from secateur.method import load, names
+from secateur.method import check_fits, load, names
 from secateur.models import Opened, open_model
 from secateur.recipe import Recipe, build, is_recipe, read
 from secateur.task import Batch, Task
@@ -122,7 +122,7 @@ def model_from(what: str, *, dtype: str | None, device: str | None, online: bool
 
 
 def task_from(opened: Opened, name: str | None, given: Mapping[str, Any], seed: int) -> Task:
-    """The task asked for, or the usual one of the model. Raises TaskError when neither is known."""
+    """The task asked for, or the model's usual one. Raises TaskError when neither is known or they do not fit."""
     name = name or usual_task(opened)
     task: Task
     function = re.fullmatch(r"([A-Za-z_][\w.]*):([A-Za-z_]\w*)", name)
@@ -131,7 +131,9 @@ def task_from(opened: Opened, name: str | None, given: Mapping[str, Any], seed: 
     else:
         task = open_task(name, tokenizer=opened.tokenizer, model=opened.model, seed=seed, **given)
     device = next((p.device for p in opened.model.parameters()), torch.device("cpu"))
-    return task if device.type == "cpu" else Moved(task, device)
+    task = task if device.type == "cpu" else Moved(task, device)
+    check_fits(opened.model, task)
+    return task
 
 
 def usual_task(opened: Opened) -> str:

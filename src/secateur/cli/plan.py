@@ -63,26 +63,18 @@ def _show(speaker: Any, found: Any, model: str, task: str) -> None:
 
     speaker.show(f"{found.method} on {model}, calibrated and measured on {task}. Nothing was changed.\n")
     if found.rows:
-        shown = table(
-            "site",
-            "kind",
-            "shape",
-            "units",
-            "to keep",
-            "weights",
-            "to remove",
-            right=("units", "to keep", "weights", "to remove"),
+        single = all(row.kind == "weight" for row in found.rows)  # then units are weights
+        heads = (
+            ("site", "shape", "weights", "to remove")
+            if single
+            else ("site", "kind", "units", "to keep", "weights", "to remove")
         )
+        shown = table(*heads, right=("units", "to keep", "weights", "to remove"))
         for row in shortened(found.rows):
-            shown.add_row(
-                escape(row["site"]),
-                row["kind"],
-                row["shape"],
-                f"{row['units']:,}",
-                "in the run" if row["keep"] is None else f"{row['keep']:,}",
-                f"{row['weights']:,}",
-                "in the run" if row["removed"] is None else f"{row['removed']:,}",
-            )
+            keep, gone = (_or_later(row[key]) for key in ("keep", "removed"))
+            weights, units = f"{row['weights']:,}", f"{row['units']:,}"
+            cells = (row["shape"], weights, gone) if single else (row["kind"], units, keep, weights, gone)
+            shown.add_row(escape(row["site"]), *cells)
         speaker.show(shown)
         speaker.show("")
     if found.asked is not None:
@@ -115,6 +107,10 @@ def _show(speaker: Any, found: Any, model: str, task: str) -> None:
         memory = "not known" if price.memory_bytes is None else f"about {figures.size(price.memory_bytes)}"
         speaker.show(f"\npruning     {time}, peak memory {memory}")
         speaker.show(f"            estimated: {price.how}")
+
+
+def _or_later(number: int | None) -> str:
+    return "in the run" if number is None else f"{number:,}"
 
 
 def shortened(rows: Any) -> list[dict[str, Any]]:
