@@ -27,15 +27,16 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from math import comb, exp, isfinite, log, sqrt
+from math import comb, exp, isfinite, log
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from types import ModuleType
 from typing import Any
 
 from secateur.claims import SCHEMA_VERSION, Better, Cell, ClaimResult, Figure, Finding, Verdict
 from secateur.errors import EvidenceError, ResumeError, SettingError, did_you_mean
 from secateur.outcome import about_machine, about_versions, now
+from secateur.report.compare import half_width
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -102,26 +103,12 @@ class Claim:
         return [(c, s) for s in self.seeds for c in self.conditions if s == first or c not in self.once]
 
 
-_T = (12.706205, 4.302653, 3.182446, 2.776445, 2.570582, 2.446912, 2.364624, 2.306004, 2.262157, 2.228139,
-      2.200985, 2.178813, 2.160369, 2.144787, 2.131450, 2.119905, 2.109816, 2.100922, 2.093024, 2.085963,
-      2.079614, 2.073873, 2.068658, 2.063899, 2.059539, 2.055529, 2.051831, 2.048407, 2.045230, 2.042272)  # fmt: skip
-
-
-def t_quantile(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t: a table up to 30, then the first terms of its expansion."""
-    if freedom < 1:
-        raise SettingError(f"a t-quantile for {freedom} degrees of freedom", "there is none", "Measure two seeds.")
-    z = 1.959964
-    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    return _T[freedom - 1] if freedom <= len(_T) else z + first / freedom + second / freedom**2
-
-
 def interval(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """The 95 % t-interval of a mean; (None, None) for fewer than two values."""
+    """The 95 % t-interval of a mean; (None, None) for fewer than two values, or one not finite."""
     if len(values) < 2:
         return None, None
-    half = t_quantile(len(values) - 1) * stdev(values) / sqrt(len(values))
-    return fmean(values) - half, fmean(values) + half
+    half = half_width(values)
+    return (None, None) if half is None else (fmean(values) - half, fmean(values) + half)
 
 
 def sign_test(wins: int, losses: int) -> float:

@@ -209,3 +209,11 @@ def test_its_record_is_valid_by_the_published_schema_and_reads_back(name: str, f
     assert again.ledger == record.ledger
     assert again.sites == record.sites
     assert again.settings == json.loads(json.dumps(record.settings))
+
+
+@pytest.mark.parametrize(("name", "family"), CASES)
+def test_its_ledger_counts_each_weight_once(name: str, family: str) -> None:
+    ledger = run(name, family).ledger
+    assert ledger.removed <= ledger.prunable <= ledger.before.parameters
+    assert ledger.units_removed <= ledger.units
+    assert ledger.after.parameters >= ledger.before.parameters - ledger.removed

@@ -1,9 +1,9 @@
 """Make neural networks smaller and faster by removing parts of them, and know what it cost.
 
-    from secateur import prune
-    from secateur.methods.wanda import Wanda
+from secateur import prune
+from secateur.methods.wanda import Wanda
 
-    outcome = prune(model, Wanda(sparsity=0.5), task)      # a copy; outcome.model, outcome.edits, outcome.ledger
+outcome = prune(model, Wanda(sparsity=0.5), task)      # a copy; outcome.model, outcome.edits, outcome.ledger
 """
 
 from secateur.cut import blocks, layers, weights

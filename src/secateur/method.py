@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import nn
 
-from secateur.errors import BudgetError, ModelError, SettingError, did_you_mean
+from secateur.errors import BudgetError, ModelError, SettingError, TaskError, did_you_mean
 from secateur.outcome import (
     SCHEMA_VERSION,
     Ledger,
@@ -28,6 +28,7 @@ from secateur.outcome import (
     about_model,
     about_task,
     about_versions,
+    elements,
     now,
     site_rows,
     time_pair,
@@ -196,8 +197,9 @@ def prune(
     method.check()
     refuse_nan(model)
     start = time.perf_counter()
+    check_fits(model, task)
     example = task.example
-    before = Size.of(model, example)
+    before, whole = Size.of(model, example), elements(model)
     about = about_model(model, name)
     measurements = []
     if measure is not None:
@@ -211,10 +213,11 @@ def prune(
     if measure is not None:
         measurements.append(Measurement("after", measure, task.measure(outcome.model, measure)))
     timings = time_pair(dense, outcome.model, example) if dense is not None else (None, None)
-    rows = site_rows(outcome.edits)
-    outcome.ledger = Ledger(
-        before, after, sum(r.weights for r in rows), sum(r.removed for r in rows), timings[0], timings[1]
-    )
+    budget = method.budget()
+    outcome.ledger = Ledger.of_run(
+        (before, after), outcome.edits, whole, outcome.model, "units" if budget and budget.of == "units" else "weights",
+        timings,
+    )  # fmt: skip
     outcome.record = Record(
         schema=SCHEMA_VERSION,
         secateur=about_versions().get("secateur", "0"),
@@ -225,7 +228,7 @@ def prune(
         model=about,
         task=about_task(task),
         ledger=outcome.ledger,
-        sites=rows,
+        sites=site_rows(outcome.edits),
         measurements=measurements,
         edits=dict(Counter(type(e).__name__ for e in outcome.edits)),
         curves=outcome.history.curves if outcome.history else {},
@@ -269,6 +272,22 @@ def refuse_nan(model: nn.Module) -> None:
             raise ModelError(
                 "a model was to be pruned", f"{name} holds NaN or infinity", "Repair or reload the weights first."
             )
+
+
+def check_fits(model: nn.Module, task: Task) -> None:
+    """Raise TaskError when a task's example does not go through a model."""
+    was_training = model.training
+    try:
+        with torch.no_grad():
+            task.example.through(model.eval())
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise TaskError(
+            f"{type(model).__name__} was to be run on {task.name}",
+            f"its example does not go through the model: {str(error).splitlines()[0]}",
+            "Give a task whose examples have the shape this model takes.",
+        ) from error
+    finally:
+        model.train(was_training)
 
 
 def check_reached(asked: float, ledger: Ledger, tolerance: float) -> None:

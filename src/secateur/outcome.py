@@ -10,7 +10,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from math import prod
@@ -70,15 +70,47 @@ class Ledger:
 
     before: Size
     after: Size
-    prunable: int = 0  # elements in the sites the method could have pruned
-    removed: int = 0  # of those, zeroed or taken out
+    prunable: int = 0  # elements of the parameters the method could have pruned, each counted once
+    removed: int = 0  # of those, zeroed by a mask or gone from the model
     timing_before: Timing | None = None
     timing_after: Timing | None = None
+    units: int = 0  # in the sites: a channel coupled over three tensors is one
+    units_removed: int = 0
+    of: str = "weights"  # what the method's target is a fraction of: "weights" or "units"
 
     @property
     def sparsity(self) -> float:
-        """The fraction removed of what could have been."""
+        """The fraction removed of what the target counts."""
+        if self.of == "units":
+            return self.units_removed / self.units if self.units else 0.0
+        return self.share
+
+    @property
+    def share(self) -> float:
+        """The fraction removed of the prunable elements."""
         return self.removed / self.prunable if self.prunable else 0.0
+
+    @classmethod
+    def of_run(
+        cls,
+        sizes: tuple[Size, Size],
+        edits: Sequence[Edit],
+        before: Mapping[str, int],
+        model: nn.Module,
+        of: str = "weights",
+        timings: tuple[Timing | None, Timing | None] = (None, None),
+    ) -> "Ledger":
+        """What edits took away, given the elements each parameter had before and the model that is left."""
+        last = {e.site.name: e for e in edits if isinstance(e, (Mask, Remove, Merge))}
+        names = {part.name for e in last.values() for part in e.site.parts if part.name in before}
+        left = elements(model)
+        prunable = sum(before[name] for name in names)
+        rows = site_rows(edits)
+        masked = {e.site.name for e in last.values() if isinstance(e, Mask)}
+        gone = prunable - sum(left.get(name, 0) for name in names)
+        gone += sum(row.removed for row in rows if row.site in masked)
+        units, kept = sum(row.units for row in rows), sum(row.kept for row in rows)
+        return cls(*sizes, prunable, min(gone, prunable), *timings, units, units - kept, of)
 
 
 @dataclass(frozen=True)
@@ -200,6 +232,11 @@ def count_flops(model: nn.Module, example: Batch) -> int | None:
         return int(counter.get_total_flops())
     finally:
         model.train(was_training)
+
+
+def elements(model: nn.Module) -> dict[str, int]:
+    """How many elements each parameter has, by name."""
+    return {name: p.numel() for name, p in model.named_parameters(remove_duplicate=False)}
 
 
 def time_forward(model: nn.Module, example: Batch, repeats: int = 20) -> Timing:

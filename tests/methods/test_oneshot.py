@@ -10,7 +10,7 @@ from secateur.axes import NM, Blocks, Global, ObsSweep, Owl, PerMatrix, PerRow, 
 from secateur.axes.criteria import wanda_score
 from secateur.cut import weights
 from secateur.edit import Mask
-from secateur.errors import EvidenceError, ModelError, PatternError, SettingError
+from secateur.errors import EvidenceError, ModelError, PatternError, SettingError, TaskError
 from secateur.evidence import Evidence, observe
 from secateur.methods.magnitude import Magnitude
 from secateur.methods.random import Random
@@ -212,6 +212,11 @@ def test_settings_that_cannot_work_are_refused_before_any_data_is_read() -> None
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(ModelError, match=r"model.layers.1.mlp.up_proj.weight holds NaN"):
         prune(model, Wanda(), Unread())
+
+
+def test_a_task_that_does_not_fit_the_model_is_refused() -> None:
+    with pytest.raises(TaskError, match=r"does not go through the model[\s\S]*shape this model takes"):
+        prune(make_model("mlp"), Magnitude(), make_task("cnn"))
 
 
 def test_too_few_tokens_and_unfit_shapes_are_refused() -> None:

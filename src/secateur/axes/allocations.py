@@ -69,8 +69,9 @@ class Global:
         keep = kept_of(total, budget.sparsity)
         least = {site.name: min(int(self.floor * total), site.units) for site in sites}
         if sum(least.values()) > keep:
+            least_each = int(self.floor * total)
             raise BudgetError(
-                f"a sparsity of {budget.sparsity:g} with {int(self.floor * total):,} units left at each site was asked for",
+                f"a sparsity of {budget.sparsity:g} with {least_each:,} units left at each site was asked for",
                 f"the floors alone keep {sum(least.values()):,} of {total:,}",
                 f"Ask for at most {1 - sum(least.values()) / total:.4f}, or lower the floor.",
             )

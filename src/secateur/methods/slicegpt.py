@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from secateur.edit import Edit, Remove, Rotate, apply_
 from secateur.errors import BudgetError, EvidenceError, GraphError, SettingError
 from secateur.evidence import calm
-from secateur.method import Card, Method
+from secateur.method import Budget, Card, Method
 from secateur.outcome import Outcome
 from secateur.stream import Segment, Stream, add_shortcuts, few, follow, fuse, second_moments, sites
 from secateur.task import Batch, Task, generator
@@ -158,6 +158,10 @@ class SliceGPT(Method):
         ),
     )
     tiny: ClassVar = {"samples": 16}
+
+    def budget(self) -> Budget:
+        """A fraction of the residual width."""
+        return Budget(self.sparsity, of="units")
 
     def check(self) -> None:
         """See Method."""

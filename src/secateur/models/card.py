@@ -29,7 +29,7 @@ def _sentence(record: Record, name: str) -> str:
     ledger = record.ledger
     what = f"`{record.method}` was run on {name}" if record.method else f"{name} was changed"
     if ledger.prunable:
-        what += f"; {ledger.removed:,} of {ledger.prunable:,} prunable weights are gone ({ledger.sparsity:.1%})"
+        what += f"; {ledger.removed:,} of {ledger.prunable:,} prunable weights are gone ({ledger.share:.1%})"
     return what + "."
 
 

@@ -35,6 +35,7 @@ from secateur.outcome import (
     about_machine,
     about_model,
     about_versions,
+    elements,
     now,
     site_rows,
     write_text,
@@ -285,9 +286,8 @@ def index_maps(edits: Sequence[Edit], earlier: Mapping[str, Sequence[int]] | Non
 
 def _record(outcome: Outcome, opened: Opened) -> Record:
     rows = site_rows(outcome.edits)
-    ledger = outcome.ledger or Ledger(
-        Size.of(opened.model), Size.of(outcome.model), sum(r.weights for r in rows), sum(r.removed for r in rows)
-    )
+    sizes = (Size.of(opened.model), Size.of(outcome.model))
+    ledger = outcome.ledger or Ledger.of_run(sizes, outcome.edits, elements(opened.model), outcome.model)
     versions = about_versions()
     return Record(
         schema=SCHEMA_VERSION,

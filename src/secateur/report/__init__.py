@@ -4,9 +4,8 @@ Everything here is made from `secateur.outcome.Record` and nothing else, so a re
 elsewhere, from the JSON of its runs.
 """
 
-from secateur.report.card import model_card
 from secateur.report.compare import compare_table
 from secateur.report.page import Claim, page, write
 from secateur.report.sentence import headline, summary
 
-__all__ = ["Claim", "compare_table", "headline", "model_card", "page", "summary", "write"]
+__all__ = ["Claim", "compare_table", "headline", "page", "summary", "write"]

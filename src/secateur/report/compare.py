@@ -14,14 +14,16 @@ from typing import Any
 from secateur.errors import SettingError, TaskError
 from secateur.outcome import Ledger, Record
 
-# Two-sided 95 % quantiles of Student's t for 1 to 12 degrees of freedom, where the expansion below is too coarse.
-_T95 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281, 2.2010, 2.1788)
+# Two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom, where the expansion below is too coarse.
+_T95 = (12.706205, 4.302653, 3.182446, 2.776445, 2.570582, 2.446912, 2.364624, 2.306004, 2.262157, 2.228139,
+        2.200985, 2.178813, 2.160369, 2.144787, 2.131450, 2.119905, 2.109816, 2.100922, 2.093024, 2.085963,
+        2.079614, 2.073873, 2.068658, 2.063899, 2.059539, 2.055529, 2.051831, 2.048407, 2.045230, 2.042272)  # fmt: skip
 
 
 def t95(freedom: int) -> float:
-    """The two-sided 95 % quantile of Student's t, to within 0.002.
+    """The two-sided 95 % quantile of Student's t for one degree of freedom or more.
 
-    Beyond 12 degrees of freedom by the expansion in 1/freedom (Abramowitz and Stegun 1964, 26.7.5).
+    Beyond 30 degrees by the expansion in 1/freedom (Abramowitz and Stegun 1964, 26.7.5).
     """
     if freedom <= len(_T95):
         return _T95[freedom - 1]

@@ -24,7 +24,7 @@ def lines(record: Record) -> list[Line]:
     ledger = record.ledger
     before, after = ledger.before, ledger.after
     return [
-        Line("weights removed", "0", figures.count(ledger.removed), f"{figures.percent(ledger.sparsity)} sparsity",
+        Line("weights removed", "0", figures.count(ledger.removed), f"{figures.percent(ledger.share)} sparsity",
              f"of the {figures.count(ledger.prunable)} weights in the sites that could have been cut"),
         Line("parameters", figures.count(before.parameters), figures.count(after.parameters),
              change(before.parameters, after.parameters), "elements of all parameters, tied ones once"),

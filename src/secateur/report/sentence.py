@@ -85,10 +85,12 @@ def _removed(record: Record) -> str:
     target = asked(record.settings)
     missed = target is not None and abs(ledger.sparsity - target) > MISSED
     instead = f" ({figures.percent(target)} was asked for)" if missed else ""
-    return (
-        f"{record.method} removed {figures.percent(ledger.sparsity)}{instead} of the {figures.count(ledger.prunable)} "
-        f"prunable weights of {model}"
-    )
+    weights = f"the {figures.count(ledger.prunable)} prunable weights of {model}"
+    if ledger.of == "units":
+        kinds = sorted({f"{row.kind}s" if row.kind != "stream" else "residual directions" for row in record.sites})
+        units = f"{figures.percent(ledger.sparsity)}{instead} of the {' and '.join(kinds)}"
+        return f"{record.method} removed {units}, with them {figures.percent(ledger.share)} of {weights}"
+    return f"{record.method} removed {figures.percent(ledger.sparsity)}{instead} of {weights}"
 
 
 def _quality(record: Record) -> str:
