@@ -40,6 +40,10 @@ from secateur.walk import journal
 When = Literal["before training", "during training", "after training", "around training", "at inference", "recovery"]
 
 
+FAMILIES = ("mlp", "cnn", "decoder", "encoder", "vision transformer", "rnn", "moe")
+"""The kinds of model a card may name, beside "any"."""
+
+
 @dataclass(frozen=True)
 class Budget:
     """How much to remove: a fraction in [0, 1) of something."""
@@ -74,9 +78,7 @@ class Card:
     when: When = "after training"
     granularity: tuple[str, ...] = ("weight",)  # kinds of site
     needs: tuple[str, ...] = ()  # "calibration", "labels", "training"
-    families: tuple[str, ...] = (
-        "any",
-    )  # "any", or some of "decoder", "encoder", "vision transformer", "cnn", "mlp", "rnn"
+    families: tuple[str, ...] = ("any",)  # "any", or some of FAMILIES
     axes: str = ""  # the words it is made of: "criterion pattern allocation"
     reports: str = ""  # what the paper reports, in a sentence
     checked: str = ""  # the test that pins it: "tests/methods/test_wanda.py::test_..."

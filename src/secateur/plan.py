@@ -122,7 +122,7 @@ def sites_of(method: Method, model: nn.Module, task: Task) -> Found:
     if kinds & {"channel", "head", "stream"}:
         coupling = graph.couple(model, task.example)
         found += [site for site in coupling.sites if site.kind in kinds]
-        frozen = [str(each) for each in coupling.frozen]
+        frozen = [str(each).removeprefix("frozen: ") for each in coupling.frozen]
         own = getattr(method, "round_to", 1)
         multiples = {site.name: lcm(own, coupling.multiples.get(site.name, 1)) for site in found}
         if not found:

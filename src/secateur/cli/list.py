@@ -72,6 +72,14 @@ def _known(option: str, value: str, values: Iterable[str]) -> None:
         )
 
 
+def _in_short(families: list[str]) -> str:
+    """The families a method takes, or those it does not, whichever says it in fewer words."""
+    from secateur.method import FAMILIES
+
+    missing = [family for family in FAMILIES if family not in families]
+    return f"all but {', '.join(missing)}" if 0 < len(missing) < 3 and "any" not in families else ", ".join(families)
+
+
 def _show(speaker: Any, rows: list[dict[str, Any]]) -> None:
     from rich.markup import escape
 
@@ -89,7 +97,7 @@ def _show(speaker: Any, rows: list[dict[str, Any]]) -> None:
             row["when"],
             ", ".join(row["granularity"]),
             ", ".join(row["needs"]) or "nothing",
-            ", ".join(row["families"]),
+            _in_short(row["families"]),
             f"[{style.get(verdict, 'dim')}]{verdict}[/]",
         )
     if not rows:
