@@ -107,6 +107,11 @@ class Block:
         """What flows into the block, a tensor per batch: [examples, tokens, width] in a transformer."""
         return [_flow(args, kwargs) for args, kwargs in self._calls]
 
+    @property
+    def calls(self) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """What the block is called with, positional and by keyword, a pair per batch: to train it by itself."""
+        return list(self._calls)
+
     @torch.no_grad()
     def outputs(self) -> Iterator[Tensor]:
         """What flows out of the block as it is now, a tensor per batch."""
