@@ -5,11 +5,17 @@ experts of a stacked tensor, tied weights and transposed layers need no code of 
 
     input         sum of the inputs                            [in]
     input_square  sum of the squared inputs                    [in]
+    input_scatter sum of the squared distances of the inputs
+                  from the mean of their own example           [in]
     gram          sum of x x^T over the inputs                 [in, in]
     grad          sum over batches of the gradient             [as the weight]
+    grad_abs      sum over batches of the gradient's size      [as the weight]
     grad_square   sum over batches of the squared gradient     [as the weight]
+    grad_count    how many gradients were summed               []
 
-A convolution's input is the unfolded patch, [in * kh * kw]; a grouped one has a leading axis of groups.
+A convolution's input is the unfolded patch, [in * kh * kw]; a grouped one has a leading axis of groups. Inputs without
+an axis of tokens (of an MLP, of an expert) are one example together. Gradients of a batch are those of its mean loss,
+in which signs cancel: `examples` makes each example a batch of its own.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,8 +32,8 @@ from secateur.errors import EvidenceError, SettingError, did_you_mean
 from secateur.site import Part, Site, Tensors, tensors
 from secateur.task import Batch
 
-INPUTS = frozenset({"input", "input_square", "gram"})
-GRADS = frozenset({"grad", "grad_square"})
+INPUTS = frozenset({"input", "input_square", "input_scatter", "gram"})
+GRADS = frozenset({"grad", "grad_abs", "grad_square", "grad_count"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +48,10 @@ class Evidence:
         keys = {*self.sums, *other.sums}
         empty = torch.zeros((), dtype=torch.float64)
         return Evidence(self.count + other.count, {k: self.sums.get(k, empty) + other.sums.get(k, empty) for k in keys})
+
+    def beside(self, other: "Evidence") -> "Evidence":
+        """With what was measured there in another way, such as gradients; the count stays that of the inputs."""
+        return Evidence(self.count or other.count, {**other.sums, **self.sums})
 
     def mean(self, key: str) -> Tensor:
         """A sum over its count. Raises EvidenceError when nothing was seen."""
@@ -62,11 +72,14 @@ def observe(
     """Measure at every site over some batches: site name -> Evidence.
 
     Gradients need the `loss`, and go through the whole model. Raises SettingError for a key that does not exist,
-    EvidenceError, naming the site, where a value is not finite.
+    EvidenceError, naming the site, where a value is not finite or a gradient is asked of a frozen weight.
     """
     wanted = check_needs(needs)
+    if wanted & GRADS:
+        _check_learns(model, sites)
     recorder = Recorder(sites, tensors(model), wanted & INPUTS)
-    grads: dict[str, Evidence] = {}
+    grads: dict[str, dict[str, Tensor]] = {}
+    count = 0
     with calm(model):
         for batch in batches:
             if wanted & GRADS:
@@ -75,15 +88,33 @@ def observe(
                 with torch.enable_grad(), recorder:
                     torch.autograd.backward(loss(model, batch))
                 _add_grads(model, sites, wanted, grads)
+                count += 1
             else:
                 with torch.no_grad(), recorder:
                     batch.through(model)
     found = recorder.evidence()
-    for name, seen in grads.items():
-        inputs = found.get(name, Evidence())
-        found[name] = Evidence(inputs.count or seen.count, {**inputs.sums, **seen.sums})
+    for name, sums in grads.items():
+        found[name] = found.get(name, Evidence()).beside(Evidence(count, sums))
     check_finite(found)
     return found
+
+
+def examples(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Each example of some batches as a batch of its own, so that gradients can be taken one by one."""
+    for batch in batches:
+        size = batch.size
+        for place in range(size):
+            yield Batch(_one(batch.inputs, place, size), _one(batch.target, place, size))
+
+
+def _one(value: Any, place: int, size: int) -> Any:
+    if isinstance(value, Tensor):
+        return value[place : place + 1] if value.dim() and len(value) == size else value
+    if isinstance(value, Mapping):
+        return {k: _one(v, place, size) for k, v in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_one(v, place, size) for v in value)
+    return value[place : place + 1] if isinstance(value, list) and len(value) == size else value
 
 
 def check_needs(needs: Iterable[str]) -> frozenset[str]:
@@ -162,12 +193,13 @@ class Recorder(TorchFunctionMode):
             return
         (x, unfolding, names), self._pending = self._pending, None
         rows = _rows(x, unfolding)  # [groups, tokens, in]
+        apart = len(x) if x.dim() > 2 else 1  # examples whose tokens follow one another
         group = tuple(names)
         sums = self._sums.setdefault(group, {})
         self._counts[group] = self._counts.get(group, 0) + rows.shape[1]
         with torch.no_grad():
             for key in self.needs:
-                found = _sum_of(key, rows)
+                found = _sum_of(key, rows, apart)
                 found = found[0] if rows.shape[0] == 1 else found
                 if key in sums:
                     sums[key] += found
@@ -247,26 +279,50 @@ def _rows(x: Tensor, unfolding: tuple[Any, ...]) -> Tensor:
     return patches.permute(1, 0, 3, 2).reshape(groups, n * positions, width // groups)
 
 
-def _sum_of(key: str, rows: Tensor) -> Tensor:
+def _sum_of(key: str, rows: Tensor, examples: int) -> Tensor:
     if key == "gram":
         return rows.transpose(1, 2) @ rows
+    if key == "input_scatter":  # centred first: the difference of two large sums would lose a small variance
+        each = rows.reshape(rows.shape[0], examples, -1, rows.shape[-1])
+        return (each - each.mean(2, keepdim=True)).square().sum((1, 2), dtype=torch.float64)
     if key == "input_square":
         return rows.square().sum(1, dtype=torch.float64)
     return rows.sum(1, dtype=torch.float64)
 
 
-def _add_grads(model: nn.Module, sites: Sequence[Site], wanted: frozenset[str], found: dict[str, Evidence]) -> None:
+def _check_learns(model: nn.Module, sites: Sequence[Site]) -> None:
+    named = tensors(model)
+    for site in sites:
+        if not site.parts[0].read(named).requires_grad:
+            raise EvidenceError(
+                f"the gradient of {site.name} was asked for",
+                "it is frozen (requires_grad is False)",
+                "Call requires_grad_(True) on it, or leave it out with exclude.",
+            )
+
+
+def _add_grads(
+    model: nn.Module, sites: Sequence[Site], wanted: frozenset[str], found: dict[str, dict[str, Tensor]]
+) -> None:
     named = tensors(model)
     for site in sites:
         part: Part = site.parts[0]
         whole = named[part.name].grad
-        seen = torch.zeros(part.shape) if whole is None else part.view(whole)
-        sums = {"grad": seen.double()} if "grad" in wanted else {}
-        if "grad_square" in wanted:
-            sums["grad_square"] = seen.double().square()
-        found[site.name] = found[site.name].merge(Evidence(1, sums)) if site.name in found else Evidence(1, sums)
+        seen = (torch.zeros(part.shape) if whole is None else part.view(whole)).double()
+        sums = found.setdefault(site.name, {})
+        for key in sorted(wanted & GRADS):
+            value = _GRADS[key](seen)
+            sums[key] = sums[key].add_(value) if key in sums else value.clone()
     for parameter in model.parameters():
         parameter.grad = None
+
+
+_GRADS: dict[str, Callable[[Tensor], Tensor]] = {
+    "grad": lambda seen: seen,
+    "grad_abs": Tensor.abs,
+    "grad_square": Tensor.square,
+    "grad_count": lambda seen: torch.ones((), dtype=torch.float64),
+}
 
 
 @contextmanager

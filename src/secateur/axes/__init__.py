@@ -12,10 +12,11 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from types import ModuleType
 from typing import Any
 
-from secateur.axes import allocations, criteria, patterns, rules, schedules, solvers
+from secateur.axes import allocations, criteria, patterns, refiners, rules, schedules, solvers
 from secateur.axes.allocations import Allocation, Erk, Global, Owl, Scores, Uniform, kept_of
-from secateur.axes.criteria import Criterion, Magnitude, Random, Wanda
+from secateur.axes.criteria import Criterion, Gblm, Gradient, Magnitude, Obs, Random, Wanda
 from secateur.axes.patterns import NM, Blocks, Pattern, PerMatrix, PerRow, PerSlab, keep_top
+from secateur.axes.refiners import Dsnot, Refiner
 from secateur.axes.schedules import Cosine, Curve, Exponential, Jump, Linear, Power, Schedule
 from secateur.axes.solvers import ObsSweep, Rank, Solver
 from secateur.errors import SettingError, did_you_mean
@@ -27,12 +28,16 @@ __all__ = [
     "Cosine",
     "Criterion",
     "Curve",
+    "Dsnot",
     "Erk",
     "Exponential",
+    "Gblm",
     "Global",
+    "Gradient",
     "Jump",
     "Linear",
     "Magnitude",
+    "Obs",
     "ObsSweep",
     "Owl",
     "Pattern",
@@ -42,6 +47,7 @@ __all__ = [
     "Power",
     "Random",
     "Rank",
+    "Refiner",
     "Schedule",
     "Scores",
     "Solver",
@@ -64,7 +70,7 @@ def word_of(kind: type) -> str:
 def words(*modules: ModuleType) -> dict[str, type]:
     """Every part by name: those of the axes, and those of the modules given."""
     found: dict[str, type] = {}
-    for module in (allocations, criteria, patterns, rules, schedules, solvers, *modules):
+    for module in (allocations, criteria, patterns, refiners, rules, schedules, solvers, *modules):
         for value in vars(module).values():
             if isinstance(value, type) and is_dataclass(value) and value.__module__ == module.__name__:
                 found[word_of(value)] = value

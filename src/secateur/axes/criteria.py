@@ -6,8 +6,8 @@ from typing import ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from secateur.errors import EvidenceError
-from secateur.evidence import Evidence
+from secateur.errors import EvidenceError, SettingError
+from secateur.evidence import GRADS, Evidence
 from secateur.site import Site, Tensors
 from secateur.task import stream
 
@@ -50,13 +50,17 @@ class Random:
         return torch.rand(site.shape, generator=stream(self.seed, site.name))
 
 
+def over_inputs(value: Tensor, weight: Tensor) -> Tensor:
+    """A value per input, [in...] or [groups, in...], so that it can be multiplied with the weight [out, in, ...]."""
+    if value.dim() == 2:  # a grouped convolution: each group of rows meets inputs of its own
+        value = value.repeat_interleave(weight.shape[0] // value.shape[0], dim=0)
+        return value.reshape(weight.shape)
+    return value.reshape(1, *weight.shape[1:])
+
+
 def wanda_score(weight: Tensor, input_square: Tensor) -> Tensor:
     """|W[i, j]| * ||X[:, j]||: weight [out, in, ...], summed squares of the inputs [in...] or [groups, in...]."""
-    norm = input_square.sqrt().to(weight.dtype)
-    if norm.dim() == 2:  # a grouped convolution: each group of rows meets inputs of its own
-        norm = norm.repeat_interleave(weight.shape[0] // norm.shape[0], dim=0)
-        return weight.detach().abs() * norm.reshape(weight.shape)
-    return weight.detach().abs() * norm.reshape(1, *weight.shape[1:])
+    return weight.detach().abs() * over_inputs(input_square.sqrt().to(weight.dtype), weight)
 
 
 @dataclass(frozen=True)
@@ -71,11 +75,154 @@ class Wanda:
 
     def score(self, site: Site, tensors: Tensors, seen: Evidence) -> Tensor:
         """See wanda_score. Raises EvidenceError where nothing flowed in."""
-        if seen.count == 0:
-            raise EvidenceError(
-                f"{site.name} was to be scored by its inputs",
-                "no calibration token reached it",
-                "Give more calibration data, or leave it out with exclude.",
-            )
         part = site.parts[0]
-        return wanda_score(part.read(tensors).float(), seen.sums["input_square"])
+        return wanda_score(part.read(tensors).float(), measured(site, seen, "input_square"))
+
+
+def measured(site: Site, seen: Evidence, key: str) -> Tensor:
+    """The sum of some evidence. Raises EvidenceError where nothing was seen."""
+    if seen.count == 0 or key not in seen.sums:
+        raise EvidenceError(
+            f"{site.name} was to be scored by its {'gradients' if key in GRADS else 'inputs'}",
+            "no calibration token reached it",
+            "Give more calibration data, or leave it out with exclude.",
+        )
+    return seen.sums[key]
+
+
+def gram_factor(gram: Tensor, damp: float, name: str = "") -> tuple[Tensor, Tensor]:
+    """R, lower triangular, with H = R^T R for the damped gram H [in, in]; and which inputs are dead [in].
+
+    Raises EvidenceError for a gram that ten times the damping does not make positive definite.
+    """
+    hessian = gram.double().clone()
+    diagonal = hessian.diagonal()
+    dead = diagonal == 0
+    live = diagonal[~dead]
+    mean = float(live.mean()) if len(live) else 1.0
+    diagonal[dead] = mean
+    for share in (damp, 10 * damp):  # a second try with ten times as much
+        damped = hessian + torch.eye(len(hessian), dtype=hessian.dtype) * (share * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if not int(failed):
+            return lower.T.flip(0, 1).float().contiguous(), dead
+    raise EvidenceError(
+        f"the inputs of {name or 'a layer'} were to be inverted",
+        "their gram is not positive definite, even with ten times the damping",
+        "Give more calibration data, or a larger damp.",
+    )
+
+
+@dataclass(frozen=True)
+class Obs:
+    """A weight matters by the error its loss leaves when the inputs to come may make up for it.
+
+    The saliency of a sweep before anything is swept: w_j^2 / U_jj^2 with U = chol(H^-1), upper (Frantar and Alistarh
+    2023, arXiv:2301.00774, section 3.3). The weights stay as they are.
+    """
+
+    damp: float = 0.01  # added to the diagonal of the gram, as a share of its mean
+
+    needs: ClassVar[frozenset[str]] = frozenset({"gram"})
+
+    def score(self, site: Site, tensors: Tensors, seen: Evidence) -> Tensor:
+        """(w_j R_jj)^2 with R of gram_factor, whose diagonal is 1 / U_jj; zero for an input that is always zero."""
+        gram = measured(site, seen, "gram")
+        weight = site.parts[0].read(tensors).detach().float()
+        scales = []
+        for each in gram if gram.dim() == 3 else gram.unsqueeze(0):
+            factor, dead = gram_factor(each, self.damp, site.name)
+            scales.append(factor.diagonal().masked_fill(dead, 0))
+        scale = torch.stack(scales) if gram.dim() == 3 else scales[0]
+        return (weight * over_inputs(scale, weight)).square()
+
+
+def gradient_norm(site: Site, seen: Evidence, order: int) -> Tensor:
+    """Sum over examples of |g|, or the root of the sum of g^2 [as the weight]. Gamma in GBLM, without its factor.
+
+    Raises EvidenceError, naming the site, where it is zero throughout.
+    """
+    found = measured(site, seen, _ORDERS[order])
+    if not bool(found.any()):
+        raise EvidenceError(
+            f"{site.name} was to be scored by its gradients",
+            "every one of them is zero: the loss does not depend on it",
+            "Leave it out with exclude, or give calibration data that goes through it.",
+        )
+    return found if order == 1 else found.sqrt()
+
+
+_ORDERS = {1: "grad_abs", 2: "grad_square"}
+
+
+def check_order(order: int) -> None:
+    """Raise SettingError unless it is 1 or 2."""
+    if order not in _ORDERS:
+        raise SettingError(f"a norm of order {order} over the gradients was asked for", "it is 1 or 2", "Give order=2.")
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """A weight matters if it is large and the loss is steep along it, whatever the example: S = |W| Gamma.
+
+    Das, Sun, Ma, Shen 2023, arXiv:2311.04902, the ablation without activations; see Gblm.
+    """
+
+    order: int = 2  # of the norm over examples: 1 or 2
+
+    def __post_init__(self) -> None:
+        check_order(self.order)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The gradients' sizes or squares."""
+        return frozenset({_ORDERS[self.order]})
+
+    def score(self, site: Site, tensors: Tensors, seen: Evidence) -> Tensor:
+        """See gradient_norm."""
+        weight = site.parts[0].read(tensors).detach().float().abs()
+        return weight * gradient_norm(site, seen, self.order).to(weight.dtype)
+
+
+def gblm_score(weight: Tensor, loudness: Tensor, steepness: Tensor) -> Tensor:
+    """|W| A + |W| Gamma: weight [out, in, ...], A per input [in...] or [groups, in...], Gamma like the weight."""
+    return weight.detach().abs() * (over_inputs(loudness, weight) + steepness)
+
+
+@dataclass(frozen=True)
+class Gblm:
+    """A weight matters if it is large, and what flows into it is loud or the loss is steep along it.
+
+    Das, Sun, Ma, Shen 2023, "Beyond Size: How Gradients Shape Pruning Decisions in Large Language Models",
+    arXiv:2311.04902, section 3: S = |W| A + alpha |W| Gamma, with A_j the root of the inputs' squares over the number
+    N of examples (not of tokens), and Gamma the l1 or l2 norm over examples of their own gradients in the dense model,
+    not divided by N. Gamma grows with N and A with the examples' length, so an alpha belongs to one calibration set:
+    unless it is given, it is set at each site so that the gradients' mean term is `mix` of the inputs'.
+    """
+
+    alpha: float | None = None  # weight of the gradients: 100 in the authors' code; none: set by mix
+    mix: float = 0.1  # mean gradient term over mean activation term, where alpha is none
+    order: int = 2  # of the norm over examples: 1 or 2
+
+    def __post_init__(self) -> None:
+        check_order(self.order)
+        if self.mix < 0 or (self.alpha is not None and self.alpha < 0):
+            raise SettingError(
+                f"alpha={self.alpha} and mix={self.mix} were asked for",
+                "a gradient's size adds to a score",
+                "Give 0 or more.",
+            )
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Inputs' squares, and gradients of single examples with their number."""
+        return frozenset({"input_square", _ORDERS[self.order], "grad_count"})
+
+    def score(self, site: Site, tensors: Tensors, seen: Evidence) -> Tensor:
+        """See gblm_score. Raises EvidenceError where nothing flowed in or no gradient came back."""
+        square = measured(site, seen, "input_square")
+        steepness = gradient_norm(site, seen, self.order)  # float64: |100 g| over 128 examples overflows float16
+        loudness = (square / measured(site, seen, "grad_count")).sqrt()
+        alpha = self.mix * loudness.mean() / steepness.mean() if self.alpha is None else self.alpha
+        weight = site.parts[0].read(tensors).float()
+        return gblm_score(weight, loudness.float(), (alpha * steepness).float())

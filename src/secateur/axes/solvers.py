@@ -6,8 +6,9 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from secateur.axes.criteria import Criterion, Magnitude
+from secateur.axes.criteria import Criterion, Magnitude, gram_factor
 from secateur.axes.patterns import Pattern, PerRow, PerSlab
+from secateur.axes.refiners import Refiner
 from secateur.edit import Edit, Mask, Update
 from secateur.errors import EvidenceError
 from secateur.evidence import Evidence
@@ -30,20 +31,24 @@ class Solver(Protocol):
 
 @dataclass(frozen=True)
 class Rank:
-    """Score, then choose the best a pattern allows: most methods."""
+    """Score, choose the best a pattern allows, and perhaps improve the choice: most methods."""
 
     criterion: Criterion = field(default_factory=Magnitude)
     pattern: Pattern = field(default_factory=PerRow)
+    refine: Refiner | None = None
 
     @property
     def needs(self) -> frozenset[str]:
-        """What the criterion reads."""
-        return self.criterion.needs
+        """What the criterion and the refiner read."""
+        return self.criterion.needs | (frozenset() if self.refine is None else self.refine.needs)
 
     def solve(self, site: Site, tensors: Tensors, seen: Evidence, keep: int) -> list[Edit]:
         """See Solver."""
         score = self.criterion.score(site, tensors, seen)
-        return [Mask(site, self.pattern.select(score, self.pattern.nearest(site.shape, keep)))]
+        mask = Mask(site, self.pattern.select(score, self.pattern.nearest(site.shape, keep)))
+        if self.refine is not None:
+            mask = self.refine.refine(mask, score, self.pattern, tensors, seen)
+        return [mask]
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,7 @@ class ObsSweep:
     def sweep(self, weight: Tensor, gram: Tensor, keep: int, name: str = "") -> tuple[Tensor, Tensor]:
         """Mask and new weights [out, in] that keep `keep` of them, given the inputs' gram [in, in]."""
         rows, columns = weight.shape
-        factor, dead = self._factor(gram, name)  # R, lower triangular: H = R^T R
+        factor, dead = gram_factor(gram, self.damp, name)  # R, lower triangular: H = R^T R
         original = weight.clone()
         original[:, dead] = 0
         scale = factor.diagonal()
@@ -105,7 +110,7 @@ class ObsSweep:
         mask = torch.ones(rows, columns, dtype=torch.bool)
         result = original.clone()
         span = self.pattern.span
-        done = kept = 0
+        kept = 0
         for a in range(0, columns, self.block):
             b = min(a + self.block, columns)
             push = change[:a].T @ factor[a:b, :a].T  # [rows, b - a]: what earlier columns ask of these
@@ -117,9 +122,9 @@ class ObsSweep:
                 # As the weights stand if nothing in these columns is dropped: what the choice is made on.
                 free = original[:, c:d] + torch.linalg.solve_triangular(square, inner.T, upper=False).T
                 score = (free * scale[c:d]).square()
-                share = keep * d // columns - done
-                share = self.pattern.nearest((rows, d - c), min(share, rows * (d - c)))
-                done = keep * d // columns
+                # What is due by now less what was kept: a pattern's rounding here is made up for by the next columns.
+                share = min(max(keep * d // columns - kept, 0), rows * (d - c))
+                share = self.pattern.nearest((rows, d - c), share)
                 kept += share
                 chosen = self.pattern.select(score, share)
                 mask[:, c:d] = chosen
@@ -133,24 +138,6 @@ class ObsSweep:
                 result[:, c:d] = (plain - here).T
         result[~mask] = 0
         return mask, result
-
-    def _factor(self, gram: Tensor, name: str) -> tuple[Tensor, Tensor]:
-        hessian = gram.double().clone()
-        diagonal = hessian.diagonal()
-        dead = diagonal == 0
-        live = diagonal[~dead]
-        mean = float(live.mean()) if len(live) else 1.0
-        diagonal[dead] = mean
-        for damp in (self.damp, 10 * self.damp):  # a second try with ten times as much
-            damped = hessian + torch.eye(len(hessian), dtype=hessian.dtype) * (damp * mean)
-            lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-            if not int(failed):
-                return lower.T.flip(0, 1).float().contiguous(), dead
-        raise EvidenceError(
-            f"the inputs of {name or 'a layer'} were to be inverted",
-            "their gram is not positive definite, even with ten times the damping",
-            "Give more calibration data, or a larger damp.",
-        )
 
 
 def _gram(site: Site, seen: Evidence) -> Tensor:

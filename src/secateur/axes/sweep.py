@@ -1,19 +1,75 @@
 """The pipeline that most one-shot methods share: spend the budget, then decide the sites block after block."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from torch import Tensor, nn
 
 from secateur.axes.allocations import Allocation
 from secateur.axes.criteria import Criterion
 from secateur.axes.solvers import Solver
+from secateur.cut import selected
 from secateur.edit import Edit, apply_
-from secateur.evidence import Evidence, observe
+from secateur.errors import SettingError
+from secateur.evidence import GRADS, INPUTS, Evidence, examples, observe
 from secateur.method import Budget
 from secateur.site import Site, Tensors, tensors
 from secateur.task import Batch
 from secateur.walk import Feed, walk
+
+NOTHING: Mapping[str, Evidence] = MappingProxyType({})
+"""No evidence of the whole model."""
+
+
+@dataclass(frozen=True, eq=False)
+class BySite:
+    """One solver for some sites, another for the rest."""
+
+    names: Collection[str]  # of the sites that `there` decides
+    there: Solver
+    rest: Solver
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What either reads."""
+        return self.there.needs | self.rest.needs
+
+    def solve(self, site: Site, tensors: Tensors, seen: Evidence, keep: int) -> list[Edit]:
+        """See Solver."""
+        return (self.there if site.name in self.names else self.rest).solve(site, tensors, seen, keep)
+
+
+def refined_sites(model: nn.Module, sites: Sequence[Site], only: Sequence[str]) -> frozenset[str]:
+    """The names of the sites whose choice is to be improved: those of a selection, or all for ().
+
+    Raises SettingError when it selects none of them.
+    """
+    tensor = {site.name: site.parts[0].name for site in sites}
+    found = set(selected(model, list(dict.fromkeys(tensor.values())), only)) if only else set(tensor.values())
+    if not found:
+        raise SettingError(
+            f"only {', '.join(only)} of {type(model).__name__} was to be refined",
+            "none of the matrices to be pruned is that",
+            "Give only=() to refine them all, or another selection.",
+        )
+    return frozenset(name for name, part in tensor.items() if part in found)
+
+
+def gradients(
+    model: nn.Module,
+    sites: Sequence[Site],
+    batches: Iterable[Batch],
+    needs: Collection[str],
+    loss: Callable[[nn.Module, Batch], Tensor],
+) -> Mapping[str, Evidence]:
+    """What the gradients of the model as it is say of each site, one example at a time: in a batch, signs cancel.
+
+    Of what is needed only the gradients are measured; where none is, there is no pass. Give the result to `spread`
+    and `sweep`, which put it beside the inputs they measure themselves.
+    """
+    wanted = frozenset(needs) & GRADS
+    return observe(model, sites, examples(batches), wanted, loss) if wanted else NOTHING
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,11 +98,18 @@ def spread(
     budget: Budget,
     criterion: Criterion,
     batches: Sequence[Batch],
+    whole: Mapping[str, Evidence] = NOTHING,
 ) -> dict[str, int]:
-    """Units to keep at each site; where the allocation looks at scores, from one pass over the dense model."""
+    """Units to keep at each site; where the allocation looks at scores, from one pass over the dense model.
+
+    `whole` is evidence of the whole model that the criterion needs beside the inputs: see `gradients`.
+    """
     if not allocation.needs_scores:
         return allocation.spread(sites, budget)
-    seen = observe(model, sites, batches, criterion.needs) if criterion.needs else {}
+    inputs = criterion.needs & INPUTS
+    seen = dict(observe(model, sites, batches, inputs)) if inputs else {}
+    for name, more in whole.items():
+        seen[name] = seen.get(name, Evidence()).beside(more)
     return allocation.spread(sites, budget, Scored({s.name: s for s in sites}, tensors(model), criterion, seen))
 
 
@@ -57,18 +120,26 @@ def sweep(
     keep: Mapping[str, int],
     batches: Sequence[Batch],
     feed: Feed = "pruned",
+    whole: Mapping[str, Evidence] = NOTHING,
 ) -> list[Edit]:
     """Decide and change every site, block after block, each observed on the inputs that really reach it.
 
-    A solver that needs no evidence needs no walk.
+    `whole` is evidence of the whole model that the solver needs beside the inputs, taken before anything is changed:
+    see `gradients`. A solver that needs no inputs needs no walk.
     """
-    if not solver.needs:
+    inputs = solver.needs & INPUTS
+
+    def decide(site: Site, named: Tensors, seen: Evidence) -> list[Edit]:
+        seen = seen.beside(whole.get(site.name, Evidence()))
+        return apply_(model, solver.solve(site, named, seen, keep[site.name]))
+
+    if not inputs:
         named = tensors(model)
-        return [e for site in sites for e in apply_(model, solver.solve(site, named, Evidence(), keep[site.name]))]
+        return [edit for site in sites for edit in decide(site, named, Evidence())]
     edits: list[Edit] = []
     for block in walk(model, batches, feed=feed, edits=edits):
         here = block.pick(sites)
-        seen = block.observe(here, solver.needs)
+        seen = block.observe(here, inputs)
         for site in here:
-            edits += apply_(model, solver.solve(site, block.tensors, seen[site.name], keep[site.name]))
+            edits += decide(site, block.tensors, seen[site.name])
     return edits
