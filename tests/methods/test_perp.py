@@ -149,7 +149,7 @@ def test_edits_beside_a_model_let_a_kept_zero_be_trained():
         done = Perp(subsets=(MaskLora(),), steps=5, rate=1e-2).run(copy.deepcopy(model), make_task("mlp"))
     assert done.model[0].weight[0, 5] != 0
     assert bool((done.model[0].weight[:, :4] == 0).all())
-    assert [e for e in done.edits if isinstance(e, Mask)] == [mask]
+    assert not any(isinstance(e, Mask) for e in done.edits)  # it removed nothing
     alone = Perp(subsets=(MaskLora(),), steps=5, rate=1e-2).run(model, make_task("mlp"))
     assert alone.model[0].weight[0, 5] == 0
 

@@ -16,6 +16,7 @@ VERBS = {
     "explain": "One method: the idea, the settings, what the paper reports, what was measured here.",
     "plan": "A dry run: what would go, what it would cost, and how long it would take. Changes nothing.",
     "prune": "Prune a model and save it, with its record, its recipe and a card.",
+    "recover": "Train a pruned model back towards what it was, its zeros in place, and save it.",
     "eval": "Measure how good a model is.",
     "compare": "Several methods side by side, at equal sparsity and over seeds, on one page.",
     "report": "Runs that were saved, as one page.",

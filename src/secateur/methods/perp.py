@@ -604,10 +604,9 @@ class Perp(Method):
         chosen, said = self.choose(model, task, keep)
         changed, history = self.by.mend(Work(self, model, task, chosen, keep, dense))
         check_kept(model, keep)
-        held = [] if self.after is not None else [m for m in masks if all(p.name in keep for p in m.site.parts)]
         gone = sum(int((~k).sum()) for k in keep.values())
         notes += [*said, f"{gone:,} zeros were kept in place" if gone else "no weight was zero: none had to be kept"]
-        return Outcome(model, [*edits, *changed, *held], history, notes=notes + history.notes)
+        return Outcome(model, [*edits, *changed], history, notes=notes + history.notes)
 
     def choose(self, model: nn.Module, task: Task, keep: Mapping[str, Tensor]) -> tuple[Chosen, list[str]]:
         """The union of the subsets, and how large a share of the model each is. Raises SiteError when it is empty."""
