@@ -2,7 +2,7 @@
 
     weights(model)            every weight of every matrix and kernel
     blocks(model, (4, 1))     tiles of them
-    layers(model)             whole blocks of a stack
+    layers(model)             whole blocks of a stack; Passing stands where one was
     channels, heads           coupled units, in secateur.graph
 
 A selection is a list of patterns: a name glob ("model.layers.*.mlp.*"), a regular expression after "re:", a module
@@ -18,6 +18,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from secateur.edit import replacement
 from secateur.errors import SiteError, did_you_mean
 from secateur.site import Part, Site, tensors
 from secateur.walk import stacks
@@ -176,3 +177,50 @@ def layers(model: nn.Module) -> list[Site]:
                 parts.append(Part(f"{name}.{key}", tuple(value.shape), owner, itemsize=value.element_size()))
         out.append(Site(stack[0].rpartition(".")[0], "layer", (len(stack),), tuple(parts)))
     return out
+
+
+@replacement
+class Passing(nn.Module):
+    """Where a block was: hands on the hidden state, whatever else it is given."""
+
+    passes_through = True
+
+    def __init__(self, outputs: int = 0, attention_type: str = "") -> None:
+        super().__init__()
+        self.outputs = outputs  # how many values the block gave back, the hidden state first; 0: it, bare
+        if attention_type:
+            self.attention_type = attention_type  # some models ask a block which mask it wants
+
+    def settings(self) -> dict[str, object]:
+        """What it is built from."""
+        return {"outputs": self.outputs, "attention_type": getattr(self, "attention_type", "")}
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        """The first tensor it is given, in the form in which the block answered."""
+        x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        return (x, *[None] * (self.outputs - 1)) if self.outputs else x
+
+    def join_(self, model: nn.Module) -> None:
+        """Number the layers that still work without gaps, as they index the cache of keys and values.
+
+        A cache asks its first entry how long it is, and would find it empty for ever if that layer were gone. Where
+        layers are of several types (sliding, full), each type keeps to the entries of its own.
+        """
+        path = next(name for name, module in model.named_modules() if module is self).rpartition(".")[0]
+        here = list(model.get_submodule(path).children())
+        config = getattr(model, "config", None)
+        types = getattr(getattr(config, "text_config", None) or config, "layer_types", None)
+        if not isinstance(types, (list, tuple)) or len(types) != len(here):
+            types = [""] * len(here)
+        for kind in set(types):
+            places = [i for i, found in enumerate(types) if found == kind]
+            working = [here[i] for i in places if not getattr(here[i], "passes_through", False)]
+            for place, layer in zip(places, working, strict=False):
+                for module in layer.modules():
+                    if isinstance(getattr(module, "layer_idx", None), int):
+                        module.layer_idx = place  # type: ignore[assignment]
+
+
+def passing(block: nn.Module, outputs: int = 0) -> Passing:
+    """What to put where a block was, given how many values it gives back (0: a bare tensor)."""
+    return Passing(outputs, str(getattr(block, "attention_type", "") or ""))

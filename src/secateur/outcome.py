@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from secateur.edit import Edit, Mask, Merge, Remove
 from secateur.errors import ModelError
+from secateur.site import Site
 from secateur.task import Batch, Task
 from secateur.train import History
 
@@ -106,11 +107,16 @@ class Ledger:
         left = elements(model)
         prunable = sum(before[name] for name in names)
         rows = site_rows(edits)
-        masked = {e.site.name for e in last.values() if isinstance(e, Mask)}
+        masked = {e.site.name for e in last.values() if isinstance(e, Mask) and _stands(e.site, left)}
         gone = prunable - sum(left.get(name, 0) for name in names)
         gone += sum(row.removed for row in rows if row.site in masked)
         units, kept = sum(row.units for row in rows), sum(row.kept for row in rows)
         return cls(*sizes, prunable, min(gone, prunable), *timings, units, units - kept, of)
+
+
+def _stands(site: Site, left: Mapping[str, int]) -> bool:
+    """Whether every tensor of a site is there still; not so where masked blocks were then replaced."""
+    return all(part.name in left for part in site.parts)
 
 
 @dataclass(frozen=True)

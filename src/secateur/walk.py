@@ -52,12 +52,13 @@ def stacks(model: nn.Module) -> list[list[str]]:
             continue
         if not isinstance(module, (nn.ModuleList, nn.Sequential)) or not len(module):
             continue
-        children = list(module.children())
+        numbered = [(i, c) for i, c in enumerate(module.children()) if not getattr(c, "passes_through", False)]
+        children = [child for _, child in numbered]  # those still there: where one was removed, it is passed over
         alike = len({type(child) for child in children}) == 1
         heavy = all(any(p.dim() >= 2 for p in child.parameters()) for child in children)
         inner = all(any(True for _ in child.children()) for child in children)  # a block, not a bare layer
         if alike and heavy and inner:
-            found.append([f"{name}.{i}" if name else str(i) for i in range(len(children))])
+            found.append([f"{name}.{i}" if name else str(i) for i, _ in numbered])
     return found
 
 
