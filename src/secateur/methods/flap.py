@@ -1,0 +1,323 @@
+"""FLAP: a feature that hardly moves can be replaced by its mean; so units go that fluctuate least.
+
+An, Zhao, Yu, Tang, Wang. "Fluctuation-based Adaptive Structured Pruning for Large Language Models." AAAI 2024.
+arXiv:2312.11983. For the matrix W that reads heads or neurons (o_proj, down_proj) and its inputs X:
+
+    score[j] = var(X[:, j]) * ||W[:, j]||^2                     WIFV, the weighted fluctuation
+    z[j]     = (score[j] - mean(score)) / std(score)            per matrix, so that all compare under one budget
+    bias    += W[:, removed] @ mean(X[:, removed])              what is gone on average is put back
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from secateur.axes import keep_top
+from secateur.axes.spending import check_affordable, per_block, spend_everywhere, total_cost
+from secateur.edit import Edit, Mask, Update, apply_
+from secateur.errors import BudgetError, EvidenceError, GraphError, SettingError
+from secateur.graph import couple, removals
+from secateur.graph.inner import inner, reader
+from secateur.method import Card, Method, check_sparsity
+from secateur.outcome import Outcome
+from secateur.site import Site, Tensors, tensors
+from secateur.task import Batch, Task
+from secateur.walk import walk
+
+
+@dataclass(frozen=True, eq=False)
+class Flow:
+    """What flowed into a matrix, per column and in float64: how many tokens, their mean, their variance."""
+
+    tokens: int
+    mean: Tensor  # [in]
+    variance: Tensor  # [in], the mean square around the mean
+
+
+def flow_of(rows: Iterable[Tensor]) -> Flow:
+    """Mean and variance of all rows [tokens, in] together, merged batch after batch (Chan et al. 1979): exact."""
+    tokens, mean, around = 0, torch.zeros(()), torch.zeros(())
+    for more in rows:
+        x = more.double()
+        if not len(x):
+            continue
+        middle = x.mean(0)
+        inside = (x - middle).square().sum(0)
+        if not tokens:
+            tokens, mean, around = len(x), middle, inside
+            continue
+        both, step = tokens + len(x), middle - mean
+        around = around + inside + step.square() * (tokens * len(x) / both)
+        tokens, mean = both, mean + step * (len(x) / both)
+    return Flow(tokens, mean, around / max(tokens, 1))
+
+
+class Score(Protocol):
+    """What makes a column of a matrix worth keeping."""
+
+    def of(self, weight: Tensor, flow: Flow) -> Tensor:
+        """Weight [out, in], float64, and what flows into it -> [in], higher = keep."""
+        ...
+
+
+@dataclass(frozen=True)
+class Wifv:
+    """Fluctuation times the column's squared norm: what replacing the feature by its mean costs in squared output."""
+
+    def of(self, weight: Tensor, flow: Flow) -> Tensor:
+        """See Score."""
+        return flow.variance * weight.square().sum(0)
+
+
+@dataclass(frozen=True)
+class Ifv:
+    """Fluctuation alone."""
+
+    def of(self, weight: Tensor, flow: Flow) -> Tensor:
+        """See Score."""
+        return flow.variance
+
+
+@dataclass(frozen=True)
+class Wifn:
+    """Mean |w| times the norm of what flows in: Wanda's score, a column at a time."""
+
+    def of(self, weight: Tensor, flow: Flow) -> Tensor:
+        """See Score."""
+        return weight.abs().mean(0) * (flow.variance + flow.mean.square()).sqrt()
+
+
+@dataclass(frozen=True)
+class ColumnNorm:
+    """The column's norm alone: magnitude, which looks at no data."""
+
+    def of(self, weight: Tensor, flow: Flow) -> Tensor:
+        """See Score."""
+        return weight.square().sum(0).sqrt()
+
+
+def standardised(score: Tensor) -> Tensor:
+    """Zero mean and unit deviation (unbiased), so that layers compare; all zero where all are equal."""
+    deviation = score.std() if len(score) > 1 else torch.zeros((), dtype=score.dtype)
+    if not float(deviation) > 1e-12 * float(score.abs().max()):  # equal but for rounding: no unit is worse
+        return torch.zeros_like(score)
+    return (score - score.mean()) / deviation
+
+
+class Structure(Protocol):
+    """How the budget is spent over heads and neurons of all blocks."""
+
+    def check(self, sites: Sequence[Site], sparsity: float) -> None:
+        """Raise BudgetError where the budget cannot be met."""
+        ...
+
+    def keep(self, sites: Sequence[Site], scores: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
+        """Bool [units] per site."""
+        ...
+
+
+@dataclass(frozen=True)
+class Adaptive:
+    """One list of all units, the worst first: AL-AM. With `heads`, a list of heads and one of neurons: AL-MM."""
+
+    heads: float | None = None  # fraction of all heads to remove; None: they compete with the neurons
+    least: int = 1  # units that stay at each site
+
+    def check(self, sites: Sequence[Site], sparsity: float) -> None:
+        """See Structure."""
+        total = total_cost(sites)
+        if self.heads is None:
+            check_affordable(sites, sparsity * total, total, self.least)
+            return
+        apart, rest = _apart(sites)
+        spend = self.heads * total_cost(apart)
+        _check_share(spend, sparsity * total)
+        check_affordable(apart, spend, total, self.least)
+        check_affordable(rest, sparsity * total - spend, total, self.least)
+
+    def keep(self, sites: Sequence[Site], scores: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
+        """See Structure."""
+        spend = sparsity * total_cost(sites)
+        if self.heads is None:
+            return spend_everywhere(sites, scores, spend, self.least)
+        apart, rest = _apart(sites)
+        found = spend_everywhere(apart, scores, self.heads * total_cost(apart), self.least)
+        spend -= sum(float(site.cost()[~found[site.name]].sum()) for site in apart)
+        return {**found, **spend_everywhere(rest, scores, spend, self.least)}
+
+
+@dataclass(frozen=True)
+class PerLayer:
+    """The same fraction of every block: UL-UM. With `heads`, that fraction of its heads: UL-MM.
+
+    Heads are rounded to whole ones and neurons make up for it, so that every block ends with the same widths.
+    """
+
+    heads: float | None = None  # fraction of each block's heads to remove; None: the sparsity
+    least: int = 1  # units that stay at each site
+
+    def check(self, sites: Sequence[Site], sparsity: float) -> None:
+        """See Structure."""
+        if self.heads is not None:
+            apart, _ = _apart(sites)
+            _check_share(self.heads * total_cost(apart), sparsity * total_cost(sites))
+        per_block(sites, sparsity, self.heads, self.least)
+
+    def keep(self, sites: Sequence[Site], scores: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
+        """See Structure."""
+        counts = per_block(sites, sparsity, self.heads, self.least)
+        return {site.name: keep_top(scores[site.name], counts[site.name]) for site in sites}
+
+
+def _apart(sites: Sequence[Site]) -> tuple[list[Site], list[Site]]:
+    return [s for s in sites if s.kind == "head"], [s for s in sites if s.kind != "head"]
+
+
+def _check_share(heads: float, spend: float) -> None:
+    if heads > spend + 1e-6:
+        raise BudgetError(
+            f"heads of {heads:,.0f} weights were to be removed",
+            f"the whole budget is {spend:,.0f}",
+            "Ask for fewer heads, or for a higher sparsity.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FLAP(Method):
+    """Take out the heads and neurons that fluctuate least in any block, and put their means into biases.
+
+    No gradient, no retraining; the model gets smaller at once.
+    """
+
+    sparsity: float = 0.2  # fraction of the weights of all heads and neurons taken out, in [0, 1)
+    samples: int = 1024  # calibration sequences, as in the paper (of 128 tokens there)
+    score: Score = Wifv()  # ifv and wifn are the paper's variants; column-norm looks at no data
+    structure: Structure = Adaptive()  # per-layer gives every block the same widths, which stock loaders take
+    head_power: float = 2.0  # what scores of attention are raised to, as in the authors' code; 1 leaves them
+    compensate: bool = True  # put the mean of what goes into a bias, made where there is none
+    skip: int = 0  # positions at the start of each sequence left out; 1 leaves out the one that attracts attention
+
+    card: ClassVar = Card(
+        47,
+        "Fluctuation-based adaptive structured pruning for large language models",
+        arxiv="2312.11983",
+        year=2023,
+        granularity=("head", "channel"),
+        needs=("calibration",),
+        families=("decoder", "encoder", "vision transformer"),
+        axes="criterion allocation",
+        reports="LLaMA-7B, WikiText-2 perplexity at 128 tokens: dense 12.62; 20 % 14.62 (Wanda-sp 22.12), "
+        "50 % 31.80 (Wanda-sp 366).",
+        checked="tests/methods/test_flap.py::test_what_is_removed_costs_the_sum_of_its_scores",
+        differs=(
+            "Variances are exact; the authors' running update uses the new mean twice and skips the first sequence.",
+            "A head or group of queries counts its own weights; the authors' code has 512/3 neurons for any model.",
+            "A head that no longer fits the budget is passed over for neurons, so that the target is met to a neuron.",
+            "Every site keeps a unit at least; the authors' threshold may leave a layer none.",
+        ),
+    )
+    tiny: ClassVar = {"samples": 16}
+
+    def check(self) -> None:
+        """See Method."""
+        check_sparsity(self.sparsity)
+        heads, least = getattr(self.structure, "heads", None), getattr(self.structure, "least", 1)
+        if heads is not None:
+            check_sparsity(heads, "heads")
+        if least < 1 or self.samples < 1 or self.skip < 0 or not self.head_power > 0:
+            raise SettingError(
+                f"least={least}, samples={self.samples}, skip={self.skip}, head_power={self.head_power:g} were given",
+                "at least one unit stays, one sample is seen, none is skipped twice, and a power is above 0",
+                "Take the defaults: least=1, samples=1024, skip=0, head_power=2.",
+            )
+
+    def run(self, model: nn.Module, task: Task) -> Outcome:
+        """See Method."""
+        self.check()
+        coupling = couple(model, task.example)
+        sites = inner(coupling)
+        self.structure.check(sites, self.sparsity)  # before any data is read
+        flows = self.flows(model, sites, list(task.batches("calibration", self.samples)))
+        named = tensors(model)
+        scores = {site.name: self.unit_scores(site, named, flows[site.name]) for site in sites}
+        keep = self.structure.keep(sites, scores, self.sparsity)
+        edits: list[Edit] = []
+        added = 0
+        if self.compensate:
+            for site in sites:
+                if not bool(keep[site.name].all()):
+                    update = mended_bias(site, named, flows[site.name], keep[site.name])
+                    added += 0 if update.name in named else len(update.value)
+                    edits.append(update)
+        # A site that loses nothing is written down too: the budget is a fraction of it as well.
+        edits += [Mask(site, keep[site.name]) for site in sites if bool(keep[site.name].all())]
+        edits = apply_(model, edits + list(removals(sites, keep)))
+        gone, total = sum(float(s.cost()[~keep[s.name]].sum()) for s in sites), total_cost(sites)
+        notes = [
+            f"{gone:,.0f} of {total:,.0f} weights of heads and neurons taken out: {gone / total:.4f},"
+            f" {self.sparsity:g} asked for"
+        ]
+        if added:
+            notes.append(f"{added:,} biases were added")
+        return Outcome(model, edits, notes=[*notes, *(str(frozen) for frozen in coupling.frozen)])
+
+    def flows(self, model: nn.Module, sites: Sequence[Site], batches: Sequence[Batch]) -> dict[str, Flow]:
+        """What flows into the matrix that reads each site, everything before it being dense."""
+        masks = [b.inputs.get("attention_mask") if isinstance(b.inputs, Mapping) else None for b in batches]
+        found: dict[str, Flow] = {}
+        for block in walk(model, batches, feed="dense"):
+            for site in block.pick(sites):
+                module = reader(site).name.rpartition(".")[0]
+                watched = zip(block.watch(module), masks, strict=True)
+                found[site.name] = flow_of(_rows(x, mask, self.skip, module) for x, mask in watched)
+        for site in sites:
+            seen = found.get(site.name, Flow(0, torch.zeros(()), torch.zeros(())))
+            if seen.tokens < 2 or not bool(torch.isfinite(seen.variance).all()):
+                raise EvidenceError(
+                    f"{site.name} was to be scored by how it fluctuates",
+                    f"{seen.tokens} tokens reached it" if seen.tokens < 2 else "it holds NaN or infinity",
+                    "Give more calibration data, or use bfloat16 or float32 where half precision overflows.",
+                )
+        return found
+
+    def unit_scores(self, site: Site, named: Tensors, flow: Flow) -> Tensor:
+        """Standardised scores of a site's units [units]: of a neuron its column's, of a head the mean of its own."""
+        part = reader(site)
+        score = self.score.of(part.read(named).detach().double(), flow)
+        z = standardised(score.pow(self.head_power) if site.kind == "head" else score)
+        assert part.owner is not None
+        owner = part.owner.reshape(-1).to(z.device)
+        mine = owner >= 0
+        total = torch.zeros(site.units, dtype=z.dtype, device=z.device).index_add(0, owner[mine], z[mine])
+        return (total / torch.bincount(owner[mine], minlength=site.units)).cpu()
+
+
+def mended_bias(site: Site, named: Tensors, flow: Flow, keep: Tensor) -> Update:
+    """The bias of the matrix that reads a site, with what the removed units give on average added to it."""
+    part = reader(site)
+    assert part.owner is not None
+    weight = part.read(named).detach()
+    owner = part.owner.reshape(-1)
+    gone = ((owner >= 0) & ~keep[owner.clamp(min=0)]).to(weight.device)
+    # float64 until the sum is there: a mean rounded to half precision would be off for every token
+    shift = weight.double()[:, gone] @ flow.mean.to(weight.device)[gone]
+    name = part.name.removesuffix("weight") + "bias"
+    old = named[name].detach().double() if name in named else torch.zeros_like(shift)
+    return Update(name, (old + shift).to(weight.dtype))
+
+
+def _rows(x: Tensor, mask: Tensor | None, skip: int, module: str) -> Tensor:
+    """The tokens that count, a row each: not padding, and not the first `skip` of a sequence."""
+    if x.dim() < 3 and skip:
+        raise GraphError(
+            f"the first {skip} positions at {module} were to be left out",
+            "its input has no axis of positions",
+            "Use skip=0.",
+        )
+    x = x[:, skip:] if skip else x
+    if mask is not None and mask.dim() == 2 and mask[:, skip:].shape == x.shape[:-1]:
+        return x[mask[:, skip:].bool()]
+    return x.reshape(-1, x.shape[-1])

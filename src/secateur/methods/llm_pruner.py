@@ -1,0 +1,310 @@
+"""LLM-Pruner: a head or neuron goes, with all that depends on it, where the loss would hardly notice.
+
+Ma, Fang, Wang. "LLM-Pruner: On the Structural Pruning of Large Language Models." NeurIPS 2023. arXiv:2305.11627,
+section 3.1 (groups by dependency) and 3.2 (Taylor scores). With g = dL/dw on a few calibration samples, F the mean of
+the squared gradients of single samples, and sums over what a unit owns:
+
+    vectorize |sum w g|     first sum |w g|     second sum |w^2 F|     mix sum |w g - w^2 F / 2|
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from secateur.axes import keep_top
+from secateur.axes.spending import per_block, total_cost
+from secateur.edit import Edit, Mask, apply_
+from secateur.errors import BudgetError, EvidenceError, SettingError
+from secateur.evidence import calm
+from secateur.graph import couple, removals
+from secateur.graph.inner import inner
+from secateur.method import Card, Method, check_sparsity
+from secateur.outcome import Outcome
+from secateur.site import Site, tensors
+from secateur.task import Batch, Task
+
+
+class Taylor(Protocol):
+    """How much the loss would change without a slice of a tensor."""
+
+    squares: ClassVar[bool]  # whether it reads F, which takes a backward pass per sample
+
+    def slices(self, weight: Tensor, grad: Tensor, square: Tensor, over: tuple[int, ...]) -> Tensor:
+        """A weight, its gradient and its F -> one value per slice, summed over the axes `over`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Vectorize:
+    """First order, the slice as one: gains and losses inside it cancel."""
+
+    squares: ClassVar = False
+
+    def slices(self, weight: Tensor, grad: Tensor, square: Tensor, over: tuple[int, ...]) -> Tensor:
+        """See Taylor."""
+        return _sum(weight * grad, over).abs()
+
+
+@dataclass(frozen=True)
+class First:
+    """First order, element by element."""
+
+    squares: ClassVar = False
+
+    def slices(self, weight: Tensor, grad: Tensor, square: Tensor, over: tuple[int, ...]) -> Tensor:
+        """See Taylor."""
+        return _sum((weight * grad).abs(), over)
+
+
+@dataclass(frozen=True)
+class Second:
+    """Second order alone, by the diagonal of the Fisher information."""
+
+    squares: ClassVar = True
+
+    def slices(self, weight: Tensor, grad: Tensor, square: Tensor, over: tuple[int, ...]) -> Tensor:
+        """See Taylor."""
+        return _sum((weight.square() * square).abs(), over)
+
+
+@dataclass(frozen=True)
+class Mix:
+    """First and second order, element by element."""
+
+    squares: ClassVar = True
+
+    def slices(self, weight: Tensor, grad: Tensor, square: Tensor, over: tuple[int, ...]) -> Tensor:
+        """See Taylor."""
+        return _sum((weight * grad - 0.5 * weight.square() * square).abs(), over)
+
+
+def _sum(values: Tensor, over: tuple[int, ...]) -> Tensor:
+    return values.sum(over) if over else values  # sum(()) would be over everything
+
+
+class Combine(Protocol):
+    """The values of a unit's shares of several tensors -> one score."""
+
+    def of(self, parts: Tensor) -> Tensor:
+        """[parts, units] -> [units]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Total:
+    """All shares count."""
+
+    def of(self, parts: Tensor) -> Tensor:
+        """See Combine."""
+        return parts.sum(0)
+
+
+@dataclass(frozen=True)
+class Average:
+    """All shares count; as many of them as there are."""
+
+    def of(self, parts: Tensor) -> Tensor:
+        """See Combine."""
+        return parts.mean(0)
+
+
+@dataclass(frozen=True)
+class Largest:
+    """The share that matters most speaks for the unit."""
+
+    def of(self, parts: Tensor) -> Tensor:
+        """See Combine."""
+        return parts.amax(0)
+
+
+@dataclass(frozen=True)
+class Product:
+    """A unit of which one share does not matter does not matter."""
+
+    def of(self, parts: Tensor) -> Tensor:
+        """See Combine."""
+        return parts.prod(0)
+
+
+@dataclass(frozen=True)
+class Foremost:
+    """The share of the tensor that makes the unit speaks for it."""
+
+    def of(self, parts: Tensor) -> Tensor:
+        """See Combine."""
+        return parts[0]
+
+
+def group_scores(
+    site: Site,
+    named: Mapping[str, Tensor],
+    grads: Mapping[str, Tensor],
+    squares: Mapping[str, Tensor],
+    taylor: Taylor,
+    combine: Combine,
+) -> Tensor:
+    """One score per unit [units], float64: slices are a row or column each, and a head sums those it owns."""
+    found = []
+    for part in site.parts:
+        weight = part.read(named).detach().double()
+        grad = part.read(grads).double()
+        square = part.read(squares).double() if taylor.squares else grad
+        over = tuple(axis for axis in range(weight.dim()) if axis != part.axis)
+        slices = taylor.slices(weight, grad, square, over)
+        assert part.owner is not None
+        owner = part.owner.reshape(-1).to(slices.device)
+        mine = owner >= 0
+        units = torch.zeros(site.units, dtype=slices.dtype, device=slices.device)
+        found.append(units.index_add(0, owner[mine], slices[mine]))
+    return combine.of(torch.stack(found)).cpu()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LLMPruner(Method):
+    """Take the same fraction of heads and neurons out of the blocks in the middle, by how the loss depends on them.
+
+    A few samples and one backward pass. The paper then trains adapters, which is a method of its own here.
+    """
+
+    sparsity: float = 0.2  # fraction of the weights of all blocks' heads and neurons taken out, in [0, 1)
+    samples: int = 10  # calibration sequences, as in the paper (of 64 tokens there)
+    taylor: Taylor = First()  # vectorize, second and mix are the paper's others
+    combine: Combine = Total()  # what becomes of a unit's shares of several tensors
+    spare_first: int = 4  # blocks at the start that are left alone
+    spare_last: int = 2  # blocks at the end that are left alone
+    least: int = 1  # units that stay at each site
+
+    card: ClassVar = Card(
+        0,
+        "LLM-Pruner: on the structural pruning of large language models",
+        arxiv="2305.11627",
+        year=2023,
+        granularity=("head", "channel"),
+        needs=("calibration",),
+        families=("decoder", "encoder", "vision transformer"),
+        axes="criterion allocation",
+        reports="LLaMA-7B at 20 %, WikiText-2 perplexity: dense 12.62, about 19.1 untuned, 17.6 with adapters.",
+        checked="tests/methods/test_llm_pruner.py::test_scores_by_hand",
+        differs=(
+            "The sparsity is of all blocks' heads and neurons, the spared ones' too, so that methods compare; the"
+            " paper's is of the blocks in the middle.",
+            "Heads are whole ones, key and value heads with their queries, and neurons make up for what that rounds.",
+            "All four scores work for attention; in the authors' code three of them raise an error there.",
+            "No adapters are trained afterwards.",
+        ),
+    )
+    tiny: ClassVar = {"spare_first": 0, "spare_last": 1}
+
+    def check(self) -> None:
+        """See Method."""
+        check_sparsity(self.sparsity)
+        if min(self.spare_first, self.spare_last) < 0 or self.samples < 1 or self.least < 1:
+            raise SettingError(
+                f"spare_first={self.spare_first}, spare_last={self.spare_last}, samples={self.samples}, "
+                f"least={self.least} were given",
+                "blocks spared are counted from 0, samples and units left from 1",
+                "Take the defaults: 4, 2, 10 and 1.",
+            )
+
+    def run(self, model: nn.Module, task: Task) -> Outcome:
+        """See Method."""
+        self.check()
+        coupling = couple(model, task.example)
+        sites = inner(coupling)
+        chosen, local = self.spent(sites)
+        counts = per_block(chosen, local, least=self.least)
+        batches = list(task.batches("calibration", self.samples))
+        names = {part.name for site in chosen for part in site.parts}
+        grads, squares = gradients(model, task, batches, names, self.taylor.squares)
+        named, keep = tensors(model), {}
+        for site in chosen:
+            score = group_scores(site, named, grads, squares, self.taylor, self.combine)
+            keep[site.name] = keep_top(score, counts[site.name])
+        edits: list[Edit] = [
+            Mask(site, torch.ones(site.shape, dtype=torch.bool))  # nothing goes, and the target counts it
+            for site in sites
+            if site.name not in keep or bool(keep[site.name].all())
+        ]
+        edits = apply_(model, edits + list(removals(chosen, keep)))
+        gone, total = sum(float(s.cost()[~keep[s.name]].sum()) for s in chosen), total_cost(sites)
+        notes = [
+            f"{gone:,.0f} of {total:,.0f} weights of heads and neurons taken out: {gone / total:.4f},"
+            f" {self.sparsity:g} asked for; {gone / total_cost(chosen):.4f} of the blocks that were not spared"
+        ]
+        return Outcome(model, edits, notes=[*notes, *(str(frozen) for frozen in coupling.frozen)])
+
+    def spent(self, sites: Sequence[Site]) -> tuple[list[Site], float]:
+        """The sites that are not spared, and the sparsity they must have for the whole to have its own."""
+        blocks = list(dict.fromkeys(site.block for site in sites))
+        middle = blocks[self.spare_first : len(blocks) - self.spare_last]
+        chosen = [site for site in sites if site.block in middle]
+        if not chosen:
+            raise SettingError(
+                f"{self.spare_first} blocks at the start and {self.spare_last} at the end were to be spared",
+                f"there are {len(blocks)}",
+                "Spare fewer: spare_first=0, spare_last=0.",
+            )
+        share = total_cost(chosen) / total_cost(sites)
+        if self.sparsity >= share:
+            raise BudgetError(
+                f"a sparsity of {self.sparsity:g} was asked for",
+                f"the {len(middle)} of {len(blocks)} blocks that are not spared hold {share:.3f} of the weights",
+                f"Ask for less than {share:.3f}, or spare fewer.",
+            )
+        return chosen, self.sparsity / share
+
+
+def gradients(
+    model: nn.Module, task: Task, batches: Sequence[Batch], names: set[str], squares: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """By tensor name: the gradient of the mean loss over all samples, and the mean of single samples' squared ones.
+
+    The second is empty unless asked for; it takes a backward pass per sample. Raises EvidenceError for no samples, and
+    for gradients that are not finite.
+    """
+    named = {name: value for name, value in tensors(model).items() if name in names}
+    total: dict[str, Tensor] = {name: torch.zeros_like(v, dtype=torch.float32) for name, v in named.items()}
+    square = {name: torch.zeros_like(v) for name, v in total.items()} if squares else {}
+    count = sum(batch.size for batch in batches)
+    frozen = [value for value in named.values() if not value.requires_grad]
+    try:
+        for value in frozen:
+            value.requires_grad_(True)
+        with calm(model), torch.enable_grad():
+            for batch in singles(batches) if squares else batches:
+                found = torch.autograd.grad(task.loss(model, batch), list(named.values()), allow_unused=True)
+                for name, grad in zip(named, found, strict=True):
+                    if grad is not None:
+                        total[name] += grad.float() * (batch.size / count)
+                        if squares:
+                            square[name] += grad.float().square() / count
+    finally:
+        for value in frozen:
+            value.requires_grad_(False)
+    wrong = next((name for name, value in total.items() if not bool(torch.isfinite(value).all())), None)
+    if not count or wrong:
+        raise EvidenceError(
+            "gradients of the loss were to be taken",
+            f"that of {wrong} holds NaN or infinity" if wrong else "there are no calibration samples",
+            "Give calibration data; where half precision overflows use bfloat16 or float32.",
+        )
+    return total, square
+
+
+def singles(batches: Sequence[Batch]) -> Iterator[Batch]:
+    """Every example as a batch of its own."""
+    for batch in batches:
+
+        def one(value: object, place: int, size: int = batch.size) -> object:
+            whole = isinstance(value, Tensor) and value.dim() > 0 and len(value) == size
+            return value[place : place + 1] if whole else value  # type: ignore[index]
+
+        for place in range(batch.size):
+            target = one(batch.target, place)
+            if isinstance(batch.inputs, Mapping):
+                yield replace(batch, inputs={k: one(v, place) for k, v in batch.inputs.items()}, target=target)
+            else:
+                yield replace(batch, inputs=tuple(one(v, place) for v in batch.inputs), target=target)
