@@ -134,6 +134,9 @@ def test_masks_by_hand():
     assert keep["1.weight"].tolist() == [True, False, True]
     (site,) = (s for s in weights(model) if s.name == "0.weight")
     mask = Mask(site, torch.tensor([[True, True], [False, False], [False, True]]))
+    tied = trained("decoder")
+    tied.lm_head.weight.data[3, 4] = 0
+    assert list(kept_of(tied)) == ["model.embed_tokens.weight"]  # one tensor, counted once
     assert kept_of(model, [mask])["0.weight"].tolist() == [[True, True], [False, False], [False, True]]
 
 

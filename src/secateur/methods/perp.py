@@ -451,22 +451,21 @@ def kept_of(model: nn.Module, masks: Iterable[Mask] = ()) -> dict[str, Tensor]:
     the whole unit is zero, since biases are often zero and mean nothing by it.
     """
     found: dict[str, Tensor] = {}
-    for path, module in model.named_modules():
-        for name, parameter in module._parameters.items():
-            if parameter is None or not parameter.is_floating_point():
-                continue
+    tied, named = tied_names(model), tensors(model)
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.dim():
             zero = parameter.detach() == 0
-            if parameter.dim() < 2:
-                zero = zero & _dead(module, len(zero)) if parameter.dim() else torch.zeros_like(zero)
-            found[f"{path}.{name}" if path else name] = zero
-    named = tensors(model)
+            if parameter.dim() == 1:
+                zero &= _dead(model.get_submodule(name.rpartition(".")[0]), len(zero))
+            found[name] = zero
     said: dict[str, Tensor] = {}
     for mask in masks:
         gone = mask.site.expand(~mask.keep)
         for part in mask.site.parts:
-            if part.name not in found or tuple(part.view(found[part.name]).shape) != part.shape:
+            name = tied.get(part.name, [part.name])[0]
+            if name not in found or tuple(part.view(found[name]).shape) != part.shape:
                 continue  # cut since then: its zeros are read off
-            zeros = said.setdefault(part.name, torch.zeros_like(found[part.name]))
+            zeros = said.setdefault(name, torch.zeros_like(found[name]))
             part.view(zeros).logical_or_(gone[part.key].to(zeros.device).expand(part.shape))
     found.update({name: zeros & (named[name].detach() == 0) for name, zeros in said.items()})
     return {name: ~zero for name, zero in found.items() if bool(zero.any())}
