@@ -27,12 +27,15 @@ from secateur.methods.perp import (
     Perp,
     Reconstruct,
     ScaleLora,
+    Statistics,
     beside,
     kept_of,
+    recalibrate_,
 )
 from secateur.methods.slicegpt import SliceGPT
 from secateur.methods.wanda import Wanda
 from secateur.recipe import build, method_of, text_of_method
+from secateur.task import Batch
 
 WANDA = Wanda(sparsity=0.6, samples=16)
 
@@ -207,6 +210,33 @@ def test_batch_norms_take_their_statistics_anew_and_the_edits_say_so():
     names = {e.name for e in done.edits}
     assert {"bn.running_mean", "bn.running_var", "bn.weight", "bn.bias", "fc.bias", "fc.weight"} <= names
     assert "conv.weight" not in names
+
+
+def test_statistics_are_a_plain_mean_over_the_batches():
+    """Two batches with means 1 and 3, variances 0 and 0 in one channel: mean 2, whatever the old one was."""
+    model = nn.Sequential(nn.BatchNorm1d(1), nn.Linear(1, 1)).eval()
+    model[0].running_mean.fill_(7)
+    batches = [Batch((torch.full((4, 1), value),)) for value in (1.0, 3.0)]
+    edits = recalibrate_(model, batches)
+    assert model[0].running_mean.tolist() == [2.0]
+    assert model[0].running_var.tolist() == [0.0]
+    assert model[0].momentum == 0.1
+    assert not model[0].training
+    assert [e.name for e in edits] == ["0.running_mean", "0.running_var", "0.num_batches_tracked"]
+
+
+def test_batch_norms_alone_are_recalibrated_without_training():
+    task = make_task("cnn")
+    model = trained("cnn")
+    Magnitude(sparsity=0.7).run(model, task)
+    before = task.measure(model)["accuracy"]
+    parameters = [p.clone() for p in model.parameters()]
+    done = Perp(subsets=(Statistics(),)).run(model, task)
+    assert all(torch.equal(a, b) for a, b in zip(parameters, done.model.parameters(), strict=True))
+    assert task.measure(done.model)["accuracy"] > before
+    assert done.history.losses == []
+    with pytest.raises(SiteError, match="it has none of them"):
+        recovered(Perp(subsets=(Statistics(),)))
 
 
 def test_a_tied_head_is_left_alone_with_a_note_and_embeddings_take_it_along():

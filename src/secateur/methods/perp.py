@@ -23,6 +23,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_flatten
 
@@ -33,6 +34,7 @@ from secateur.axes.schedules import Linear
 from secateur.cut import DEFAULT_EXCLUDE, weights
 from secateur.edit import Edit, Mask, Update
 from secateur.errors import ModelError, SettingError, SiteError, TaskError
+from secateur.evidence import calm
 from secateur.method import Budget, Card, Method
 from secateur.outcome import Outcome
 from secateur.site import Part, Site, tensors
@@ -70,6 +72,7 @@ class Chosen:
 
     whole: tuple[str, ...] = ()  # tensors trained as they are
     adapters: Mapping[str, nn.Module] = field(default_factory=dict)  # tensor name -> Adapter
+    samples: int = 0  # calibration examples on which batch norms are recalibrated first
     note: str = ""
 
 
@@ -105,6 +108,18 @@ class Norms:
     def choose(self, place: Place) -> Chosen:
         """See Subset."""
         return Chosen(tuple(_scales(place.model)))
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """The running mean and variance of batch norms, taken anew before any training: no parameter is trained for it."""
+
+    samples: int = 1024  # calibration examples, or as many as there are
+
+    def choose(self, place: Place) -> Chosen:
+        """See Subset."""
+        norms = [m for m in place.model.modules() if isinstance(m, _BatchNorm)]
+        return Chosen(samples=self.samples if norms else 0, note=f"{len(norms)} batch norms were recalibrated")
 
 
 @dataclass(frozen=True)
@@ -265,10 +280,7 @@ class Retrain:
     def mend(self, work: Work) -> tuple[list[Edit], History]:
         """See Way. Raises TaskError when there is less than one batch to train on."""
         _check_corpus(work.task)
-        before = {n: b.clone() for n, b in work.model.named_buffers()}
-        edits, history = _train(work.perp, work.model, work.task, work.chosen, work.keep)
-        moved = [(n, b) for n, b in work.model.named_buffers() if n in before and not torch.equal(b, before[n])]
-        return edits + [Update(n, b.clone()) for n, b in moved], history  # the running statistics of batch norms
+        return _train(work.perp, work.model, work.task, work.chosen, work.keep)
 
 
 @dataclass(frozen=True)
@@ -301,10 +313,12 @@ class Reconstruct:
             if not block.name or not (chosen.whole or chosen.adapters):
                 continue
             # What is wanted is the dense block's answer to what reaches THIS block, not to the dense model's inputs.
-            wanted = list(replace(block, module=work.dense.get_submodule(block.name)).outputs())
+            with calm(work.dense):
+                wanted = list(replace(block, module=work.dense.get_submodule(block.name)).outputs())
             rebuild = _Rebuild(block.name, work.task.seed, block.calls, wanted)
             before = rebuild.error(block.module)
-            keep = {n.removeprefix(f"{block.name}."): k for n, k in work.keep.items()}
+            start = f"{block.name}."
+            keep = {n.removeprefix(start): k for n, k in work.keep.items() if n.startswith(start)}
             found, trained = _train(work.perp, block.module, rebuild, chosen, keep)
             edits += [Update(f"{block.name}.{e.name}", e.value) for e in found if isinstance(e, Update)]
             trained.log("block error before", block.index, before)
@@ -385,12 +399,42 @@ def _train(
     held = [n for n in whole if n in keep]
     sites = [Site(n, "weight", tuple(whole[n].shape), (Part(n, tuple(whole[n].shape)),)) for n in held]
     rules = [LearningRate(Linear(), perp.warmup), Hold(sites, {n: keep[n] for n in held})]
+    before = {n: b.clone() for n, b in model.named_buffers()}
     # Frozen before the adapters are there, or they would be frozen with the rest.
     with _only(model, whole.values()), adapted(model, chosen.adapters) as merged:
         parameters = [*whole.values(), *(p for a in chosen.adapters.values() for p in a.parameters())]
         optimizer = torch.optim.AdamW(parameters, perp.rate, weight_decay=perp.decay)
         history = fit(model, task, perp.steps, rules, optimizer)
-    return [*merged, *(Update(n, p.detach()) for n, p in whole.items())], history
+    moved = [(n, b) for n, b in model.named_buffers() if n in before and not torch.equal(b, before[n])]
+    changed = [*whole.items(), *((n, b.clone()) for n, b in moved)]  # running statistics of batch norms move as well
+    return [*merged, *(Update(n, value.detach()) for n, value in changed)], history
+
+
+@torch.no_grad()
+def recalibrate_(model: nn.Module, batches: Iterable[Batch]) -> list[Edit]:
+    """Take the running statistics of every batch norm anew: their mean over some batches, nothing being trained.
+
+    Pruning shifts what reaches a norm; with the old mean and variance most of the accuracy is lost for no reason.
+    """
+    norms = {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
+    if not norms:
+        return []
+    training = {m: m.training for m in model.modules()}
+    momenta = {m: m.momentum for m in norms.values()}
+    model.eval()
+    try:
+        for module in norms.values():
+            module.reset_running_stats()
+            module.momentum = None  # a plain mean over the batches, whatever their order
+            module.train()
+        for batch in batches:
+            batch.through(model)
+    finally:
+        for module, momentum in momenta.items():
+            module.momentum = momentum
+        for each, was in training.items():
+            each.training = was
+    return [Update(f"{n}.{k}" if n else k, b.clone()) for n, m in norms.items() for k, b in m.named_buffers()]
 
 
 @contextmanager
@@ -407,6 +451,16 @@ def _only(model: nn.Module, chosen: Iterable[nn.Parameter]) -> Iterator[None]:
         for parameter, wanted in before.items():
             parameter.requires_grad_(wanted)
             parameter.grad = None
+
+
+def _some(task: Task, samples: int) -> Iterator[Batch]:
+    """Calibration batches of so many examples, or of all there are."""
+    seen = 0
+    for batch in task.batches("calibration"):
+        if seen >= samples:
+            return
+        seen += batch.size
+        yield batch
 
 
 def _check_corpus(task: Task) -> None:
@@ -601,7 +655,12 @@ class Perp(Method):
             masks = tuple({e.site.name: e for e in edits if isinstance(e, Mask)}.values())
         keep = kept_of(model, masks)
         chosen, said = self.choose(model, task, keep)
-        changed, history = self.by.mend(Work(self, model, task, chosen, keep, dense))
+        if chosen.samples:
+            edits += recalibrate_(model, _some(task, chosen.samples))
+        history = History()
+        changed: list[Edit] = []
+        if chosen.whole or chosen.adapters:
+            changed, history = self.by.mend(Work(self, model, task, chosen, keep, dense))
         check_kept(model, keep)
         gone = sum(int((~k).sum()) for k in keep.values())
         notes += [*said, f"{gone:,} zeros were kept in place" if gone else "no weight was zero: none had to be kept"]
@@ -619,7 +678,7 @@ class Perp(Method):
         behind: dict[str, nn.Module] = {}
         lines, notes = [], []
         total = sum(p.numel() for p in named.values())
-        trained = 0
+        trained = samples = 0
         for subset in self.subsets:
             found = subset.choose(place)
             mine = [n for n in dict.fromkeys(found.whole) if n in named and n not in whole and n not in behind]
@@ -634,10 +693,10 @@ class Perp(Method):
             count = sum(named[n].numel() for n in mine) + sum(p.numel() for a in on.values() for p in a.parameters())
             lines.append(f"{type(subset).__name__} {count:,}")
             notes += [found.note] if found.note else []
-            trained += count
+            trained, samples = trained + count, max(samples, found.samples)
             whole += mine
             behind.update(on)
-        if not trained:
+        if not trained and not samples:
             raise SiteError(
                 f"{', '.join(type(s).__name__ for s in self.subsets)} of {type(model).__name__} were to be trained",
                 "it has none of them",
@@ -646,4 +705,4 @@ class Perp(Method):
         share = (
             f"{trained:,} parameters were trained, {trained / total:.2%} of the model's {total:,}: {', '.join(lines)}"
         )
-        return Chosen(tuple(whole), behind), [share, *notes]
+        return Chosen(tuple(whole), behind, samples), [share, *notes]
