@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from secateur import edit
+from secateur.axes import Uniform
 from secateur.axes.spending import check_affordable, per_block, spend_everywhere
 from secateur.edit import Mask, Remove, Update
 from secateur.errors import BudgetError, EvidenceError, GraphError, SettingError
@@ -29,6 +30,7 @@ from secateur.methods.flap import (
     standardised,
 )
 from secateur.models import load, save
+from secateur.plan import check, counts, sites_of
 from secateur.site import Part, Site
 from secateur.task import Batch
 
@@ -121,6 +123,23 @@ def test_a_head_is_the_mean_of_its_columns_after_they_are_squared_and_standardis
     torch.testing.assert_close(FLAP(score=Ifv()).unit_scores(neurons, named, flow), z, rtol=1e-6, atol=1e-6)
 
 
+def test_any_allocation_serves():
+    model, task = tiny.trained("decoder"), tiny.make_task("decoder")
+    outcome = prune(model, FLAP(sparsity=0.25, samples=8, allocation=Uniform()), task)
+    assert [int((~e.keep).sum()) for e in outcome.edits if isinstance(e, Remove)] == [16, 16]
+    assert outcome.notes[0].endswith("0.1667, 0.25 asked for")  # a quarter of two heads is none
+
+
+def test_a_plan_says_what_will_be_left():
+    model, task = tiny.trained("decoder"), tiny.make_task("decoder")
+    method = FLAP(sparsity=0.4, samples=8, allocation=PerLayer())
+    removed = {e.site.name: int(e.keep.sum()) for e in prune(model, method, task).edits if isinstance(e, Remove)}
+    assert counts(method, sites_of(method, model, task)) == (removed, True)
+    assert not counts(FLAP(), sites_of(FLAP(), model, task))[1]  # scores decide
+    with pytest.raises(BudgetError, match="1 unit being left"):
+        check(FLAP(sparsity=0.9), model, task)
+
+
 def test_a_layer_that_is_all_alike_does_not_become_nan():
     assert standardised(torch.full((5,), 0.1).double()).tolist() == [0.0] * 5
     assert standardised(torch.zeros(3).double()).tolist() == [0.0] * 3
@@ -143,26 +162,26 @@ def test_masked_is_removed():
 
 
 @pytest.mark.parametrize("family", ["decoder", "encoder", "vision transformer"])
-@pytest.mark.parametrize("structure", [Adaptive(), Adaptive(heads=0.25), PerLayer(), PerLayer(heads=0.5)])
-def test_the_budget_of_weights_is_met_to_a_neuron(family, structure):
+@pytest.mark.parametrize("allocation", [Adaptive(), Adaptive(heads=0.25), PerLayer(), PerLayer(heads=0.5)])
+def test_the_budget_of_weights_is_met_to_a_neuron(family, allocation):
     model, task = tiny.make_model(family), tiny.make_task(family)
     sites = inner(couple(model, task.example))
     total = sum(float(s.cost().sum()) for s in sites)
     least = min(float(s.cost().min()) for s in sites)
-    outcome = prune(model, FLAP(sparsity=0.35, samples=8, structure=structure), task)
+    outcome = prune(model, FLAP(sparsity=0.35, samples=8, allocation=allocation), task)
     removed = {e.site.name: e for e in outcome.edits if isinstance(e, Remove)}
     gone = sum(float(e.site.cost()[~e.keep].sum()) for e in removed.values())
-    blocks = 1 if isinstance(structure, Adaptive) else 2
+    blocks = 1 if isinstance(allocation, Adaptive) else 2
     assert 0 <= 0.35 * total - gone < least * blocks
     left = {s.name: s.units for s in inner_or_none(outcome.model, task)}
     for site in sites:
         kept = int(removed[site.name].keep.sum()) if site.name in removed else site.units
         assert kept >= 1
         assert left.get(site.name, 1) == kept  # what is written down is what is gone
-    if structure.heads is not None:
+    if allocation.heads is not None:
         heads = [s for s in sites if s.kind == "head"]
         cut = sum(int((~removed[s.name].keep).sum()) for s in heads if s.name in removed)
-        assert cut == structure.heads * sum(s.units for s in heads)
+        assert cut == allocation.heads * sum(s.units for s in heads)
     assert (outcome.ledger.prunable, outcome.ledger.removed) == (total, gone)
     assert f"{gone:,.0f} of {total:,.0f} weights" in outcome.notes[0]
 
@@ -178,11 +197,11 @@ def test_dead_units_go_first_wherever_they_are():
         model.model.layers[1].mlp.up_proj.weight[dead] = 0
     total = sum(float(s.cost().sum()) for s in inner(couple(model, task.example)))
     spend = 40 * 96 / total
-    outcome = prune(model, FLAP(sparsity=spend, samples=16, structure=Adaptive(heads=0.0)), task)
+    outcome = prune(model, FLAP(sparsity=spend, samples=16, allocation=Adaptive(heads=0.0)), task)
     removed = {e.site.name: e.keep for e in outcome.edits if isinstance(e, Remove)}
     assert not bool(removed["model.layers.1.mlp"][dead].any())
     assert sum(int((~keep).sum()) for keep in removed.values()) == 40
-    even = prune(model, FLAP(sparsity=spend, samples=16, structure=PerLayer(heads=0.0)), task)
+    even = prune(model, FLAP(sparsity=spend, samples=16, allocation=PerLayer(heads=0.0)), task)
     assert [int((~e.keep).sum()) for e in even.edits if isinstance(e, Remove)] == [20, 20]
 
 
@@ -194,15 +213,15 @@ def test_the_budget_is_spent_worst_first_and_what_no_longer_fits_is_passed_over(
     assert heads.cost().tolist() == [16, 16]
     assert neurons.cost().tolist() == [4] * 5
 
-    def gone(spend: float, least: int = 1) -> list[list[int]]:
+    def gone(spend: float, least: int = 1) -> list[int]:
         keep = spend_everywhere([heads, neurons], scores, spend, least)
-        return [(~keep[name]).nonzero().reshape(-1).tolist() for name in ("heads", "b")]
+        return [2 - keep["heads"], 5 - keep["b"]]
 
-    assert gone(12) == [[], [1, 2, 4]]
-    assert gone(16) == [[0], []]
-    assert gone(27) == [[0], [1, 2]]
-    assert gone(36) == [[0], [0, 1, 2, 4]]  # the other head, at 1, stays: it is the last
-    assert gone(36, least=2) == [[], [1, 2, 4]]
+    assert gone(12) == [0, 3]
+    assert gone(16) == [1, 0]
+    assert gone(27) == [1, 2]
+    assert gone(36) == [1, 4]  # the other head, at 1, stays: it is the last
+    assert gone(36, least=2) == [0, 3]
     check_affordable([heads, neurons], 32, 52)
     with pytest.raises(BudgetError, match=r"32 can be, 1 unit .* 2 sites.\nAsk for a sparsity of at most 0.6153"):
         check_affordable([heads, neurons], 33, 52)
@@ -277,7 +296,7 @@ def test_equal_widths_load_with_stock_transformers(tmp_path):
     import transformers as hub
 
     model, task = tiny.trained("decoder"), tiny.make_task("decoder")
-    outcome = prune(model, FLAP(sparsity=0.4, samples=8, structure=PerLayer()), task)
+    outcome = prune(model, FLAP(sparsity=0.4, samples=8, allocation=PerLayer()), task)
     save(outcome, model, tmp_path / "out")
     said = json.loads((tmp_path / "out" / "secateur.json").read_text())["saved"]
     assert said["stock"], said["why_not"]
@@ -309,14 +328,14 @@ def test_what_cannot_be_done_is_refused_before_any_data_is_read():
     with pytest.raises(BudgetError, match=r"(?s)1 unit being left at each of 4 sites.*at most 0\.\d+"):
         FLAP(sparsity=0.9).run(copy.deepcopy(model), silent)
     with pytest.raises(BudgetError, match="the whole budget is"):
-        FLAP(sparsity=0.1, structure=Adaptive(heads=0.9)).run(copy.deepcopy(model), silent)
+        FLAP(sparsity=0.1, allocation=Adaptive(heads=0.9)).run(copy.deepcopy(model), silent)
     for wrong in (-0.1, 1.0, 30):
         with pytest.raises(SettingError, match="in \\[0, 1\\)"):
             FLAP(sparsity=wrong).check()
     with pytest.raises(SettingError, match="heads -1 was asked for"):
-        FLAP(structure=Adaptive(heads=-1)).check()
+        Adaptive(heads=-1)
     with pytest.raises(SettingError, match="least=0"):
-        FLAP(structure=PerLayer(least=0)).check()
+        PerLayer(least=0)
     with pytest.raises(GraphError, match="no single matrix does: its units are in .*experts.gate_up_proj"):
         FLAP().run(tiny.moe(), tiny.make_task("moe"))
     with pytest.raises(GraphError, match="no repeated blocks hold any"):

@@ -35,15 +35,15 @@ def total_cost(sites: Sequence[Site]) -> float:
 
 def spend_everywhere(
     sites: Sequence[Site], scores: Mapping[str, Tensor], spend: float, least: int = 1
-) -> dict[str, Tensor]:
-    """Units to keep, from one list of all units; each site keeps its best `least`. See check_affordable."""
+) -> dict[str, int]:
+    """How many units to keep, by one list of all units; each site keeps its best `least`. See check_affordable."""
     if not sites:
         return {}
     spared = torch.cat([keep_top(scores[site.name], min(least, site.units)) for site in sites])
     score = torch.cat([scores[site.name] for site in sites])
     gone = worst_first(score, torch.cat([site.cost() for site in sites]), spend, spared)
     parts = torch.split(gone, [site.units for site in sites])
-    return {site.name: ~part for site, part in zip(sites, parts, strict=True)}
+    return {site.name: int((~part).sum()) for site, part in zip(sites, parts, strict=True)}
 
 
 def check_affordable(sites: Sequence[Site], spend: float, of: float, least: int = 1) -> None:

@@ -9,19 +9,20 @@ arXiv:2312.11983. For the matrix W that reads heads or neurons (o_proj, down_pro
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from secateur.axes import keep_top
+from secateur.axes import Allocation, Scores, keep_top
 from secateur.axes.spending import check_affordable, per_block, spend_everywhere, total_cost
 from secateur.edit import Edit, Mask, Update, apply_
 from secateur.errors import BudgetError, EvidenceError, GraphError, SettingError
 from secateur.graph import couple, removals
 from secateur.graph.inner import inner, reader
-from secateur.method import Card, Method, check_sparsity
+from secateur.method import Budget, Card, Method, check_sparsity
 from secateur.outcome import Outcome
 from secateur.site import Site, Tensors, tensors
 from secateur.task import Batch, Task
@@ -107,18 +108,6 @@ def standardised(score: Tensor) -> Tensor:
     return (score - score.mean()) / deviation
 
 
-class Structure(Protocol):
-    """How the budget is spent over heads and neurons of all blocks."""
-
-    def check(self, sites: Sequence[Site], sparsity: float) -> None:
-        """Raise BudgetError where the budget cannot be met."""
-        ...
-
-    def keep(self, sites: Sequence[Site], scores: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
-        """Bool [units] per site."""
-        ...
-
-
 @dataclass(frozen=True)
 class Adaptive:
     """One list of all units, the worst first: AL-AM. With `heads`, a list of heads and one of neurons: AL-MM."""
@@ -126,27 +115,25 @@ class Adaptive:
     heads: float | None = None  # fraction of all heads to remove; None: they compete with the neurons
     least: int = 1  # units that stay at each site
 
-    def check(self, sites: Sequence[Site], sparsity: float) -> None:
-        """See Structure."""
-        total = total_cost(sites)
-        if self.heads is None:
-            check_affordable(sites, sparsity * total, total, self.least)
-            return
-        apart, rest = _apart(sites)
-        spend = self.heads * total_cost(apart)
-        _check_share(spend, sparsity * total)
-        check_affordable(apart, spend, total, self.least)
-        check_affordable(rest, sparsity * total - spend, total, self.least)
+    needs_scores: ClassVar = True
 
-    def keep(self, sites: Sequence[Site], scores: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
-        """See Structure."""
-        spend = sparsity * total_cost(sites)
-        if self.heads is None:
-            return spend_everywhere(sites, scores, spend, self.least)
-        apart, rest = _apart(sites)
-        found = spend_everywhere(apart, scores, self.heads * total_cost(apart), self.least)
-        spend -= sum(float(site.cost()[~found[site.name]].sum()) for site in apart)
-        return {**found, **spend_everywhere(rest, scores, spend, self.least)}
+    def __post_init__(self) -> None:
+        _check(self.heads, self.least)
+
+    def spread(self, sites: Sequence[Site], budget: Budget, scores: Scores | None = None) -> dict[str, int]:
+        """See Allocation."""
+        total = total_cost(sites)
+        spend = budget.sparsity * total
+        heads, rest = _apart(sites, spend, self.heads)
+        first = spend if self.heads is None else self.heads * total_cost(heads)
+        check_affordable(heads, first, total, self.least)
+        if rest:
+            check_affordable(rest, spend - first, total, self.least)
+        if scores is None:
+            raise SettingError("an adaptive allocation was asked for", "no scores were given", "Give a score's.")
+        keep = spend_everywhere(heads, scores, first, self.least)
+        spend -= sum(float(site.cost().mean()) * (site.units - keep[site.name]) for site in heads)
+        return keep | (spend_everywhere(rest, scores, spend, self.least) if rest else {})
 
 
 @dataclass(frozen=True)
@@ -159,30 +146,36 @@ class PerLayer:
     heads: float | None = None  # fraction of each block's heads to remove; None: the sparsity
     least: int = 1  # units that stay at each site
 
-    def check(self, sites: Sequence[Site], sparsity: float) -> None:
-        """See Structure."""
-        if self.heads is not None:
-            apart, _ = _apart(sites)
-            _check_share(self.heads * total_cost(apart), sparsity * total_cost(sites))
-        per_block(sites, sparsity, self.heads, self.least)
+    needs_scores: ClassVar = False
 
-    def keep(self, sites: Sequence[Site], scores: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
-        """See Structure."""
-        counts = per_block(sites, sparsity, self.heads, self.least)
-        return {site.name: keep_top(scores[site.name], counts[site.name]) for site in sites}
+    def __post_init__(self) -> None:
+        _check(self.heads, self.least)
+
+    def spread(self, sites: Sequence[Site], budget: Budget, scores: Scores | None = None) -> dict[str, int]:
+        """See Allocation."""
+        _apart(sites, budget.sparsity * total_cost(sites), self.heads)
+        return per_block(sites, budget.sparsity, self.heads, self.least)
 
 
-def _apart(sites: Sequence[Site]) -> tuple[list[Site], list[Site]]:
-    return [s for s in sites if s.kind == "head"], [s for s in sites if s.kind != "head"]
+def _check(heads: float | None, least: int) -> None:
+    if heads is not None:
+        check_sparsity(heads, "heads")
+    if least < 1:
+        raise SettingError(f"least={least} was given", "a layer without units is no layer", "Leave 1 or more.")
 
 
-def _check_share(heads: float, spend: float) -> None:
-    if heads > spend + 1e-6:
+def _apart(sites: Sequence[Site], spend: float, heads: float | None) -> tuple[list[Site], list[Site]]:
+    """Sites that compete: all, or the heads and the rest. Raises BudgetError when the heads alone cost too much."""
+    if heads is None:
+        return list(sites), []
+    apart = [site for site in sites if site.kind == "head"]
+    if (wanted := heads * total_cost(apart)) > spend + 1e-6:
         raise BudgetError(
-            f"heads of {heads:,.0f} weights were to be removed",
+            f"heads of {wanted:,.0f} weights were to be removed",
             f"the whole budget is {spend:,.0f}",
             "Ask for fewer heads, or for a higher sparsity.",
         )
+    return apart, [site for site in sites if site.kind != "head"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +188,7 @@ class FLAP(Method):
     sparsity: float = 0.2  # fraction of the weights of all heads and neurons taken out, in [0, 1)
     samples: int = 1024  # calibration sequences, as in the paper (of 128 tokens there)
     score: Score = Wifv()  # ifv and wifn are the paper's variants; column-norm looks at no data
-    structure: Structure = Adaptive()  # per-layer gives every block the same widths, which stock loaders take
+    allocation: Allocation = Adaptive()  # per-layer gives every block the same widths, which stock loaders take
     head_power: float = 2.0  # what scores of attention are raised to, as in the authors' code; 1 leaves them
     compensate: bool = True  # put the mean of what goes into a bias, made where there is none
     skip: int = 0  # positions at the start of each sequence left out; 1 leaves out the one that attracts attention
@@ -224,14 +217,11 @@ class FLAP(Method):
     def check(self) -> None:
         """See Method."""
         check_sparsity(self.sparsity)
-        heads, least = getattr(self.structure, "heads", None), getattr(self.structure, "least", 1)
-        if heads is not None:
-            check_sparsity(heads, "heads")
-        if least < 1 or self.samples < 1 or self.skip < 0 or not self.head_power > 0:
+        if self.samples < 1 or self.skip < 0 or not self.head_power > 0:
             raise SettingError(
-                f"least={least}, samples={self.samples}, skip={self.skip}, head_power={self.head_power:g} were given",
-                "at least one unit stays, one sample is seen, none is skipped twice, and a power is above 0",
-                "Take the defaults: least=1, samples=1024, skip=0, head_power=2.",
+                f"samples={self.samples}, skip={self.skip}, head_power={self.head_power:g} were given",
+                "one sample is seen at least, positions are counted from 0, and a power is above 0",
+                "Take the defaults: samples=1024, skip=0, head_power=2.",
             )
 
     def run(self, model: nn.Module, task: Task) -> Outcome:
@@ -239,11 +229,14 @@ class FLAP(Method):
         self.check()
         coupling = couple(model, task.example)
         sites = inner(coupling)
-        self.structure.check(sites, self.sparsity)  # before any data is read
+        budget = Budget(self.sparsity)
+        with suppress(_Unread):  # what cannot be met is refused before any data is read
+            self.allocation.spread(sites, budget, _Unseen())
         flows = self.flows(model, sites, list(task.batches("calibration", self.samples)))
         named = tensors(model)
         scores = {site.name: self.unit_scores(site, named, flows[site.name]) for site in sites}
-        keep = self.structure.keep(sites, scores, self.sparsity)
+        counts = self.allocation.spread(sites, budget, scores)
+        keep = {site.name: keep_top(scores[site.name], counts[site.name]) for site in sites}
         edits: list[Edit] = []
         added = 0
         if self.compensate:
@@ -307,6 +300,17 @@ def mended_bias(site: Site, named: Tensors, flow: Flow, keep: Tensor) -> Update:
     name = part.name.removesuffix("weight") + "bias"
     old = named[name].detach().double() if name in named else torch.zeros_like(shift)
     return Update(name, (old + shift).to(weight.dtype))
+
+
+class _Unread(Exception):  # noqa: N818  scores were asked for, which is no error
+    pass
+
+
+class _Unseen(dict[str, Tensor]):
+    """Scores that are not there yet."""
+
+    def __missing__(self, name: str) -> Tensor:
+        raise _Unread
 
 
 def _rows(x: Tensor, mask: Tensor | None, skip: int, module: str) -> Tensor:

@@ -14,14 +14,14 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from secateur.axes import keep_top
+from secateur.axes import Scores, keep_top
 from secateur.axes.spending import per_block, total_cost
-from secateur.edit import Edit, Mask, apply_
+from secateur.edit import Mask, apply_
 from secateur.errors import BudgetError, EvidenceError, SettingError
 from secateur.evidence import calm
 from secateur.graph import couple, removals
 from secateur.graph.inner import inner
-from secateur.method import Card, Method, check_sparsity
+from secateur.method import Budget, Card, Method, check_sparsity
 from secateur.outcome import Outcome
 from secateur.site import Site, tensors
 from secateur.task import Batch, Task
@@ -162,6 +162,38 @@ def group_scores(
     return combine.of(torch.stack(found)).cpu()
 
 
+@dataclass(frozen=True)
+class Middle:
+    """The same fraction of every block but the first and last ones, so that the whole meets its budget."""
+
+    spare_first: int = 4
+    spare_last: int = 2
+    least: int = 1
+
+    needs_scores: ClassVar = False
+
+    def spread(self, sites: Sequence[Site], budget: Budget, scores: Scores | None = None) -> dict[str, int]:
+        """See Allocation. Raises SettingError when every block is spared."""
+        blocks = list(dict.fromkeys(site.block for site in sites))
+        middle = blocks[self.spare_first : len(blocks) - self.spare_last]
+        chosen = [site for site in sites if site.block in middle]
+        if not chosen:
+            raise SettingError(
+                f"{self.spare_first} blocks at the start and {self.spare_last} at the end were to be spared",
+                f"there are {len(blocks)}",
+                "Spare fewer: spare_first=0, spare_last=0.",
+            )
+        share = total_cost(chosen) / total_cost(sites)
+        if budget.sparsity >= share:
+            raise BudgetError(
+                f"a sparsity of {budget.sparsity:g} was asked for",
+                f"the {len(middle)} of {len(blocks)} blocks that are not spared hold {share:.3f} of the weights",
+                f"Ask for less than {share:.3f}, or spare fewer.",
+            )
+        whole = {site.name: site.units for site in sites}
+        return whole | per_block(chosen, budget.sparsity / share, least=self.least)
+
+
 @dataclass(frozen=True, kw_only=True)
 class LLMPruner(Method):
     """Take the same fraction of heads and neurons out of the blocks in the middle, by how the loss depends on them.
@@ -214,8 +246,8 @@ class LLMPruner(Method):
         self.check()
         coupling = couple(model, task.example)
         sites = inner(coupling)
-        chosen, local = self.spent(sites)
-        counts = per_block(chosen, local, least=self.least)
+        counts = self.allocation.spread(sites, Budget(self.sparsity))
+        chosen = [site for site in sites if counts[site.name] < site.units]
         batches = list(task.batches("calibration", self.samples))
         names = {part.name for site in chosen for part in site.parts}
         grads, squares = gradients(model, task, batches, names, self.taylor.squares)
@@ -223,38 +255,21 @@ class LLMPruner(Method):
         for site in chosen:
             score = group_scores(site, named, grads, squares, self.taylor, self.combine)
             keep[site.name] = keep_top(score, counts[site.name])
-        edits: list[Edit] = [
-            Mask(site, torch.ones(site.shape, dtype=torch.bool))  # nothing goes, and the target counts it
-            for site in sites
-            if site.name not in keep or bool(keep[site.name].all())
-        ]
-        edits = apply_(model, edits + list(removals(chosen, keep)))
+        # A site that loses nothing is written down too: the budget is a fraction of it as well.
+        whole = [Mask(s, torch.ones(s.shape, dtype=torch.bool)) for s in sites if s.name not in keep]
+        edits = apply_(model, [*whole, *removals(chosen, keep)])
         gone, total = sum(float(s.cost()[~keep[s.name]].sum()) for s in chosen), total_cost(sites)
+        blocks = {site.block for site in chosen}
         notes = [
             f"{gone:,.0f} of {total:,.0f} weights of heads and neurons taken out: {gone / total:.4f},"
-            f" {self.sparsity:g} asked for; {gone / total_cost(chosen):.4f} of the blocks that were not spared"
+            f" {self.sparsity:g} asked for; from {len(blocks)} of {len({site.block for site in sites})} blocks"
         ]
         return Outcome(model, edits, notes=[*notes, *(str(frozen) for frozen in coupling.frozen)])
 
-    def spent(self, sites: Sequence[Site]) -> tuple[list[Site], float]:
-        """The sites that are not spared, and the sparsity they must have for the whole to have its own."""
-        blocks = list(dict.fromkeys(site.block for site in sites))
-        middle = blocks[self.spare_first : len(blocks) - self.spare_last]
-        chosen = [site for site in sites if site.block in middle]
-        if not chosen:
-            raise SettingError(
-                f"{self.spare_first} blocks at the start and {self.spare_last} at the end were to be spared",
-                f"there are {len(blocks)}",
-                "Spare fewer: spare_first=0, spare_last=0.",
-            )
-        share = total_cost(chosen) / total_cost(sites)
-        if self.sparsity >= share:
-            raise BudgetError(
-                f"a sparsity of {self.sparsity:g} was asked for",
-                f"the {len(middle)} of {len(blocks)} blocks that are not spared hold {share:.3f} of the weights",
-                f"Ask for less than {share:.3f}, or spare fewer.",
-            )
-        return chosen, self.sparsity / share
+    @property
+    def allocation(self) -> Middle:
+        """How the budget is spent: evenly, over the blocks that are not spared."""
+        return Middle(self.spare_first, self.spare_last, self.least)
 
 
 def gradients(
