@@ -4,7 +4,7 @@ python tools/generate.py            writes every generated file that is stale
 python tools/generate.py --check    says which are stale, and fails if any is
 
 README.md                       what stands between <!-- methods -->, <!-- session --> and <!-- figure --> marks
-docs/figure.svg                 the README's figure, from the records in docs/records/compare
+docs/figure.svg                 the README's figure, from the result of a claim
 src/secateur/methods/README.md  the catalogue
 docs/reference/*.md             a page per method and per study: idea, source, settings
 claims/README.md                every claim, what was measured, the verdict
@@ -19,7 +19,7 @@ import inspect
 import json
 import pkgutil
 import sys
-from dataclasses import MISSING, asdict
+from dataclasses import MISSING
 from pathlib import Path
 from textwrap import wrap
 from types import ModuleType
@@ -34,7 +34,7 @@ from secateur.claims import ClaimResult, Figure, Finding, claim_schema  # noqa: 
 from secateur.method import Card, Method  # noqa: E402
 from secateur.outcome import Record, record_schema, write_text  # noqa: E402
 from secateur.recipe import settings_of, text_of_value  # noqa: E402
-from secateur.report import charts, headline, summary  # noqa: E402
+from secateur.report import summary  # noqa: E402
 
 RECORDS = ROOT / "docs" / "records"
 NOTE = "<!-- Written by tools/generate.py: do not edit. -->"
@@ -56,12 +56,12 @@ def generated() -> dict[str, str]:
     for name, module in studies().items():
         pages[f"docs/reference/{name}.md"] = study_page(name, module, measured.get(name))
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    compared = records(RECORDS / "compare")
     readme = between(readme, "methods", method_table(methods, measured, "docs/reference/"))
     readme = between(readme, "session", session(records(RECORDS / "session")))
-    pages["README.md"] = between(readme, "figure", figure_text(compared))
-    if compared:
-        pages["docs/figure.svg"] = figure(compared)
+    drawn = measured.get(FIGURE)
+    pages["README.md"] = between(readme, "figure", figure_text(drawn))
+    if drawn is not None:
+        pages["docs/figure.svg"] = figure(drawn)
     return pages
 
 
@@ -85,32 +85,50 @@ def session(found: list[Record]) -> str:
     return "\n".join(["```", *lines[:-1], "```"]) if lines else ""
 
 
-def figure_text(found: list[Record]) -> str:
-    """The figure, and under it how it was made."""
-    if not found:
+FIGURE = "global_mp"  # the claim that the README's figure is drawn from
+ARMS = {"global": "one threshold for all layers", "erk": "by the shape of the layer", "uniform": "the same everywhere"}
+
+
+def figure_text(result: ClaimResult | None) -> str:
+    """The figure, and under it what it shows and how it was made."""
+    if result is None:
         return ""
-    seeds = len({record.task["seed"] for record in found})
-    command = next((record.command for record in found if record.command), "")
+    said = "Accuracy against sparsity: magnitude pruning of a ResNet-20, by how the budget is spent over the layers."
     return "\n".join(
         [
-            f"![{headline(found)}](docs/figure.svg)",
+            f"![{said}](docs/figure.svg)",
             "",
-            headline(found),
-            "",
-            f"Made by `{command}`; {seeds} {'seed' if seeds == 1 else 'seeds'}.",
+            f"{said} {result.here} Bars are 95 % intervals over {len(result.seeds)} seeds. Made by "
+            f"`make claims NAME={result.name}`.",
         ]
     )
 
 
-def figure(found: list[Record]) -> str:
-    """The figure, its first line a fingerprint of the records: drawings differ by machine, records do not."""
+def figure(result: ClaimResult) -> str:
+    """The figure, its first line a fingerprint of the result: drawings differ by machine, results do not."""
+    import altair as alt
+
+    rows = [
+        {"method": ARMS[arm], "sparsity": float(at), "accuracy": f.mean, "low": f.low, "high": f.high}
+        for f in result.figures
+        if f.metric == "accuracy"
+        for arm, _, at in [f.condition.partition("@")]
+        if arm in ARMS
+    ]
+    x = alt.X(
+        "sparsity:Q", title="fraction of the weights removed", scale=alt.Scale(zero=False), axis=alt.Axis(format="%")
+    )
+    y = alt.Y("accuracy:Q", title="accuracy on CIFAR-10", axis=alt.Axis(format="%"))
+    colour = alt.Color("method:N", title="budget spent", scale=alt.Scale(scheme="dark2"))
+    data = alt.Chart(alt.Data(values=rows))
+    drawing = data.mark_line(point=True).encode(x, y, colour) + data.mark_rule().encode(
+        x, alt.Y("low:Q", title=""), alt.Y2("high:Q"), colour
+    )
+    text = json.dumps(rows, sort_keys=True)
     import vl_convert
 
-    text = "".join(json.dumps(asdict(record), sort_keys=True) for record in found)
-    drawing = charts.quality_against_sparsity(found)
-    assert drawing is not None, "a comparison has points to draw"
-    svg = vl_convert.vegalite_to_svg(drawing.spec)
-    return f"<!-- records {hashlib.sha256(text.encode()).hexdigest()} -->\n{svg}\n"
+    svg = vl_convert.vegalite_to_svg(drawing.properties(width=520, height=280).to_dict())
+    return f"<!-- figures {hashlib.sha256(text.encode()).hexdigest()} -->\n{svg}\n"
 
 
 def stale(pages: dict[str, str]) -> list[str]:
