@@ -161,6 +161,24 @@ def test_masked_is_removed():
     assert outcome.ledger.after.flops < outcome.ledger.before.flops
 
 
+def test_transposed_layers_with_biases_of_their_own():
+    """GPT-2 stores its matrices inputs first, q, k and v in one, and has a bias everywhere."""
+    import transformers as hub
+
+    config = hub.GPT2Config(
+        vocab_size=64, n_embd=16, n_layer=2, n_head=4, n_positions=32, bos_token_id=0, eos_token_id=1
+    )
+    model, task = tiny.seeded(lambda: hub.GPT2LMHeadModel(config), 0), tiny.make_task("decoder")
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_proj.bias += 1
+    outcome = prune(model, FLAP(sparsity=0.4, samples=8, allocation=PerLayer()), task)
+    assert not any("biases were added" in note for note in outcome.notes)
+    assert outcome.model.transformer.h[1].attn.c_attn.weight.shape == (16, 24)
+    masked = copy.deepcopy(model)
+    edit.apply_(masked, [Mask(e.site, e.keep) if isinstance(e, Remove) else e for e in outcome.edits])
+    torch.testing.assert_close(logits(masked, task), logits(outcome.model, task), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("family", ["decoder", "encoder", "vision transformer"])
 @pytest.mark.parametrize("allocation", [Adaptive(), Adaptive(heads=0.25), PerLayer(), PerLayer(heads=0.5)])
 def test_the_budget_of_weights_is_met_to_a_neuron(family, allocation):
