@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from secateur.axes.allocations import Allocation
 from secateur.axes.criteria import Criterion
+from secateur.axes.patterns import Pattern
 from secateur.axes.solvers import Solver
 from secateur.cut import selected
 from secateur.edit import Edit, apply_
@@ -111,6 +112,19 @@ def spread(
     for name, more in whole.items():
         seen[name] = seen.get(name, Evidence()).beside(more)
     return allocation.spread(sites, budget, Scored({s.name: s for s in sites}, tensors(model), criterion, seen))
+
+
+def fitted(sites: Sequence[Site], keep: Mapping[str, int], pattern: Pattern) -> dict[str, int]:
+    """Counts that a pattern can keep, what is rounded at one site made up for at the next, so that the total holds.
+
+    Raises PatternError for a shape the pattern does not fit.
+    """
+    found, due = {}, 0
+    for site in sites:
+        due += keep[site.name]
+        found[site.name] = pattern.nearest(site.shape, min(max(due, 0), site.units))
+        due -= found[site.name]
+    return found
 
 
 def sweep(

@@ -23,7 +23,7 @@ from secateur.axes import (
     text_of,
 )
 from secateur.axes.patterns import check_pattern
-from secateur.axes.sweep import BySite, gradients, refined_sites, spread, sweep
+from secateur.axes.sweep import BySite, fitted, gradients, refined_sites, spread, sweep
 from secateur.cut import DEFAULT_EXCLUDE, weights
 from secateur.errors import SettingError
 from secateur.method import Budget, Card, Method
@@ -116,4 +116,6 @@ class OneShot(Method):
         batches = list(task.batches("calibration", self.samples)) if needs else []
         whole = gradients(model, sites, batches, needs, task.loss)
         keep = spread(model, sites, allocation, Budget(self.sparsity), self.criterion, batches, whole)
+        if allocation != Uniform():  # the total is what was asked for, not each matrix
+            keep = fitted(sites, keep, self.pattern)
         return Outcome(model, sweep(model, sites, solver, keep, batches, self.feed, whole), notes=notes)
