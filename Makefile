@@ -1,6 +1,6 @@
 # Each target works on a fresh machine by itself: it makes .venv and installs what it needs, once.
 #
-#   make demo                 prunes a real language model, compares it, writes a report, and loads it elsewhere
+#   make demo                 prunes a real language model, writes a report, and loads the result elsewhere
 #   make test                 the checks, then every test
 #   make check                formatting, lint, types, generated files
 #   make claims               the papers' claims and their verdicts; NAME=wanda measures one again
@@ -41,7 +41,7 @@ install: $(TOOLS)
 
 demo: $(PACKAGE)
 	@mkdir -p demo
-	$(BIN)/secateur prune smollm2 wanda --sparsity 0.5 --task python-docs --out demo/pruned --overwrite
+	$(BIN)/secateur prune smollm2 wanda --sparsity 0.5 --samples 32 --task.window 256 --timing --out demo/pruned --overwrite
 	$(BIN)/secateur report demo/pruned --out demo/report.html
 	@echo "loading demo/pruned with transformers alone"
 	@$(BIN)/python -c 'from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; \
