@@ -222,9 +222,9 @@ def growth(widths: tuple[int, ...]) -> list[dict[str, object]]:
             hidden_size=width, intermediate_size=3 * width, num_hidden_layers=12, num_attention_heads=8, vocab_size=256
         )
         model = LlamaForCausalLM(config).eval()
-        ids = torch.randint(0, 256, (8, 256), generator=torch.Generator().manual_seed(0))
+        ids = torch.randint(0, 256, (16, 256), generator=torch.Generator().manual_seed(0))
         block = sum(p.numel() * p.element_size() for p in model.model.layers[0].parameters())
-        for method in (Wanda(samples=8), SparseGPT(samples=8)):
+        for method in (Wanda(samples=16), SparseGPT(samples=16)):
             work = copy.deepcopy(model)
             _, peak, _ = peak_above(lambda m=method, w=work: ours(m)(w, ids))
             rows.append(

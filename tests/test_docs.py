@@ -66,5 +66,5 @@ def test_command_of_a_page_exists(words):
     fields = {field for word in words[1:] if word in names() for field in load(word).__dataclass_fields__}
     for word in words[1:]:
         if word.startswith("--"):
-            option = word.partition("=")[0]
+            option = word.partition("=")[0].partition(".")[0]  # --task.window sets a part of --task
             assert option in own or option[2:].replace("-", "_") in fields, f"{words[0]} has no option {option}"
