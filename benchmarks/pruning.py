@@ -9,6 +9,7 @@ results/pruning.json, from which docs/pruning-speed.md is made.
 
 import argparse
 import copy
+import ctypes
 import gc
 import json
 import statistics
@@ -165,6 +166,7 @@ def ours(method: Method) -> Callable[[nn.Module, Tensor], dict[str, Tensor]]:
 def peak_above(action: Callable[[], object]) -> tuple[float, int, object]:
     """Seconds, the most memory held above the start in bytes, and what the action gave."""
     gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed before would otherwise hide what is taken now
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is held now
     start, clock = _held("VmRSS"), time.perf_counter()
     found = action()
