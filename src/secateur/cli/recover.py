@@ -126,6 +126,7 @@ def check_zeros(before: Path, after: Path) -> None:
 
     What is on disk counts: both files are read back, with the masks of the folder that was recovered.
     """
+    from secateur.edit import Mask
     from secateur.errors import BudgetError
     from secateur.models import load_edits
     from secateur.models.folder import read_tensors
@@ -133,11 +134,10 @@ def check_zeros(before: Path, after: Path) -> None:
     here, there = read_tensors(before / "model.safetensors"), read_tensors(after / "model.safetensors")
     filled, name = 0, ""
     for edit in load_edits(before):
-        keep = getattr(edit, "keep", None)
-        if type(edit).__name__ != "Mask" or keep is None:
+        if not isinstance(edit, Mask):
             continue
-        gone = edit.site.expand(~keep)  # type: ignore[attr-defined]
-        for part in edit.site.parts:  # type: ignore[attr-defined]
+        gone = edit.site.expand(~edit.keep)
+        for part in edit.site.parts:
             pair = [part.view(values[part.name]) for values in (here, there) if part.name in values]
             if any(tuple(seen.shape) != part.shape for seen in pair) or len(pair) < 2:
                 continue  # cut since then

@@ -88,7 +88,7 @@ def follow(model: nn.Module, example: Batch) -> Network:
     with plain(model), _quiet():
         try:
             program = torch.export.export(model, args, kwargs, strict=False)
-        except Exception as error:
+        except Exception as error:  # the exporter has no class of its own for what it cannot trace
             reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
             raise GraphError(
                 f"the coupling of a {type(model).__name__} was asked for",
