@@ -159,9 +159,7 @@ class _Trial:
                     for edit in removals(sites, keep):
                         edit.apply_(self.model)
                     cut = answer(self.model, self.example)
-                except (
-                    Exception
-                ) as error:  # whatever the model's own code raises: the site is frozen, with it as reason
+                except Exception as error:  # whatever the model's own code raises becomes the reason
                     line = next((s for s in str(error).splitlines() if s.strip()), type(error).__name__)
                     return f"without some of its units the forward pass fails: {line.strip()[:200]}"
         if [v.shape for v in masked] != [v.shape for v in cut]:
