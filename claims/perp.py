@@ -8,8 +8,10 @@ from torch import nn
 
 from claims.harness import Claim, Expectation, Measured, Settings
 from claims.wanda import perplexity, smollm2
+from secateur.axes.recovery import kept_weights
+from secateur.axes.subsets import Everything, LoraPrune, MaskLora, Norms, Subset
 from secateur.methods.magnitude import Magnitude
-from secateur.methods.perp import Everything, LoraPrune, MaskLora, Norms, Perp, Subset, kept_of
+from secateur.methods.perp import Perp
 from secateur.methods.wanda import Wanda
 from secateur.task import Task
 from secateur.tasks import wikitext2
@@ -50,7 +52,7 @@ def cell(condition: str, seed: int, settings: Settings) -> dict[str, float]:
     if not how:
         return {"perplexity": perplexity(model, measured)}
     whole = sum(p.numel() for p in model.parameters())
-    masks = {n: k.clone() for n, k in kept_of(model).items()}
+    masks = {n: k.clone() for n, k in kept_weights(model).items()}
     method = method_of(how, settings)
     chosen, _ = method.choose(model, trained, masks)
     named = dict(model.named_parameters())

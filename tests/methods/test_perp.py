@@ -8,14 +8,11 @@ import torch
 from tiny import make_task, toy_text, trained
 from torch import nn
 
+from secateur import adapters
 from secateur.axes import NM
-from secateur.cut import weights
-from secateur.edit import Mask, Update, apply_, load, save
-from secateur.errors import ModelError, SettingError, SiteError, TaskError
-from secateur.method import Chain, prune
-from secateur.methods import perp as module
-from secateur.methods.magnitude import Magnitude
-from secateur.methods.perp import (
+from secateur.axes.recalibration import recalibrate_
+from secateur.axes.recovery import Reconstruct, beside, kept_weights
+from secateur.axes.subsets import (
     Biases,
     Embeddings,
     Everything,
@@ -24,14 +21,15 @@ from secateur.methods.perp import (
     LoraPrune,
     MaskLora,
     Norms,
-    Perp,
-    Reconstruct,
     ScaleLora,
     Statistics,
-    beside,
-    kept_of,
-    recalibrate_,
 )
+from secateur.cut import weights
+from secateur.edit import Mask, Update, apply_, load, save
+from secateur.errors import BudgetError, ModelError, SettingError, SiteError, TaskError
+from secateur.method import Chain, prune
+from secateur.methods.magnitude import Magnitude
+from secateur.methods.perp import Perp
 from secateur.methods.slicegpt import SliceGPT
 from secateur.methods.wanda import Wanda
 from secateur.recipe import build, method_of, text_of_method
@@ -131,7 +129,7 @@ def test_masks_by_hand():
     model[0].bias.data = torch.tensor([0.0, 0.0, 1.0])
     model[1].weight.data = torch.tensor([1.0, 0.0, 0.0])
     model[1].bias.data = torch.tensor([0.0, 0.0, 1.0])
-    keep = kept_of(model)
+    keep = kept_weights(model)
     assert keep["0.weight"].tolist() == [[True, False], [False, False], [False, True]]
     assert keep["0.bias"].tolist() == [True, False, True]
     assert keep["1.weight"].tolist() == [True, False, True]
@@ -139,8 +137,8 @@ def test_masks_by_hand():
     mask = Mask(site, torch.tensor([[True, True], [False, False], [False, True]]))
     tied = trained("decoder")
     tied.lm_head.weight.data[3, 4] = 0
-    assert list(kept_of(tied)) == ["model.embed_tokens.weight"]  # one tensor, counted once
-    assert kept_of(model, [mask])["0.weight"].tolist() == [[True, True], [False, False], [False, True]]
+    assert list(kept_weights(tied)) == ["model.embed_tokens.weight"]  # one tensor, counted once
+    assert kept_weights(model, [mask])["0.weight"].tolist() == [[True, True], [False, False], [False, True]]
 
 
 def test_edits_beside_a_model_let_a_kept_zero_be_trained():
@@ -285,8 +283,8 @@ def test_what_cannot_be_is_refused():
 
 
 def test_a_merge_that_fills_zeros_is_refused(monkeypatch):
-    monkeypatch.setattr(module.adapters.MaskLora, "merged", lambda self, weight: weight + 1)
-    with pytest.raises(module.adapters.BudgetError, match="are filled in"):
+    monkeypatch.setattr(adapters.MaskLora, "merged", lambda self, weight: weight + 1)
+    with pytest.raises(BudgetError, match="are filled in"):
         recovered(Perp(subsets=(MaskLora(),), steps=1))
 
 

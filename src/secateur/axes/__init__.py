@@ -12,8 +12,20 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from types import ModuleType
 from typing import Any
 
-from secateur.axes import allocations, criteria, patterns, refiners, rules, schedules, solvers
-from secateur.axes.allocations import Allocation, Erk, Global, Owl, Scores, Uniform, kept_of
+from secateur.axes import allocations, criteria, patterns, recovery, refiners, rules, schedules, solvers, subsets
+from secateur.axes.allocations import (
+    Allocation,
+    ByName,
+    Er,
+    Erk,
+    ErkPlus,
+    Global,
+    Owl,
+    Scores,
+    Uniform,
+    UniformPlus,
+    kept_of,
+)
 from secateur.axes.criteria import Criterion, Gblm, Gradient, Magnitude, Obs, Random, Wanda
 from secateur.axes.patterns import NM, Blocks, Pattern, PerMatrix, PerRow, PerSlab, keep_top
 from secateur.axes.refiners import Dsnot, Refiner
@@ -25,11 +37,14 @@ __all__ = [
     "NM",
     "Allocation",
     "Blocks",
+    "ByName",
     "Cosine",
     "Criterion",
     "Curve",
     "Dsnot",
+    "Er",
     "Erk",
+    "ErkPlus",
     "Exponential",
     "Gblm",
     "Global",
@@ -52,6 +67,7 @@ __all__ = [
     "Scores",
     "Solver",
     "Uniform",
+    "UniformPlus",
     "Wanda",
     "keep_top",
     "kept_of",
@@ -70,7 +86,7 @@ def word_of(kind: type) -> str:
 def words(*modules: ModuleType) -> dict[str, type]:
     """Every part by name: those of the axes, and those of the modules given."""
     found: dict[str, type] = {}
-    for module in (allocations, criteria, patterns, refiners, rules, schedules, solvers, *modules):
+    for module in (allocations, criteria, patterns, recovery, refiners, rules, schedules, solvers, subsets, *modules):
         for value in vars(module).values():
             if isinstance(value, type) and is_dataclass(value) and value.__module__ == module.__name__:
                 found[word_of(value)] = value

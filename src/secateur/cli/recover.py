@@ -37,8 +37,8 @@ def command(ctx: click.Context, /, model: str, method: str, out: str, dense: str
     DIR is a folder that `secateur prune` wrote; its edits say which weights are masked. METHOD is one that recovers,
     such as perp; `secateur recover DIR METHOD --help` lists its settings. Ends with 2 for bad input.
     """
+    from secateur.axes.recovery import beside
     from secateur.cli.opening import recipe_from
-    from secateur.methods.perp import beside
     from secateur.models import load_edits
 
     refuse_unpruned(model)
@@ -90,7 +90,7 @@ def needs_dense(method: "Method") -> bool:
     """Whether any part of a method compares with the model before it was pruned."""
     from secateur.plan import links
 
-    return any(bool(getattr(getattr(link, "by", None), "dense", False)) for link in links(method))
+    return any(bool(getattr(link, "needs_dense", False)) for link in links(method))
 
 
 def source_of(folder: str) -> str:
