@@ -12,7 +12,18 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from types import ModuleType
 from typing import Any
 
-from secateur.axes import allocations, criteria, patterns, recovery, refiners, rules, schedules, solvers, subsets
+from secateur.axes import (
+    allocations,
+    criteria,
+    patterns,
+    recovery,
+    refiners,
+    rules,
+    schedules,
+    solvers,
+    subsets,
+    zeroth_order,
+)
 from secateur.axes.allocations import (
     Allocation,
     ByName,
@@ -31,6 +42,7 @@ from secateur.axes.patterns import NM, Blocks, Pattern, PerMatrix, PerRow, PerSl
 from secateur.axes.refiners import Dsnot, Refiner
 from secateur.axes.schedules import Cosine, Curve, Exponential, Jump, Linear, Power, Schedule
 from secateur.axes.solvers import ObsSweep, Rank, Solver
+from secateur.axes.zeroth_order import Ecoflap, FirstOrder, PerBlock, PerSite, PerTower, ZerothOrder
 from secateur.errors import SettingError, did_you_mean
 
 __all__ = [
@@ -42,10 +54,12 @@ __all__ = [
     "Criterion",
     "Curve",
     "Dsnot",
+    "Ecoflap",
     "Er",
     "Erk",
     "ErkPlus",
     "Exponential",
+    "FirstOrder",
     "Gblm",
     "Global",
     "Gradient",
@@ -56,9 +70,12 @@ __all__ = [
     "ObsSweep",
     "Owl",
     "Pattern",
+    "PerBlock",
     "PerMatrix",
     "PerRow",
+    "PerSite",
     "PerSlab",
+    "PerTower",
     "Power",
     "Random",
     "Rank",
@@ -69,6 +86,7 @@ __all__ = [
     "Uniform",
     "UniformPlus",
     "Wanda",
+    "ZerothOrder",
     "keep_top",
     "kept_of",
     "part_of",
@@ -86,7 +104,19 @@ def word_of(kind: type) -> str:
 def words(*modules: ModuleType) -> dict[str, type]:
     """Every part by name: those of the axes, and those of the modules given."""
     found: dict[str, type] = {}
-    for module in (allocations, criteria, patterns, recovery, refiners, rules, schedules, solvers, subsets, *modules):
+    for module in (
+        allocations,
+        criteria,
+        patterns,
+        recovery,
+        refiners,
+        rules,
+        schedules,
+        solvers,
+        subsets,
+        zeroth_order,
+        *modules,
+    ):
         for value in vars(module).values():
             if isinstance(value, type) and is_dataclass(value) and value.__module__ == module.__name__:
                 found[word_of(value)] = value

@@ -6,12 +6,13 @@ from math import prod
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur.axes.patterns import keep_top
-from secateur.errors import BudgetError, SettingError
+from secateur.errors import BudgetError, SettingError, did_you_mean
 from secateur.method import Budget
 from secateur.site import Site, total_units
+from secateur.task import Batch, Task
 
 Scores = Mapping[str, Tensor]
 """Site name -> score [*site.shape], higher = keep; may be computed as it is asked for."""
@@ -34,6 +35,15 @@ class Allocation(Protocol):
 def kept_of(units: int, sparsity: float) -> int:
     """How many of some units stay: all but floor(sparsity * units)."""
     return units - int(sparsity * units + 1e-9)  # 0.3 * 10 is 3 less a rounding error
+
+
+@runtime_checkable
+class Measuring(Allocation, Protocol):
+    """An allocation that runs the whole model for scores of its own."""
+
+    def scores_of(self, model: nn.Module, sites: Sequence[Site], batches: Sequence[Batch], task: Task) -> Scores:
+        """What to give `spread`, of the model as it is now."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -124,6 +134,24 @@ def _ordered(score: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Er:
+    """Sites with few inputs and outputs keep more: density in proportion to (in + out) / (in * out).
+
+    Mocanu et al. 2018, arXiv:1707.04780, equation 3 (Erdos-Renyi); the sides of a kernel do not count. A density above
+    one is held at one and the rest rescaled.
+    """
+
+    power: float = 1.0  # of the proportion: 0 is uniform
+
+    needs_scores = False
+
+    def spread(self, sites: Sequence[Site], budget: Budget, scores: Scores | None = None) -> dict[str, int]:
+        """See Allocation."""
+        raw = {site.name: (sum(site.shape[:2]) / prod(site.shape[:2])) ** self.power for site in sites}
+        return _rescaled(sites, raw, kept_of(total_units(sites), budget.sparsity))
+
+
+@dataclass(frozen=True)
 class Erk:
     """Sites with short sides keep more: density in proportion to the sum of the sides over their product.
 
@@ -131,12 +159,148 @@ class Erk:
     is held at one and the rest rescaled.
     """
 
+    power: float = 1.0  # of the proportion: 0 is uniform
+
     needs_scores = False
 
     def spread(self, sites: Sequence[Site], budget: Budget, scores: Scores | None = None) -> dict[str, int]:
         """See Allocation."""
-        raw = {site.name: sum(site.shape) / prod(site.shape) for site in sites}
+        raw = {site.name: (sum(site.shape) / prod(site.shape)) ** self.power for site in sites}
         return _rescaled(sites, raw, kept_of(total_units(sites), budget.sparsity))
+
+
+@dataclass(frozen=True)
+class ErkPlus:
+    """ERK, with the classifier taken out of the sharing and given its own sparsity.
+
+    Liu et al. 2022, arXiv:2202.02643, section 3.1: dense in the ImageNet runs. The classifier is the last site that is
+    a matrix.
+    """
+
+    classifier: float = 0.0  # its sparsity
+    power: float = 1.0  # of the proportion of the others
+
+    needs_scores = False
+
+    def spread(self, sites: Sequence[Site], budget: Budget, scores: Scores | None = None) -> dict[str, int]:
+        """See Allocation. Raises BudgetError when the classifier alone keeps more than the budget."""
+        last = _last_matrix(sites)
+        given = {} if last is None else {last.name: (1 - self.classifier) * last.units}
+        rest = [site for site in sites if site.name not in given]
+        raw = {site.name: (sum(site.shape) / prod(site.shape)) ** self.power for site in rest}
+        kept = {name: round(count) for name, count in given.items()}
+        return kept | _rescaled(rest, raw, _left(sites, rest, kept, budget))
+
+
+@dataclass(frozen=True)
+class UniformPlus:
+    """The same sparsity everywhere but at the ends: the first kernel stays dense, the classifier keeps a share.
+
+    Gale et al. 2019, arXiv:1902.09574, section 4.3, as in Liu et al. 2022, arXiv:2202.02643, section 3.1. A classifier
+    that would keep less than `classifier` of its weights keeps that many; the others share what is left of the budget.
+    Of what has no kernels, no layer stays dense.
+    """
+
+    classifier: float = 0.8  # the highest sparsity of the last matrix
+
+    needs_scores = False
+
+    def spread(self, sites: Sequence[Site], budget: Budget, scores: Scores | None = None) -> dict[str, int]:
+        """See Allocation. Raises BudgetError when the two layers alone keep more than the budget."""
+        first, last = next((site for site in sites if len(site.shape) > 2), None), _last_matrix(sites)
+        given = {} if first is None else {first.name: first.units}
+        if last is not None and budget.sparsity > self.classifier:
+            given[last.name] = round((1 - self.classifier) * last.units)
+        rest = [site for site in sites if site.name not in given]
+        return _shared(sites, rest, given, budget)
+
+
+@dataclass(frozen=True)
+class ByName:
+    """Each site the sparsity it is given by name; the others share what is left of the budget evenly."""
+
+    sparsities: tuple[tuple[str, float], ...] = ()  # site name and sparsity, in pairs; a mapping will do
+
+    needs_scores = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.sparsities, Mapping):
+            object.__setattr__(self, "sparsities", tuple(self.sparsities.items()))
+        for name, value in self.sparsities:
+            if not 0 <= value <= 1:
+                raise SettingError(
+                    f"a sparsity of {value:g} at {name} was asked for", "it is a fraction", "Give 0 up to 1."
+                )
+
+    def spread(self, sites: Sequence[Site], budget: Budget, scores: Scores | None = None) -> dict[str, int]:
+        """See Allocation. Raises SettingError for a name that no site has."""
+        units = {site.name: site.units for site in sites}
+        for name, _ in self.sparsities:
+            if name not in units:
+                raise SettingError(
+                    f"a sparsity at {name!r} was given", "no site has that name", did_you_mean(name, units)
+                )
+        given = {name: round((1 - value) * units[name]) for name, value in self.sparsities}
+        return _shared(sites, [site for site in sites if site.name not in given], given, budget)
+
+
+def _last_matrix(sites: Sequence[Site]) -> Site | None:
+    return next((site for site in reversed(sites) if len(site.shape) == 2), None)
+
+
+def _left(sites: Sequence[Site], rest: Sequence[Site], given: Mapping[str, int], budget: Budget) -> int:
+    """What is left of a budget for some sites when the others are given theirs. Raises BudgetError for nothing."""
+    total, units = total_units(sites), total_units(rest)
+    left = kept_of(total, budget.sparsity) - sum(given.values())
+    if left < 0 or left > units:
+        least, most = sum(given.values()) / total, (sum(given.values()) + units) / total
+        raise BudgetError(
+            f"a sparsity of {budget.sparsity:g} was asked for",
+            f"{', '.join(given)} keep {sum(given.values()):,} of {total:,} weights whatever the budget",
+            f"Ask for a sparsity from {1 - most:.4f} to {1 - least:.4f}, or let them keep another share.",
+        )
+    return left
+
+
+def _shared(sites: Sequence[Site], rest: Sequence[Site], given: Mapping[str, int], budget: Budget) -> dict[str, int]:
+    left, units = _left(sites, rest, given, budget), total_units(rest)
+    return dict(given) | rounded(rest, {site.name: left * site.units / units for site in rest}, left)
+
+
+def inhabited(sites: Sequence[Site], keep: Mapping[str, int]) -> dict[str, int]:
+    """Counts with one unit at least everywhere, what that takes coming from the fullest sites; the total stays.
+
+    A layer that keeps nothing cuts the network in two. Raises BudgetError, naming such layers, when there are fewer
+    units than sites.
+    """
+    found = dict(keep)
+    empty = [site.name for site in sites if found[site.name] == 0 and site.units]
+    if sum(found.values()) < len(sites) and empty:
+        raise BudgetError(
+            f"{sum(found.values()):,} weights were to be left in {len(sites)} layers",
+            f"nothing would be left of {', '.join(empty)}, and the network would be cut in two",
+            f"Ask for a sparsity of at most {1 - len(sites) / total_units(sites):.6f}.",
+        )
+    for name in empty:
+        fullest = max(found, key=lambda key: found[key])
+        found[fullest] -= 1
+        found[name] += 1
+    return found
+
+
+def gaps(sites: Sequence[Site], keep: Mapping[str, Tensor]) -> list[str]:
+    """What masks leave empty, in words: whole sites, and outputs to which nothing leads."""
+    empty = [site.name for site in sites if not bool(keep[site.name].any())]
+    dead = {
+        site.name: int((~keep[site.name].flatten(1).any(1)).sum())
+        for site in sites
+        if len(site.shape) > 1 and site.name not in empty
+    }
+    found = [f"collapsed: nothing is left of {', '.join(empty)}"] if empty else []
+    if sum(dead.values()):
+        shown = ", ".join(f"{count} of {name}" for name, count in dead.items() if count)
+        found.append(f"outputs that no weight leads to: {shown}")
+    return found
 
 
 def _rescaled(sites: Sequence[Site], raw: Mapping[str, float], keep: int) -> dict[str, int]:
@@ -154,10 +318,10 @@ def _rescaled(sites: Sequence[Site], raw: Mapping[str, float], keep: int) -> dic
     exact = {
         site.name: float(site.units) if site.name in full else scale * raw[site.name] * site.units for site in sites
     }
-    return _rounded(sites, exact, keep)
+    return rounded(sites, exact, keep)
 
 
-def _rounded(sites: Sequence[Site], exact: Mapping[str, float], keep: int) -> dict[str, int]:
+def rounded(sites: Sequence[Site], exact: Mapping[str, float], keep: int) -> dict[str, int]:
     """Whole numbers near some real ones that add up: the largest remainders are rounded up."""
     out = {site.name: min(int(exact[site.name]), site.units) for site in sites}
     short = keep - sum(out.values())
@@ -202,7 +366,7 @@ class Owl:
                 break
             density = {b: min(max(d + miss, 0.01), 0.99) for b, d in density.items()}
         exact = {site.name: density[site.block] * site.units for site in sites}
-        return _rounded(sites, exact, kept_of(total, budget.sparsity))
+        return rounded(sites, exact, kept_of(total, budget.sparsity))
 
     def _outliers(self, scores: Sequence[Tensor]) -> float:
         count = sum(s.numel() for s in scores)

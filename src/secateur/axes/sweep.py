@@ -6,7 +6,7 @@ from types import MappingProxyType
 
 from torch import Tensor, nn
 
-from secateur.axes.allocations import Allocation
+from secateur.axes.allocations import Allocation, Measuring
 from secateur.axes.criteria import Criterion
 from secateur.axes.patterns import Pattern
 from secateur.axes.solvers import Solver
@@ -16,7 +16,7 @@ from secateur.errors import SettingError
 from secateur.evidence import GRADS, INPUTS, Evidence, examples, observe
 from secateur.method import Budget
 from secateur.site import Site, Tensors, tensors
-from secateur.task import Batch
+from secateur.task import Batch, Task
 from secateur.walk import Feed, walk
 
 NOTHING: Mapping[str, Evidence] = MappingProxyType({})
@@ -100,11 +100,21 @@ def spread(
     criterion: Criterion,
     batches: Sequence[Batch],
     whole: Mapping[str, Evidence] = NOTHING,
+    task: Task | None = None,
 ) -> dict[str, int]:
     """Units to keep at each site; where the allocation looks at scores, from one pass over the dense model.
 
-    `whole` is evidence of the whole model that the criterion needs beside the inputs: see `gradients`.
+    `whole` is evidence of the whole model that the criterion needs beside the inputs: see `gradients`. The task is for
+    allocations that follow the loss. Raises SettingError for one of those when there is no task or no data.
     """
+    if isinstance(allocation, Measuring):
+        if task is None or not batches:
+            raise SettingError(
+                f"the allocation {type(allocation).__name__} was asked for",
+                "it follows the loss over calibration data, and this method has none",
+                "Use oneshot, with the criterion of your choice, or give samples.",
+            )
+        return allocation.spread(sites, budget, allocation.scores_of(model, sites, batches, task))
     if not allocation.needs_scores:
         return allocation.spread(sites, budget)
     inputs = criterion.needs & INPUTS
@@ -155,5 +165,5 @@ def sweep(
         here = block.pick(sites)
         seen = block.observe(here, inputs)
         for site in here:
-            edits += decide(site, block.tensors, seen[site.name])
+            edits += decide(site, block.tensors, seen.pop(site.name))  # a gram is given back when it has served
     return edits

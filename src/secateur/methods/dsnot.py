@@ -68,5 +68,5 @@ class DSnoT(Method):
         solver = BySite(refined_sites(model, sites, self.only), replace(first, refine=self.refine), first)
         batches = list(task.batches("calibration", self.samples))
         whole = gradients(model, sites, batches, solver.needs, task.loss)
-        keep = spread(model, sites, self.allocation, Budget(self.sparsity), self.start, batches, whole)
+        keep = spread(model, sites, self.allocation, Budget(self.sparsity), self.start, batches, whole, task)
         return Outcome(model, sweep(model, sites, solver, keep, batches, self.feed, whole))

@@ -78,5 +78,5 @@ class GBLMPruner(Method):
         sites, solver = weights(model, self.include, self.exclude), Rank(self.criterion, self.pattern)
         batches = list(task.batches("calibration", self.samples))
         whole = gradients(model, sites, batches, solver.needs, task.loss)
-        keep = spread(model, sites, self.allocation, Budget(self.sparsity), self.criterion, batches, whole)
+        keep = spread(model, sites, self.allocation, Budget(self.sparsity), self.criterion, batches, whole, task)
         return Outcome(model, sweep(model, sites, solver, keep, batches, self.feed, whole))

@@ -22,6 +22,7 @@ from secateur.axes import (
     Wanda,
     text_of,
 )
+from secateur.axes.allocations import Measuring
 from secateur.axes.patterns import check_pattern
 from secateur.axes.sweep import BySite, fitted, gradients, refined_sites, spread, sweep
 from secateur.cut import DEFAULT_EXCLUDE, weights
@@ -113,9 +114,10 @@ class OneShot(Method):
                 "to spend"
             )
         needs = solver.needs | (self.criterion.needs if allocation.needs_scores else frozenset())
-        batches = list(task.batches("calibration", self.samples)) if needs else []
+        follows = isinstance(allocation, Measuring)  # the loss, over data of its own accord
+        batches = list(task.batches("calibration", self.samples)) if needs or follows else []
         whole = gradients(model, sites, batches, needs, task.loss)
-        keep = spread(model, sites, allocation, Budget(self.sparsity), self.criterion, batches, whole)
+        keep = spread(model, sites, allocation, Budget(self.sparsity), self.criterion, batches, whole, task)
         if allocation != Uniform():  # the total is what was asked for, not each matrix
             keep = fitted(sites, keep, self.pattern)
         return Outcome(model, sweep(model, sites, solver, keep, batches, self.feed, whole), notes=notes)

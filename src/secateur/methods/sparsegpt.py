@@ -71,5 +71,5 @@ class SparseGPT(Method):
                 f"the calibration data has {tokens} tokens, too few to tell those inputs apart",
                 f"Ask for more samples: at least {-(-widest * self.samples // tokens)}.",
             )
-        keep = spread(model, sites, self.allocation, Budget(self.sparsity), Wanda(), batches)
+        keep = spread(model, sites, self.allocation, Budget(self.sparsity), Wanda(), batches, task=task)
         return Outcome(model, sweep(model, sites, solver, keep, batches, self.feed))

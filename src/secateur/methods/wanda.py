@@ -57,5 +57,5 @@ class Wanda(Method):
         """See Method."""
         sites, solver = weights(model, self.include, self.exclude), Rank(Score(), self.pattern)
         batches = list(task.batches("calibration", self.samples))
-        keep = spread(model, sites, self.allocation, Budget(self.sparsity), solver.criterion, batches)
+        keep = spread(model, sites, self.allocation, Budget(self.sparsity), solver.criterion, batches, task=task)
         return Outcome(model, sweep(model, sites, solver, keep, batches, self.feed))
