@@ -11,7 +11,7 @@ def model_card(record: Record, saved: Mapping[str, Any], edits: Sequence[str]) -
     name = str(record.model.get("name") or saved["class"])
     lines = ["---", "tags:", "- pruned", "- secateur"]
     if saved.get("kind") == "hf":
-        lines += ["library_name: transformers"] if saved["stock"] else []
+        lines += [f"library_name: {saved.get('library', 'transformers')}"] if saved["stock"] else []
     if not str(saved.get("source", "")).startswith(("/", ".")) and "/" in str(saved.get("source", "")):
         lines += [f"base_model: {_quoted(saved['source'])}"]
     lines += ["---", "", f"# {name}, pruned", "", _sentence(record, name), ""]
@@ -97,10 +97,13 @@ def _settings(record: Record) -> list[str]:
 def _loading(saved: Mapping[str, Any]) -> list[str]:
     lines = ["## Loading", "", "```python"]
     if saved["stock"]:
-        lines += [f"from transformers import {saved['class']}", ""]
+        lines += [f"from {saved.get('library', 'transformers')} import {saved['class']}", ""]
         lines += [f'model = {saved["class"]}.from_pretrained("this folder")', "```", ""]
         if saved.get("difference") is not None:
-            lines += [f"Stock transformers answers as the pruned model did (difference {saved['difference']:.2g}).", ""]
+            lines += [
+                f"Stock {saved.get('library', 'transformers')} answers as the pruned model did (difference {saved['difference']:.2g}).",
+                "",
+            ]
         return lines
     argument = ", build=function" if saved["kind"] == "python" else ""
     lines += ["from secateur.models import load", "", f'model = load("this folder"{argument})', "```", ""]

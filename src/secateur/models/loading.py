@@ -18,7 +18,7 @@ from torch import nn
 from secateur import edit as edits_file
 from secateur.edit import Edit, Mask, Merge, Remove, Replace, Rotate, Update, apply_
 from secateur.errors import ModelError, SecateurError
-from secateur.models import hf, resnet
+from secateur.models import hf, pipelines, resnet
 from secateur.models.folder import Entry, check_saved, check_tensors, few, header, read_json, read_tensors
 from secateur.site import Site, Tensors, tensors
 
@@ -39,6 +39,8 @@ def load(folder: str | Path, *, build: Builder | None = None) -> nn.Module:
     or does not fit together.
     """
     place = Path(folder)
+    if pipelines.is_pipeline(place):
+        return pipelines.open_pipeline(place)
     about = check_saved(place)
     saved, there = about["saved"], header(place / "model.safetensors")
     _know_modules(saved)

