@@ -8,17 +8,11 @@ import torch
 
 from secateur import edit
 from secateur.axes.spending import total_cost
-from secateur.edit import Mask, Remove
-from secateur.errors import BudgetError, EvidenceError, GraphError, SettingError
-from secateur.graph import couple
-from secateur.graph.inner import inner
-from secateur.method import prune
-from secateur.methods.llm_pruner import (
+from secateur.axes.taylor import (
     Average,
     First,
     Foremost,
     Largest,
-    LLMPruner,
     Mix,
     Product,
     Second,
@@ -26,8 +20,14 @@ from secateur.methods.llm_pruner import (
     Vectorize,
     gradients,
     group_scores,
-    singles,
 )
+from secateur.edit import Mask, Remove
+from secateur.errors import BudgetError, EvidenceError, GraphError, SettingError
+from secateur.evidence import examples
+from secateur.graph import couple
+from secateur.graph.inner import inner
+from secateur.method import prune
+from secateur.methods.llm_pruner import LLMPruner
 from secateur.models import save
 from secateur.site import Part, Site, tensors
 from secateur.task import Batch
@@ -97,7 +97,7 @@ def test_gradients_are_of_the_mean_loss_and_squares_of_single_samples():
 
 def test_single_samples_carry_their_labels():
     batch = Batch({"x": torch.arange(6).reshape(3, 2), "scale": 2}, torch.tensor([7, 8, 9]))
-    found = list(singles([batch]))
+    found = list(examples([batch]))
     assert [b.target.tolist() for b in found] == [[7], [8], [9]]
     assert [b.inputs["x"].tolist() for b in found] == [[[0, 1]], [[2, 3]], [[4, 5]]]
     assert found[0].inputs["scale"] == 2

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from secateur import edit
+from secateur.axes.influence import cosine
 from secateur.cut import Passing, layers, passing
 from secateur.edit import Mask, Replace
 from secateur.errors import EvidenceError, GraphError, SettingError
@@ -20,7 +21,6 @@ from secateur.methods.shortgpt import (
     Seen,
     ShortGPT,
     angular_distance,
-    cosine,
     measured,
     only_stack,
 )

@@ -15,6 +15,7 @@ from typing import Any
 from secateur.axes import (
     allocations,
     criteria,
+    influence,
     patterns,
     recovery,
     refiners,
@@ -22,6 +23,7 @@ from secateur.axes import (
     schedules,
     solvers,
     subsets,
+    taylor,
     zeroth_order,
 )
 from secateur.axes.allocations import (
@@ -96,6 +98,23 @@ __all__ = [
 ]
 
 
+PARTS = (
+    allocations,
+    criteria,
+    influence,
+    patterns,
+    recovery,
+    refiners,
+    rules,
+    schedules,
+    solvers,
+    subsets,
+    taylor,
+    zeroth_order,
+)
+"""The modules whose parts go by name everywhere; a method's own go by name in its settings."""
+
+
 def word_of(kind: type) -> str:
     """The name a part goes by: PerRow -> "per-row", NM -> "nm"."""
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", kind.__name__).lower()
@@ -104,19 +123,7 @@ def word_of(kind: type) -> str:
 def words(*modules: ModuleType) -> dict[str, type]:
     """Every part by name: those of the axes, and those of the modules given."""
     found: dict[str, type] = {}
-    for module in (
-        allocations,
-        criteria,
-        patterns,
-        recovery,
-        refiners,
-        rules,
-        schedules,
-        solvers,
-        subsets,
-        zeroth_order,
-        *modules,
-    ):
+    for module in (*PARTS, *modules):
         for value in vars(module).values():
             if isinstance(value, type) and is_dataclass(value) and value.__module__ == module.__name__:
                 found[word_of(value)] = value

@@ -4,17 +4,19 @@ A head's values and a neuron's activation leave their block through one matrix (
 the residual stream. So whatever is known of a unit's effect on the model is known at that matrix's columns.
 """
 
+from collections.abc import Collection
+
 from secateur.errors import GraphError
 from secateur.graph import Coupling
 from secateur.site import Part, Site
 
 
-def inner(coupling: Coupling) -> tuple[Site, ...]:
-    """The heads and neurons inside the blocks of a model, in order.
+def inner(coupling: Coupling, kinds: Collection[str] = ("head", "channel")) -> tuple[Site, ...]:
+    """The heads and neurons inside the blocks of a model, in order, or those of one kind.
 
     Raises GraphError when there are none, or when some are not read by one matrix alone (convolutions, experts).
     """
-    found = tuple(site for site in coupling.of("head", "channel") if site.block)
+    found = tuple(site for site in coupling.of("head", "channel") if site.block and site.kind in kinds)
     if not found:
         reasons = "; ".join(str(f) for f in coupling.frozen[:5])
         raise GraphError(

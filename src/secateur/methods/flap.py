@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.axes import Allocation, Scores, keep_top
+from secateur.axes.influence import tokens_of
 from secateur.axes.spending import check_affordable, per_block, spend_everywhere, total_cost
 from secateur.edit import Edit, Mask, Update, apply_
 from secateur.errors import BudgetError, EvidenceError, GraphError, SettingError
@@ -188,6 +189,7 @@ class FLAP(Method):
     sparsity: float = 0.2  # fraction of the weights of all heads and neurons taken out, in [0, 1)
     samples: int = 1024  # calibration sequences, as in the paper (of 128 tokens there)
     score: Score = Wifv()  # ifv and wifn are the paper's variants; column-norm looks at no data
+    kinds: tuple[str, ...] = ("head", "channel")  # what is taken out: heads, neurons (channel) or both
     allocation: Allocation = Adaptive()  # per-layer gives every block the same widths, which stock loaders take
     head_power: float = 2.0  # what scores of attention are raised to, as in the authors' code; 1 leaves them
     compensate: bool = True  # put the mean of what goes into a bias, made where there is none
@@ -223,12 +225,16 @@ class FLAP(Method):
                 "one sample is seen at least, positions are counted from 0, and a power is above 0",
                 "Take the defaults: samples=1024, skip=0, head_power=2.",
             )
+        if not self.kinds or set(self.kinds) - {"head", "channel"}:
+            raise SettingError(
+                f"kinds={','.join(self.kinds)} was given", "units are heads or neurons", "Give head, channel or both."
+            )
 
     def run(self, model: nn.Module, task: Task) -> Outcome:
         """See Method."""
         self.check()
         coupling = couple(model, task.example)
-        sites = inner(coupling)
+        sites = inner(coupling, self.kinds)
         budget = Budget(self.sparsity)
         with suppress(_Unread):  # what cannot be met is refused before any data is read
             self.allocation.spread(sites, budget, _Unseen())
@@ -322,6 +328,4 @@ def _rows(x: Tensor, mask: Tensor | None, skip: int, module: str) -> Tensor:
             "Use skip=0.",
         )
     x = x[:, skip:] if skip else x
-    if mask is not None and mask.dim() == 2 and mask[:, skip:].shape == x.shape[:-1]:
-        return x[mask[:, skip:].bool()]
-    return x.reshape(-1, x.shape[-1])
+    return tokens_of(x, mask if mask is None or mask.dim() != 2 else mask[:, skip:])

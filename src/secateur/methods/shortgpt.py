@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.axes import kept_of
+from secateur.axes.influence import Angle, Turn
 from secateur.cut import layers, passing
 from secateur.edit import Edit, Mask, Replace, apply_
 from secateur.errors import EvidenceError, GraphError, SettingError
@@ -29,16 +30,9 @@ from secateur.task import Batch, Task
 from secateur.walk import walk
 
 
-def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Of rows [tokens, width] with rows [tokens, width]: [tokens], float64, within [-1, 1]."""
-    a, b = a.double(), b.double()  # half precision would find blocks alike that are not
-    size = a.norm(dim=-1) * b.norm(dim=-1)
-    return ((a * b).sum(-1) / size.clamp(min=1e-300)).clamp(-1, 1)  # arccos of 1 + 1e-16 is NaN
-
-
 def angular_distance(a: Tensor, b: Tensor) -> float:
     """Mean angle between rows [samples, width], as a share of half a turn: in [0, 1]."""
-    return float((cosine(a, b).arccos() / torch.pi).mean())
+    return float(Angle().apart(a, b).mean())
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,8 +188,8 @@ def measured(model: nn.Module, site: Site, batches: Sequence[Batch]) -> tuple[Se
                     f"{list(into.shape)} goes in and {list(out.shape)} comes out",
                     "Use a model whose blocks hand on a hidden state of one shape.",
                 )
-            found = cosine(into.reshape(-1, into.shape[-1]), out.reshape(-1, out.shape[-1]))
-            turned, tokens = turned + float((1 - found).sum()), tokens + len(found)
+            found = Turn().apart(into.reshape(-1, into.shape[-1]), out.reshape(-1, out.shape[-1]))
+            turned, tokens = turned + float(found.sum()), tokens + len(found)
             ends.append(_last(into))
             after.append(_last(out))
         influence.append(turned / tokens)
