@@ -91,7 +91,7 @@ def pixels(seed: int = 0) -> Any:
                 hidden_dropout_prob=0.0,
                 attention_probs_dropout_prob=0.0,
                 initializer_range=0.2,
-            )  # fmt: skip
+            )
         )
         networks = {"text_encoder": text, "unet": unet(1, 8, 16)}
         index = {"_class_name": "Pipeline", "masked_padding": True}

@@ -100,10 +100,8 @@ def _loading(saved: Mapping[str, Any]) -> list[str]:
         lines += [f"from {saved.get('library', 'transformers')} import {saved['class']}", ""]
         lines += [f'model = {saved["class"]}.from_pretrained("this folder")', "```", ""]
         if saved.get("difference") is not None:
-            lines += [
-                f"Stock {saved.get('library', 'transformers')} answers as the pruned model did (difference {saved['difference']:.2g}).",
-                "",
-            ]
+            library = saved.get("library", "transformers")
+            lines += [f"Stock {library} answers as the pruned model did (difference {saved['difference']:.2g}).", ""]
         return lines
     argument = ", build=function" if saved["kind"] == "python" else ""
     lines += ["from secateur.models import load", "", f'model = load("this folder"{argument})', "```", ""]

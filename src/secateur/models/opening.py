@@ -81,8 +81,8 @@ def open_model(
 ) -> Opened:
     """Open a model, whatever it is kept in.
 
-    `what` is a folder in Hugging Face form, one of a diffusers pipeline or saved by secateur, a GGUF file, one of NAMES,
-    `module:function` (called without arguments; weights from
+    `what` is a folder in Hugging Face form, one of a diffusers pipeline or saved by secateur, a GGUF file,
+    one of NAMES, `module:function` (called without arguments; weights from
     `::file.safetensors`, `::saved_folder` or `checkpoint`), or, unless
     `offline`, an id on the Hugging Face hub. Raises ModelError for whatever cannot be opened whole and without
     running code that came with it.

@@ -67,10 +67,10 @@ class Pipeline(nn.Module):
     @property
     def shape(self) -> tuple[int, int, int]:
         """What is denoised: channels, height, width."""
-        config = self.get_submodule("unet").config
+        config: Any = self.get_submodule("unet").config
         size = config.sample_size
         high, wide = size if isinstance(size, (list, tuple)) else (size, size)
-        return int(config.in_channels), int(high), int(wide)  # type: ignore[arg-type]
+        return int(config.in_channels), int(high), int(wide)
 
     def tokens(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """Captions as the text encoder takes them, padded as at inference: input_ids, attention_mask [n, length]."""
