@@ -55,6 +55,12 @@ class Setting:
         """The kind of part it holds, or None for a plain value."""
         return next((kind for kind in _members(self.hint) if _is_part(kind)), None)
 
+    @property
+    def has_fields(self) -> bool:
+        """Whether what it holds, a part or a method, has settings of its own."""
+        methods = (kind for kind in _members(self.hint) if isinstance(kind, type) and issubclass(kind, Method))
+        return self.part is not None or any(methods)
+
 
 @cache
 def settings_of(kind: type) -> Mapping[str, Setting]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from secateur import edit
-from secateur.axes import Uniform
+from secateur.axes import Uniform, keep_top
 from secateur.axes.spending import check_affordable, per_block, spend_everywhere
 from secateur.edit import Mask, Remove, Update
 from secateur.errors import BudgetError, EvidenceError, GraphError, SettingError
@@ -386,6 +386,7 @@ def test_one_layer_of_smollm2_by_the_plain_formula(smollm2):
     torch.testing.assert_close(found, (plain - plain.mean()) / plain.std(), rtol=1e-6, atol=1e-9)
     keep = torch.ones(1536, dtype=torch.bool)
     keep[plain.argsort()[:307]] = False
+    assert torch.equal(keep_top(found, 1536 - 307), keep)
     bias = mended_bias(site, {"b.weight": down.weight}, flow, keep).value.double()
     gone = x[:, ~keep] @ weight[:, ~keep].T
     assert (gone - bias).square().mean() < gone.square().mean()

@@ -70,6 +70,47 @@ def test_scores_equal_the_plain_formulas(order: int, batch: int) -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.model
+def test_the_choice_on_a_layer_of_the_real_model_is_that_of_the_plain_formula(smollm2) -> None:
+    """SmolLM2-135M: keys of one block, alpha as published; ties fall by index, and exactly k of a row are dropped."""
+    model, name = smollm2.model, "model.layers.7.self_attn.k_proj.weight"
+    ids = torch.randint(0, 49152, (3, 48), generator=torch.Generator().manual_seed(0))
+    learns = {p: p.requires_grad for p in model.parameters()}
+    (site,) = (s for s in weights(model) if s.name == name)
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        logits = batch.through(model).logits
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), batch.inputs["input_ids"][:, 1:].flatten())
+
+    weight = model.get_parameter(name)
+    try:
+        for parameter in learns:
+            parameter.requires_grad_(parameter is weight)  # the others' gradients would only take time
+        batches, criterion = [Batch({"input_ids": ids})], Gblm(alpha=100)
+        whole = gradients(model, [site], batches, criterion.needs, loss)[name]
+        steep = []
+        for sequence in ids:
+            logits = model(sequence[None], use_cache=False).logits[0]
+            F.cross_entropy(logits[:-1], sequence[1:]).backward()
+            steep.append(weight.grad.double())
+            weight.grad = None
+    finally:
+        for parameter, before in learns.items():
+            parameter.requires_grad_(before)
+    seen = observe(model, [site], batches, {"input_square"})[name].beside(whole)
+    score = criterion.score(site, {name: weight.detach()}, seen)
+    loud = caught(model, ids, name).double().reshape(-1, site.shape[1]).norm(dim=0) / len(ids) ** 0.5
+    plain = weight.detach().double().abs() * (loud + 100 * torch.stack(steep).square().sum(0).sqrt())
+    torch.testing.assert_close(score.double(), plain, rtol=1e-4, atol=1e-9)
+    for pattern, size in ((PerRow(), site.shape[1]), (NM(2, 4), 4)):
+        groups = plain.reshape(-1, size)
+        gone = groups.sort(dim=1, stable=True).indices[:, : size // 2]
+        wanted = torch.ones_like(groups, dtype=torch.bool).scatter(1, gone, False).reshape(site.shape)
+        ours = pattern.select(score, site.units // 2)
+        assert int(ours.sum()) == int(wanted.sum()) == site.units // 2
+        assert (ours == wanted).double().mean() > 0.9999  # sums in float64 against float32: near ties
+
+
 def test_gblm_by_hand() -> None:
     score = gblm_score(torch.tensor([[-2.0, 1.0]]), torch.tensor([3.0, 4.0]), torch.tensor([[0.5, 10.0]]))
     assert score.tolist() == [[7, 14]]

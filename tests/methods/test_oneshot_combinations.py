@@ -2,16 +2,16 @@
 
 import itertools
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
-from tiny import make_model, make_task, trained
+from tiny import make_model, make_task, toy_text, trained
 from torch import nn
 
-from secateur import prune
 from secateur.axes import (
     NM,
     Allocation,
@@ -39,14 +39,17 @@ from secateur.axes import (
     text_of,
     word_of,
 )
+from secateur.axes.recovery import Reconstruct, Recovery
+from secateur.axes.subsets import Biases, Everything, Lora, LoraPrune, MaskLora, Norms, ScaleLora, Subset
 from secateur.axes.sweep import fitted
 from secateur.cli import main
 from secateur.edit import Mask, Update
-from secateur.errors import PatternError, SecateurError, SettingError
-from secateur.method import load, settings
+from secateur.errors import PatternError, SecateurError, SettingError, SiteError, TaskError
+from secateur.method import Chain, Method, load, prune, settings
 from secateur.methods.dsnot import DSnoT
 from secateur.methods.gblm import GBLMPruner
 from secateur.methods.oneshot import OneShot
+from secateur.methods.perp import Perp
 from secateur.methods.sparsegpt import SparseGPT
 from secateur.methods.wanda import Wanda as WandaMethod
 from secateur.outcome import Outcome
@@ -163,6 +166,81 @@ def test_the_reasons_are_given() -> None:
         prune(make_model("mlp"), OneShot(samples=4, refine=Dsnot(), only=("attention",)), make_task("mlp"))
 
 
+QUICK = {"steps": 2, "rate": 1e-3}
+
+
+@pytest.mark.parametrize("subset", [Norms(), MaskLora(rank=2), LoraPrune(rank=2), ScaleLora(rank=2), Everything()])
+@pytest.mark.parametrize("pattern", [PerRow(), NM(2, 4), Blocks(4, 1)], ids=text_of)
+def test_whatever_chose_the_zeros_a_recovery_keeps_them(pattern: Pattern, subset: Subset) -> None:
+    for solver, refine in itertools.product(SOLVERS, REFINERS):
+        made = OneShot(
+            samples=4, pattern=pattern, solver=solver, refine=refine, recover=Perp(subsets=(subset,), **QUICK)
+        )
+        if not legal(made):
+            continue
+        done = prune(model(), made, make_task("decoder"))
+        plain = prune(model(), replace(made, recover=None), make_task("decoder"))
+        masks = [e for e in done.edits if isinstance(e, Mask)]
+        assert [m.describe() for m in masks] == [e.describe() for e in plain.edits if isinstance(e, Mask)]
+        assert all(bool((done.model.get_parameter(m.site.name)[~m.keep] == 0).all()) for m in masks)
+        assert done.ledger.sparsity == plain.ledger.sparsity
+        assert len(done.history.losses) == 2
+        changed = {e.name for e in done.edits[len(plain.edits) :]}
+        assert changed
+        assert not all(torch.equal(done.model.get_parameter(n), plain.model.get_parameter(n)) for n in changed)
+        assert any("zeros were kept in place" in note for note in done.notes)
+
+
+def test_a_recovery_is_what_a_chain_would_have_made_and_knows_the_dense_blocks() -> None:
+    task, dense = make_task("decoder"), trained("decoder")
+    perp = Perp(steps=3, rate=1e-3)
+    first = prune(dense, OneShot(samples=4, recover=perp), task)
+    chained = prune(dense, Chain((OneShot(samples=4), perp)), task)
+    assert all(torch.equal(v, chained.model.state_dict()[k]) for k, v in first.model.state_dict().items())
+    rebuilt = prune(dense, OneShot(samples=8, recover=Perp(by=Reconstruct(samples=8), steps=30, rate=5e-3)), task)
+    before, after = (dict(rebuilt.history.curves[f"block error {when}"]) for when in ("before", "after"))
+    assert all(0 < after[i] < before[i] for i in before)
+
+
+RECOVERIES: list[tuple[Method, str, str]] = [
+    (WandaMethod(), "it prunes.", "recover=perp"),
+    (Perp(after=WandaMethod()), "it prunes first, by wanda", "without after"),
+    (Perp(subsets=(Norms(), Lora())), "merging them would fill the zeros in", "Use mask-lora"),
+    (Perp(subsets=()), "it trains nothing", "subsets=norms,mask-lora"),
+    (Perp(steps=0), "steps start at 1", "steps=1000"),
+]
+
+
+@pytest.mark.parametrize(("recover", "found", "do"), RECOVERIES, ids=lambda x: x if isinstance(x, str) else "")
+def test_a_recovery_that_could_not_be_is_refused_before_any_data_is_read(recover: Method, found: str, do: str) -> None:
+    with pytest.raises(SettingError) as caught:
+        OneShot(recover=recover).check()
+    assert found in str(caught.value)
+    assert do in caught.value.do
+    assert isinstance(recover, Recovery) == (recover.name == "perp")
+
+
+def test_a_recovery_that_could_not_work_is_refused_before_anything_is_pruned() -> None:
+    """Pruning takes hours and recovery comes last: what it lacks is said first."""
+
+    def refused(recover: Perp, kind: type[SecateurError], match: str, family: str = "decoder", task=None) -> None:
+        model = make_model(family)
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        with pytest.raises(kind, match=match):
+            prune(model, OneShot(samples=4, recover=recover), task or make_task(family), inplace=True)
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+    short = toy_text(batch=8)
+    ids = {**short.ids, "train": short.ids["train"][: 3 * short.window]}
+    few = type(short)("short", ids, window=short.window, batch=8)
+    refused(Perp(**QUICK), TaskError, r"3 examples, and a batch is 8[\s\S]*a batch of 3 at most", task=few)
+    nothing = "model.layers.*.mpl.*"
+    refused(Perp(include=(nothing,), **QUICK), SiteError, r"mpl[\s\S]*it matches no parameter")
+    refused(Perp(by=Reconstruct(), **QUICK), SiteError, "it has no stack of blocks", "mlp")
+    with pytest.raises(SiteError, match="it has none of them"):  # what there is to train is known when it is pruned
+        prune(make_model("decoder"), OneShot(samples=4, recover=Perp(subsets=(Biases(),))), make_task("decoder"))
+
+
 def test_published_methods_are_combinations() -> None:
     """The same parts give the same edits, whichever method they are given to."""
     task, dense = make_task("decoder"), trained("decoder")
@@ -195,11 +273,18 @@ def test_parts_written_as_text_are_those_of_python() -> None:
         build(OneShot, {"criterion": "gbml"})
     assert set(settings_of(OneShot)) >= {"criterion", "pattern", "allocation", "solver", "refine", "only"}
     assert word_of(Dsnot) == "dsnot"
+    mended = build(OneShot, {**typed, "recover": "perp(steps=9, subsets='norms,mask-lora(rank=4)')"})
+    assert mended.recover == Perp(steps=9, subsets=(Norms(), MaskLora(rank=4)))
+    assert build(OneShot, settings(mended)) == mended
+    assert build(OneShot, {"recover": "perp", "recover.steps": "9"}).recover == Perp(steps=9)
+    with pytest.raises(SettingError, match="Did you mean perp"):
+        build(OneShot, {"recover": "prep"})
     assert load("oneshot") is OneShot
 
 
 def test_the_parts_are_options_of_the_command_line(tmp_path: Path) -> None:
     parts = ["--criterion", "gblm", "--pattern", "2:4", "--allocation", "owl", "--refine", "dsnot", "--samples", "4"]
+    parts += ["--recover", "perp", "--recover.steps", "3"]
     command = ["prune", "tiny:decoder", "oneshot", *parts, "--task", "tiny:toy_text", "--out", str(tmp_path / "out")]
     done = CliRunner().invoke(main, [*command, "--refine.rounds", "9", "--no-eval"])
     assert done.exit_code == 0, done.output
@@ -207,3 +292,8 @@ def test_the_parts_are_options_of_the_command_line(tmp_path: Path) -> None:
     assert record["settings"]["refine"] == "dsnot(rounds=9)"
     assert record["ledger"]["removed"] * 2 == record["ledger"]["prunable"]
     assert any("nothing to spend" in note for note in record["notes"])
+    assert record["settings"]["recover"]["steps"] == 3
+    assert any("zeros were kept in place" in note for note in record["notes"])
+    again = CliRunner().invoke(main, ["prune", "tiny:decoder", "oneshot", "--recover", "wanda", "--out", "x"])
+    assert again.exit_code == 2
+    assert "recover=perp" in again.output

@@ -84,7 +84,7 @@ class Verb(click.Command):
         for setting in settings_of(kind).values():
             option = _option(name, setting, taken, kind)
             ctx.meta["extra"][option.name] = (option, SETTINGS, setting.name)
-            if setting.part is not None:
+            if setting.has_fields:
                 self._dotted(ctx, args, setting.name.replace("_", "-"), SETTINGS)
         return args
 
@@ -159,7 +159,7 @@ def metavar(setting: Any) -> str:
         return "|".join(setting.choices)
     if setting.part is not None:
         return setting.part.__name__.upper()
-    names = {"float": "NUMBER", "int": "COUNT", "str": "TEXT", "bool": "true|false"}
+    names = {"float": "NUMBER", "int": "COUNT", "str": "TEXT", "bool": "true|false", "Method": "METHOD"}
     if setting.written in names:
         return names[setting.written]
     if setting.written.startswith(("tuple", "list", "Sequence")):

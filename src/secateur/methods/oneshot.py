@@ -1,9 +1,12 @@
-"""One shot, of any parts: criterion, pattern, allocation, solver and refiner, whoever published them.
+"""One shot, of any parts: criterion, pattern, allocation, solver, refiner and recovery, whoever published them.
 
 No paper: the pipeline that one-shot methods share, with each of its parts a setting. `wanda`, `sparsegpt`, `gblm` and
 `dsnot` are this with the parts their authors chose.
+
+    OneShot(criterion=Gblm(), pattern=NM(2, 4), refine=Dsnot(), recover=Perp(steps=200))
 """
 
+import copy
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -24,6 +27,7 @@ from secateur.axes import (
 )
 from secateur.axes.allocations import Measuring
 from secateur.axes.patterns import check_pattern
+from secateur.axes.recovery import Recovery, recovered
 from secateur.axes.sweep import BySite, fitted, gradients, refined_sites, spread, sweep
 from secateur.cut import DEFAULT_EXCLUDE, weights
 from secateur.errors import SettingError
@@ -44,6 +48,7 @@ class OneShot(Method):
     allocation: Allocation = Uniform()  # how the budget is spent over the matrices
     solver: Rank | ObsSweep = Rank()  # rank by the criterion, or obs-sweep, which chooses and mends in one
     refine: Refiner | None = None  # what improves a choice before it is applied
+    recover: Method | None = None  # what trains the pruned model back, its zeros in place: perp
     only: tuple[str, ...] = ()  # where choices are refined, by name, class or role; () is everywhere
     feed: Feed = "pruned"  # what reaches a block: outputs of the blocks as they are by now, or as they were (dense)
     include: tuple[str, ...] = ()  # what to prune, by name, class or role; () is every matrix in the blocks
@@ -56,7 +61,7 @@ class OneShot(Method):
         year=2026,
         needs=("calibration",),
         families=("mlp", "cnn", "decoder", "encoder", "vision transformer", "moe"),
-        axes="criterion pattern allocation solver refiner",
+        axes="criterion pattern allocation solver refiner recovery",
         checked="tests/methods/test_oneshot_combinations.py::test_every_legal_combination_runs_and_meets_its_budget",
     )
     tiny: ClassVar = {"samples": 4}
@@ -81,6 +86,22 @@ class OneShot(Method):
                 )
         if isinstance(self.solver, ObsSweep):
             self._check_sweep()
+        if self.recover is not None:
+            self._check_recovery(self.recover)
+
+    def _check_recovery(self, recover: Method) -> None:
+        asked = f"a pruned model was to be recovered by {recover.name}"
+        if not isinstance(recover, Recovery):
+            raise SettingError(asked, "it prunes", "Give recover=perp, or run one after the other in a chain.")
+        before = getattr(recover, "after", None)
+        if before is not None:
+            raise SettingError(
+                asked,
+                f"it prunes first, by {before.name}, and the model is pruned already",
+                f"Give {recover.name} without after.",
+            )
+        recover.check()
+        recover.fits_masks()
 
     def _check_sweep(self) -> None:
         if self.refine is not None:
@@ -97,8 +118,12 @@ class OneShot(Method):
             )
 
     def run(self, model: nn.Module, task: Task) -> Outcome:
-        """See Method. Raises SettingError when nothing is to be refined."""
+        """See Method. Raises SettingError when nothing is to be refined, and where the recovery could not work."""
         self.check()
+        by, dense = self.recover, None
+        if isinstance(by, Recovery):
+            by.ready(model, task)  # before hours of pruning, not after
+            dense = copy.deepcopy(model) if by.needs_dense else None
         sites, notes = weights(model, self.include, self.exclude), []
         solver: Solver = replace(self.solver, pattern=self.pattern)
         if isinstance(solver, Rank):
@@ -120,4 +145,5 @@ class OneShot(Method):
         keep = spread(model, sites, allocation, Budget(self.sparsity), self.criterion, batches, whole, task)
         if allocation != Uniform():  # the total is what was asked for, not each matrix
             keep = fitted(sites, keep, self.pattern)
-        return Outcome(model, sweep(model, sites, solver, keep, batches, self.feed, whole), notes=notes)
+        done = Outcome(model, sweep(model, sites, solver, keep, batches, self.feed, whole), notes=notes)
+        return recovered(done, by, task, dense) if isinstance(by, Recovery) else done
