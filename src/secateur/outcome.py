@@ -142,6 +142,15 @@ class Measurement:
 
 
 @dataclass(frozen=True)
+class Pictures:
+    """What a model drew: a row of a report's grid."""
+
+    of: str  # "dense", "unet 0.35"
+    captions: list[str]
+    png: str  # the pictures side by side, in base64
+
+
+@dataclass(frozen=True)
 class Record:
     """One run, whole: reports, comparisons, studies and claims read this and nothing else."""
 
@@ -164,6 +173,7 @@ class Record:
     machine: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)  # saved file -> sha256
+    pictures: list[Pictures] = field(default_factory=list)  # of models that draw
 
     def measured(self, when: str) -> dict[str, float]:
         """All values measured before or after, in one dictionary."""
@@ -205,6 +215,7 @@ class Outcome:
     ledger: Ledger | None = None  # filled in by `prune`
     notes: list[str] = field(default_factory=list)
     record: Record | None = None  # filled in by `prune`
+    pictures: list[Pictures] = field(default_factory=list)  # of models that draw
 
 
 def site_rows(edits: Sequence[Edit]) -> list[SiteRow]:

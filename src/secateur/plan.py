@@ -112,6 +112,8 @@ def sites_of(method: Method, model: nn.Module, task: Task) -> Found:
     None for methods whose units are not in the weights, or are found on the way. Raises SiteError for a selection
     that matches nothing, GraphError for a network whose coupling cannot be followed.
     """
+    if (own := getattr(method, "sites_in", None)) is not None:  # a method that knows which it will cut
+        return Found(own(model))
     kinds = set(getattr(method, "kinds", None) or method.card.granularity)
     if kinds & {"weight", "block"}:
         include, exclude = selection(method)
