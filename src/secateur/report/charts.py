@@ -21,6 +21,7 @@ SHAPES = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross"
 POINTS_PER_CURVE = 400
 BARS = 60
 CELLS = 3000
+SECONDS = "seconds"  # the curve that says when each step was reached
 
 
 @dataclass(frozen=True)
@@ -119,35 +120,52 @@ def kept_by_block(found: Sequence[Point]) -> Drawing | None:
 
 
 def curves(found: Sequence[Point], most: int = 12) -> list[Drawing]:
-    """One chart for each curve that the runs logged."""
-    names = sorted({name for p in found for name in p.records[0].curves})
+    """One chart for each curve that the runs logged, and a second over the seconds where those were logged beside it.
+
+    A run that logs a curve "seconds" says how long it had taken at each of its steps.
+    """
+    names = sorted({name for p in found for name in p.records[0].curves} - {SECONDS})
     drawings = []
     for name in names[:most]:
-        values, left_out = [], 0
-        for p in found:
-            line = p.records[0].curves.get(name, [])
-            finite = [(step, value) for step, value in line if math.isfinite(value)]
-            left_out += len(line) - len(finite)
-            stride = max(1, math.ceil(len(finite) / POINTS_PER_CURVE))
-            kept_points = finite[::stride]
-            if finite and kept_points[-1] != finite[-1]:
-                kept_points.append(finite[-1])
-            values += [{"step": step, "value": value, "series": p.series} for step, value in kept_points]
-        if not values:
-            continue
-        chart = (
-            alt.Chart(alt.InlineData(values=values))
-            .mark_line(strokeWidth=2, point=len(values) <= 20 * len(found))
-            .encode(
-                x=alt.X("step:Q", title="step", axis=alt.Axis(format="~s", tickCount=6)),
-                y=alt.Y("value:Q", title=None, scale=alt.Scale(zero=False), axis=alt.Axis(format=".4~g", tickCount=5)),
-                color=_colour([p.series for p in found], legend=len(found) > 1),
-                tooltip=[alt.Tooltip("series:N"), alt.Tooltip("step:Q"), alt.Tooltip("value:Q", format=".4~g")],
-            )
+        lines = {p.series: p.records[0].curves.get(name, []) for p in found}
+        drawings.append(_curve(name, lines, "step", f"{name} over the steps", name))
+        clocks = {p.series: dict(p.records[0].curves.get(SECONDS, [])) for p in found}
+        timed = {
+            one: [(clocks[one][step], value) for step, value in line]
+            for one, line in lines.items()
+            if clocks[one] and all(step in clocks[one] for step, _ in line)
+        }
+        drawings.append(_curve(name, timed, SECONDS, f"{name} over the time it took", f"{name} against time"))
+    return [d for d in drawings if d is not None]
+
+
+def _curve(
+    name: str, lines: Mapping[str, Sequence[tuple[float, float]]], across: str, description: str, title: str
+) -> Drawing | None:
+    """A line for each series; None where there is no point to draw."""
+    values, left_out = [], 0
+    for series_name, line in lines.items():
+        finite = [(at, value) for at, value in line if math.isfinite(value)]
+        left_out += len(line) - len(finite)
+        stride = max(1, math.ceil(len(finite) / POINTS_PER_CURVE))
+        kept_points = list(finite[::stride])
+        if finite and kept_points[-1] != finite[-1]:
+            kept_points.append(finite[-1])
+        values += [{across: at, "value": value, "series": series_name} for at, value in kept_points]
+    if not values:
+        return None
+    chart = (
+        alt.Chart(alt.InlineData(values=values))
+        .mark_line(strokeWidth=2, point=len(values) <= 20 * len(lines))
+        .encode(
+            x=alt.X(f"{across}:Q", title=across, axis=alt.Axis(format="~s", tickCount=6)),
+            y=alt.Y("value:Q", title=None, scale=alt.Scale(zero=False), axis=alt.Axis(format=".4~g", tickCount=5)),
+            color=_colour(list(lines), legend=len(lines) > 1),
+            tooltip=[alt.Tooltip("series:N"), alt.Tooltip(f"{across}:Q"), alt.Tooltip("value:Q", format=".4~g")],
         )
-        caption = f"{left_out} points that are not finite are left out." if left_out else ""
-        drawings.append(Drawing(_finished(chart, 180, f"{name} over the steps"), name, caption))
-    return drawings
+    )
+    caption = f"{left_out} points that are not finite are left out." if left_out else ""
+    return Drawing(_finished(chart, 180, description), title, caption)
 
 
 def kept(row: SiteRow) -> float:
