@@ -126,15 +126,29 @@ def check_needs(needs: Iterable[str]) -> frozenset[str]:
 
 
 def check_finite(found: Mapping[str, Evidence]) -> None:
-    """Raise EvidenceError, naming the site, where a sum holds NaN or infinity."""
+    """Raise EvidenceError, naming the site, where a sum holds NaN or infinity: the one where it began.
+
+    That is the first one of inputs, and the last one of gradients, which go the other way.
+    """
+    for name, key in _not_finite(found, INPUTS):
+        raise EvidenceError(
+            f"{key} was measured at {name}",
+            "it holds NaN or infinity",
+            "Look for overflow before this layer; half precision often needs bfloat16 or float32.",
+        )
+    for name, key in _not_finite({name: found[name] for name in reversed(list(found))}, GRADS):
+        raise EvidenceError(
+            f"{key} was measured at {name}",
+            "it holds NaN or infinity: a gradient overflowed there, or the loss is not finite",
+            "Run in bfloat16 or float32 (--dtype float32); float16 ends at 65,504.",
+        )
+
+
+def _not_finite(found: Mapping[str, Evidence], keys: frozenset[str]) -> Iterator[tuple[str, str]]:
     for name, seen in found.items():
-        for key, value in seen.sums.items():
-            if not bool(torch.isfinite(value).all()):
-                raise EvidenceError(
-                    f"{key} was measured at {name}",
-                    "it holds NaN or infinity",
-                    "Look for overflow before this layer; half precision often needs bfloat16 or float32.",
-                )
+        for key in seen.sums.keys() & keys:
+            if not bool(torch.isfinite(seen.sums[key]).all()):
+                yield name, key
 
 
 class Recorder(TorchFunctionMode):

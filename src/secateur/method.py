@@ -9,6 +9,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -127,16 +128,20 @@ class Chain(Method):
             raise SettingError("a chain of methods was asked for", "it has no links", "Give one method at least.")
         for method in self.methods:
             method.check()
+        masking = [m for m in self.methods if _masks(m)]
+        for place, later in enumerate(masking):
+            for earlier in masking[:place]:
+                first, then = _target(earlier), _target(later)
+                if _chooses_from(earlier) == _chooses_from(later) and then <= first:
+                    raise SettingError(
+                        f"{later.name} was to mask {then:g} of the weights after {earlier.name}",
+                        f"{earlier.name} masks {first:g} of the same weights already, which leaves it nothing to do",
+                        f"Ask {later.name} for more than {first:g}, all that is to be gone by then, or leave it out.",
+                    )
 
     def budget(self) -> Budget | None:
-        """The links' budgets composed: 1 - (1 - s1)(1 - s2)..., where all have one."""
-        left = 1.0
-        for method in self.methods:
-            budget = method.budget()
-            if budget is None:
-                return None
-            left *= 1 - budget.sparsity
-        return Budget(1 - left)
+        """The links' budgets together, where they can be added up: see `composed`."""
+        return composed(self.methods)[0]
 
     def run(self, model: nn.Module, task: Task) -> Outcome:
         """Run each in turn and join what they say."""
@@ -148,12 +153,56 @@ class Chain(Method):
             done.notes += found.notes
             if found.history is not None:
                 done.history = found.history if done.history is None else done.history.then(found.history)
+        budget, why = composed(self.methods)
+        if budget is None:
+            done.notes.append(f"This chain has no target of its own: {why}; each link meets its own.")
         return done
 
     @property
     def name(self) -> str:
         """`stun+perp`."""
         return "+".join(method.name for method in self.methods)
+
+
+def composed(methods: Sequence[Method]) -> tuple[Budget | None, str]:
+    """What several budgets come to together, and where they do not add up, why.
+
+    What is taken out is taken from what the links before left: 1 - (1 - s1)(1 - s2). A mask counts what is zero by
+    then, wherever it came from: of several, the largest. A recovery removes nothing.
+    """
+    out, masked, units, chosen = 1.0, 0.0, set(), set()
+    for method in methods:
+        budget = method.budget()
+        if budget is None:
+            if method.card.when != "recovery":
+                return None, f"{method.name} has none"
+            continue
+        units.add(budget.of)
+        if _masks(method):
+            chosen.add(repr(_chooses_from(method)[:2]))
+            masked = max(masked, budget.sparsity)
+        else:
+            out *= 1 - budget.sparsity
+    if len(units) > 1:
+        return None, f"a sparsity of {' and one of '.join(sorted(units))} do not add up to one"
+    if len(chosen) > 1:
+        return None, "its masks are of different weights"
+    return (Budget(1 - out * (1 - masked), units.pop()), "") if units else (None, "no link has one")
+
+
+def _masks(method: Method) -> bool:
+    """Whether a method zeroes single weights or blocks of them, so that its sparsity counts zeros that are there."""
+    return method.budget() is not None and set(method.card.granularity) <= {"weight", "block"}
+
+
+def _target(method: Method) -> float:
+    budget = method.budget()
+    return 0.0 if budget is None else budget.sparsity
+
+
+def _chooses_from(method: Method) -> tuple[Any, ...]:
+    """Which weights a method chooses from, and in which pattern."""
+    return tuple(getattr(method, name, None) for name in ("include", "exclude", "pattern"))
 
 
 def names() -> list[str]:
@@ -235,7 +284,6 @@ def prune(
         edits=dict(Counter(type(e).__name__ for e in outcome.edits)),
         curves=outcome.history.curves if outcome.history else {},
         notes=outcome.notes,
-        pictures=outcome.pictures,
         seconds=time.perf_counter() - start,
         peak_memory_bytes=peak_memory(),
         machine=about_machine(),
