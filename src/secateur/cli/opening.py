@@ -28,6 +28,7 @@ USUAL_TASKS = {
     "resnet56": "cifar10",
     "vit-fashion": "fashion-mnist",
     "char-mixtral": "tinyshakespeare",
+    "fashion-diffusion": "fashion-prompts",
 }
 """What the models that have a name of their own were trained on."""
 
@@ -89,6 +90,12 @@ class Moved:
         """See Task."""
         return self.task.fingerprint()
 
+    def __getattr__(self, name: str) -> Any:
+        """What only some tasks have, such as pictures to draw."""
+        if name == "task" or name.startswith("__"):  # asked for before there is a task: a copy being made
+            raise AttributeError(name)
+        return getattr(self.task, name)
+
 
 def set_threads(threads: int | None) -> None:
     """Use so many threads, when a number is given."""
@@ -140,6 +147,10 @@ def usual_task(opened: Opened) -> str:
     """The task a model is measured on when none is named."""
     if opened.name in USUAL_TASKS:
         return USUAL_TASKS[opened.name]
+    if opened.family == "clip":
+        return "captions"
+    if opened.kind == "pipeline":
+        return "prompts"
     if opened.tokenizer is not None:
         return "python-docs"
     advice = f"Give --task: {', '.join(task_names())}, a text file, or module:function."

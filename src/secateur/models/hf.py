@@ -511,6 +511,9 @@ def example_hint(model: nn.Module) -> dict[str, tuple[int, ...]]:
         return {main: (1, getattr(config, "num_channels", 3), high, wide)}
     if main == "input_ids":
         shapes: dict[str, tuple[int, ...]] = {main: (1, 8)}
+        sees = getattr(config, "vision_config", None)
+        if getattr(config, "model_type", None) == "clip" and sees is not None:  # a tower for pictures, one for text
+            shapes["pixel_values"] = (1, sees.num_channels, sees.image_size, sees.image_size)
         if getattr(config, "is_encoder_decoder", False):
             shapes["decoder_input_ids"] = (1, 6)
         return shapes
@@ -526,7 +529,8 @@ def example_inputs(model: nn.Module) -> dict[str, Tensor]:
         if name == "pixel_values":
             value = torch.randn(shape, generator=generator).to(first.dtype)
         else:
-            value = torch.randint(0, max(2, int(getattr(model.config, "vocab_size", 2))), shape, generator=generator)
+            text = getattr(model.config, "text_config", model.config)
+            value = torch.randint(0, max(2, int(getattr(text, "vocab_size", 2))), shape, generator=generator)
         made[name] = value.to(first.device)
     return made
 

@@ -14,22 +14,27 @@ from typing import Any
 from torch import nn
 
 from secateur.errors import SettingError, TaskError, did_you_mean
+from secateur.models.pipelines import Pipeline
 from secateur.tasks import corpora, images, speech
+from secateur.tasks.captioned import Captioned, fashion_pairs
 from secateur.tasks.corpora import Characters, Tokenizer, from_path, from_text, python_docs, wikitext2
 from secateur.tasks.divided import federated, forgetting
 from secateur.tasks.images import Images, cifar10, digits, fashion_mnist
 from secateur.tasks.labelled import Labelled
 from secateur.tasks.learners import Adam, AdamW, Learner, Sgd
+from secateur.tasks.prompts import Prompts, fashion_prompts, prompts
 from secateur.tasks.speech import Speech, spoken_digits
 from secateur.tasks.text import Text
 
 __all__ = [
     "Adam",
     "AdamW",
+    "Captioned",
     "Characters",
     "Images",
     "Labelled",
     "Learner",
+    "Prompts",
     "Sgd",
     "Speech",
     "Text",
@@ -37,12 +42,15 @@ __all__ = [
     "cifar10",
     "digits",
     "fashion_mnist",
+    "fashion_prompts",
+    "fashion_pairs",
     "federated",
     "forgetting",
     "from_path",
     "from_text",
     "names",
     "open_task",
+    "prompts",
     "python_docs",
     "spoken_digits",
     "wikitext2",
@@ -63,9 +71,15 @@ LABELLED: dict[str, Callable[..., Labelled]] = {
 }
 
 
+PAIRED: dict[str, Callable[..., Captioned]] = {"captions": fashion_pairs}
+
+
+DRAWN: dict[str, Callable[..., Prompts]] = {"fashion-prompts": fashion_prompts, "prompts": prompts}
+
+
 def names() -> list[str]:
     """Every ready-made task by name, sorted."""
-    return sorted([*TEXTS, *LABELLED])
+    return sorted([*TEXTS, *LABELLED, *PAIRED, *DRAWN])
 
 
 def open_task(
@@ -75,7 +89,7 @@ def open_task(
     model: nn.Module | None = None,
     seed: int = 0,
     **settings: Any,
-) -> Text | Labelled:
+) -> Text | Labelled | Captioned:
     """A ready-made task by name, or one over a text file or folder by path.
 
     `settings` are the scalars of the task (window, batch, windows, samples; train_size, val_size, test_size, flat,
@@ -84,11 +98,17 @@ def open_task(
     for an unknown setting.
     """
     given = {key: _scalar(value) for key, value in settings.items()}
+    if name in DRAWN or isinstance(model, Pipeline):
+        return _drawn(name, model, seed, given)
     rate = given.pop("learning_rate", None)
     if name in LABELLED:
         _check(name, given, LABELLED[name], Speech if name == "spoken-digits" else Images)
         _refuse(name, model, text=False)
-        task: Text | Labelled = LABELLED[name](seed=seed, **given)
+        task: Text | Labelled | Captioned = LABELLED[name](seed=seed, **given)
+    elif name in PAIRED:
+        _check(name, given, PAIRED[name], Captioned)
+        size = _sides(name, model)
+        task = PAIRED[name](tokenizer, seed=seed, **({"size": size} if size else {}), **given)
     elif name in TEXTS or (name.strip() and Path(name).exists()):
         make: Callable[..., Text] = TEXTS.get(name, from_path)
         _check(name, given, make, Text)
@@ -109,6 +129,33 @@ def open_task(
     return task
 
 
+def _drawn(name: str, model: nn.Module | None, seed: int, given: dict[str, Any]) -> Prompts:
+    """Captions for a pipeline to draw: a ready-made task, or the lines of a text file."""
+    rate = given.pop("learning_rate", None)
+    if model is None:
+        raise TaskError(
+            f"task {name!r} was asked for", "it needs the pipeline that draws", "Give open_task its model as well."
+        )
+    if name not in DRAWN and not Path(name).is_file():
+        raise TaskError(
+            f"task {name!r} was asked for",
+            "there is none of that name that pictures are drawn for, nor a file of captions",
+            did_you_mean(name, DRAWN),
+        )
+    file = {} if name in DRAWN else {"file": name}
+    made = DRAWN.get(name, prompts)
+    known = {f.name for f in fields(Prompts) if f.init} - {"name", "splits", "pipeline", "dense", "judge", "clients"}
+    for key in given:
+        if key not in known - {"learner", "seed"}:
+            raise SettingError(
+                f"setting {key!r} of task {name!r} was given",
+                "it has none of that name",
+                did_you_mean(key, [*known - {"learner", "seed"}, "learning_rate"]),
+            )
+    task = made(model=model, seed=seed, **file, **given)
+    return task if rate is None else replace(task, learner=replace(task.learner, rate=float(rate)))  # type: ignore[type-var]
+
+
 def _scalar(value: Any) -> Any:
     """Text as the number, truth value or nothing it spells, if it spells one."""
     if not isinstance(value, str):
@@ -124,9 +171,11 @@ def _scalar(value: Any) -> Any:
     return value
 
 
-def _check(name: str, given: dict[str, Any], make: Callable[..., Any], kind: type[Text] | type[Labelled]) -> None:
+def _check(
+    name: str, given: dict[str, Any], make: Callable[..., Any], kind: type[Text] | type[Labelled] | type[Captioned]
+) -> None:
     """Raise SettingError for a setting that a task does not have."""
-    inner = {"name", "ids", "splits", "clients", "scale", "mean", "std", "seed"}
+    inner = {"name", "ids", "mask", "size", "splits", "clients", "scale", "mean", "std", "seed"}
     known = {f.name for f in fields(kind) if f.init} - inner
     own = inspect.signature(make).parameters.values()
     known |= {p.name for p in own if p.kind is p.KEYWORD_ONLY}
@@ -141,6 +190,21 @@ def _check(name: str, given: dict[str, Any], make: Callable[..., Any], kind: typ
                 "it has none of that name",
                 did_you_mean(key, [*known, "learning_rate"]),
             )
+
+
+def _sides(name: str, model: nn.Module | None) -> int | None:
+    """Height and width of the pictures a model of two towers takes. Raises TaskError for a model of another kind."""
+    if model is None:
+        return None
+    sees, reads = _config(model, "vision_config"), _config(model, "text_config")
+    if sees is None or reads is None:
+        raise TaskError(
+            f"task {name!r} was asked for",
+            f"{type(model).__name__} does not take pictures and text together",
+            "Give a model with a tower for each, such as CLIP.",
+        )
+    size = getattr(sees, "image_size", None)
+    return size if isinstance(size, int) else None
 
 
 def _config(model: nn.Module | None, key: str) -> Any:
@@ -168,8 +232,20 @@ def _refuse(name: str, model: nn.Module | None, *, text: bool) -> None:
         )
 
 
-def _fits(task: Text | Labelled, model: nn.Module) -> None:
+def _fits(task: Text | Labelled | Captioned, model: nn.Module) -> None:
     """Raise TaskError when a model has no room for the task's tokens, classes or pixels."""
+    if isinstance(task, Captioned):
+        text = _config(model, "text_config")
+        words, most = getattr(text, "vocab_size", None), int(task.ids.max())
+        longest = getattr(text, "max_position_embeddings", None) or task.ids.shape[-1]
+        if (words is not None and most >= words) or task.ids.shape[-1] > longest:
+            raise TaskError(
+                f"task {task.name!r} was asked for",
+                f"captions have up to {task.ids.shape[-1]} tokens, the largest {most:,}, and the model takes {longest} "
+                f"and knows {words:,}",
+                "Give the tokenizer that belongs to the model.",
+            )
+        return
     if isinstance(task, Text):
         words, most = _config(model, "vocab_size"), max(int(stream.max()) for stream in task.ids.values())
         if words is not None and most >= words:
