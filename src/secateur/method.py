@@ -284,6 +284,7 @@ def prune(
         edits=dict(Counter(type(e).__name__ for e in outcome.edits)),
         curves=outcome.history.curves if outcome.history else {},
         notes=outcome.notes,
+        pictures=outcome.pictures,
         seconds=time.perf_counter() - start,
         peak_memory_bytes=peak_memory(),
         machine=about_machine(),
