@@ -77,30 +77,50 @@ class Absolute:
 class Watched:
     """What was measured: the mean change of each block, and the mean square of what flowed into some modules."""
 
-    def __init__(self, change: Change) -> None:
-        self.rule = change
+    def __init__(self, rule: Change) -> None:
+        self.rule = rule
         self.mask: Tensor | None = None  # of the pass under way: padding is no token
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self._changes: dict[str, tuple[Tensor, int]] = {}
+        self._squares: dict[str, tuple[Tensor, int]] = {}
 
-    def add(self, name: str, sums: Tensor, count: int) -> None:
-        """Add what some tokens came to."""
-        self._sums[name] = self._sums[name] + sums if name in self._sums else sums
-        self._counts[name] = self._counts.get(name, 0) + count
+    def change(self, block: str) -> float:
+        """The mean change of a block over all tokens. Raises EvidenceError where none was seen, or it is not finite."""
+        return float(_mean(block, self._changes.get(block)))
 
-    def mean(self, name: str) -> Tensor:
-        """Of a block its mean change [], of a module the mean square of each input [in], float64, over all tokens.
+    def square(self, module: str) -> Tensor:
+        """The mean square of what flowed into a module [in], float64, over all tokens. Raises as `change` does."""
+        return _mean(module, self._squares.get(module)).cpu()
 
-        Raises EvidenceError, naming it, where nothing was seen or it is not finite.
-        """
-        found = self._sums.get(name)
-        if found is None or not self._counts[name] or not bool(torch.isfinite(found).all()):
-            raise EvidenceError(
-                f"what flows through {name} was to be measured",
-                "no token reached it" if found is None or not self._counts[name] else "it holds NaN or infinity",
-                "Give more calibration data, or use bfloat16 or float32 where half precision overflows.",
+    @torch.no_grad()
+    def note_change(self, block: str, into: Tensor, out: Tensor) -> None:
+        """Add a pass through a block: [examples, tokens, width] twice."""
+        if into.shape != out.shape:
+            raise GraphError(
+                f"{block} was to be compared with what it is given",
+                f"{list(into.shape)} goes in and {list(out.shape)} comes out",
+                "Use a model whose blocks hand on a hidden state of one shape.",
             )
-        return (found / self._counts[name]).cpu()
+        found = self.rule.apart(tokens_of(into.detach(), self.mask), tokens_of(out.detach(), self.mask))
+        total, count = self._changes.get(block, (0, 0))
+        self._changes[block] = (total + found.sum(), count + len(found))
+
+    @torch.no_grad()
+    def note_square(self, module: str, into: Tensor) -> None:
+        """Add a pass through a module: [examples, tokens, in]."""
+        rows = tokens_of(into.detach(), self.mask)
+        total, count = self._squares.get(module, (0, 0))
+        self._squares[module] = (total + rows.double().square().sum(0), count + len(rows))
+
+
+def _mean(name: str, found: tuple[Tensor, int] | None) -> Tensor:
+    total, count = found or (torch.zeros(()), 0)
+    if not count or not bool(torch.isfinite(total).all()):
+        raise EvidenceError(
+            f"what flows through {name} was to be measured",
+            "it holds NaN or infinity" if count else "no token reached it",
+            "Give more calibration data, or use bfloat16 or float32 where half precision overflows.",
+        )
+    return total / count
 
 
 @contextmanager
@@ -111,11 +131,16 @@ def watched(model: nn.Module, blocks: Sequence[str], change: Change, inputs: Col
     Raises GraphError for a block that does not hand on a hidden state of one shape.
     """
     seen = Watched(change)
-    hooks = [model.register_forward_pre_hook(_masks(seen), with_kwargs=True)]
+
+    def masked(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        mask = kwargs.get("attention_mask")
+        seen.mask = mask if isinstance(mask, Tensor) else None
+
+    hooks = [model.register_forward_pre_hook(masked, with_kwargs=True)]
     for name in blocks:
-        hooks.append(model.get_submodule(name).register_forward_hook(_changes(seen, name), with_kwargs=True))
+        hooks.append(model.get_submodule(name).register_forward_hook(_changed(seen, name), with_kwargs=True))
     for name in inputs:
-        hooks.append(model.get_submodule(name).register_forward_pre_hook(_squares(seen, name), with_kwargs=True))
+        hooks.append(model.get_submodule(name).register_forward_pre_hook(_given(seen, name), with_kwargs=True))
     try:
         yield seen
     finally:
@@ -130,34 +155,16 @@ def tokens_of(x: Tensor, mask: Tensor | None) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _masks(seen: Watched) -> Any:
-    def note(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        mask = kwargs.get("attention_mask")
-        seen.mask = mask if isinstance(mask, Tensor) else None
-
-    return note
-
-
-def _changes(seen: Watched, name: str) -> Any:
+def _changed(seen: Watched, block: str) -> Any:
     def note(_: nn.Module, args: Any, kwargs: dict[str, Any], answer: Any) -> None:
-        into, out = _first((args, kwargs)), _first(answer)
-        if into.shape != out.shape:
-            raise GraphError(
-                f"{name} was to be compared with what it is given",
-                f"{list(into.shape)} goes in and {list(out.shape)} comes out",
-                "Use a model whose blocks hand on a hidden state of one shape.",
-            )
-        with torch.no_grad():
-            found = seen.rule.apart(tokens_of(into.detach(), seen.mask), tokens_of(out.detach(), seen.mask))
-        seen.add(name, found.sum(), len(found))
+        seen.note_change(block, _first((args, kwargs)), _first(answer))
 
     return note
 
 
-def _squares(seen: Watched, name: str) -> Any:
+def _given(seen: Watched, module: str) -> Any:
     def note(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        rows = tokens_of(_first((args, kwargs)).detach(), seen.mask)
-        seen.add(name, rows.double().square().sum(0), len(rows))
+        seen.note_square(module, _first((args, kwargs)))
 
     return note
 
