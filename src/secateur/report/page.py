@@ -17,6 +17,7 @@ from secateur.outcome import Record, write_text
 from secateur.report import figures
 from secateur.report.compare import Point, compare_table, dense, metric, points, series, shown
 from secateur.report.ledger import lines, ways
+from secateur.report.pictures import grids
 from secateur.report.sentence import headline
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ def page(records: Sequence[Record], title: str = "", extra: Sequence[Claim] = ()
         records=newest,
         drawings=[_figure(d) for d in drawings if d is not None],
         cut=None if cut is None else _figure(cut),
+        pictures=grids([(p.series, p.records[0]) for p in at]),
         curves=[_figure(d) for d in charts.curves(at)],
         metric=metric(first),
         dense=dense(newest),

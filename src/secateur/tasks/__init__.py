@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -89,7 +89,7 @@ def open_task(
     model: nn.Module | None = None,
     seed: int = 0,
     **settings: Any,
-) -> Text | Labelled | Captioned:
+) -> Text | Labelled | Captioned | Prompts:
     """A ready-made task by name, or one over a text file or folder by path.
 
     `settings` are the scalars of the task (window, batch, windows, samples; train_size, val_size, test_size, flat,
@@ -153,7 +153,7 @@ def _drawn(name: str, model: nn.Module | None, seed: int, given: dict[str, Any])
                 did_you_mean(key, [*known - {"learner", "seed"}, "learning_rate"]),
             )
     task = made(model=model, seed=seed, **file, **given)
-    return task if rate is None else replace(task, learner=replace(task.learner, rate=float(rate)))  # type: ignore[type-var]
+    return task if rate is None else replace(task, learner=replace(cast(Any, task.learner), rate=float(rate)))
 
 
 def _scalar(value: Any) -> Any:
