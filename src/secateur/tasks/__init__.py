@@ -42,8 +42,8 @@ __all__ = [
     "cifar10",
     "digits",
     "fashion_mnist",
-    "fashion_prompts",
     "fashion_pairs",
+    "fashion_prompts",
     "federated",
     "forgetting",
     "from_path",
@@ -143,7 +143,7 @@ def _drawn(name: str, model: nn.Module | None, seed: int, given: dict[str, Any])
             did_you_mean(name, DRAWN),
         )
     file = {} if name in DRAWN else {"file": name}
-    made = DRAWN.get(name, prompts)
+    made: Callable[..., Prompts] = DRAWN.get(name, prompts)
     known = {f.name for f in fields(Prompts) if f.init} - {"name", "splits", "pipeline", "dense", "judge", "clients"}
     for key in given:
         if key not in known - {"learner", "seed"}:
