@@ -20,6 +20,7 @@ in which signs cancel: `examples` makes each example a batch of its own.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,8 +96,39 @@ def observe(
     found = recorder.evidence()
     for name, sums in grads.items():
         found[name] = found.get(name, Evidence()).beside(Evidence(count, sums))
+    found = merged(found)
     check_finite(found)
     return found
+
+
+_Merge = Callable[[dict[str, Evidence]], dict[str, Evidence]]
+_merge: ContextVar[_Merge | None] = ContextVar("merge", default=None)
+
+
+@contextmanager
+def merging(merge: _Merge) -> Iterator[None]:
+    """Within this, what was seen here is merged with what was seen elsewhere, by other processes, before it is used."""
+    token = _merge.set(merge)
+    try:
+        yield
+    finally:
+        _merge.reset(token)
+
+
+def merged(found: dict[str, Evidence]) -> dict[str, Evidence]:
+    """Evidence as it is to be used: that of all who measure together."""
+    merge = _merge.get()
+    return found if merge is None else merge(found)
+
+
+def refuse_share(what: str) -> None:
+    """Raise SettingError within `merging` for what is no sum, and would be of one share of the data."""
+    if _merge.get() is not None:
+        raise SettingError(
+            f"{what} were to be looked at in several processes",
+            "each has only its share of them: what is added up is evidence",
+            "Run this method in one process, without torchrun.",
+        )
 
 
 def examples(batches: Iterable[Batch]) -> Iterator[Batch]:

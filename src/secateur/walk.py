@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from secateur.edit import Edit, Mask, apply_, load, save
 from secateur.errors import ResumeError, SettingError
-from secateur.evidence import INPUTS, Evidence, Recorder, calm, check_finite, check_needs
+from secateur.evidence import INPUTS, Evidence, Recorder, calm, check_finite, check_needs, merged, refuse_share
 from secateur.site import Site, Tensors, tensors
 from secateur.task import Batch
 
@@ -106,16 +106,19 @@ class Block:
     @property
     def inputs(self) -> list[Tensor]:
         """What flows into the block, a tensor per batch: [examples, tokens, width] in a transformer."""
+        refuse_share(f"the inputs of {self.name}")
         return [_flow(args, kwargs) for args, kwargs in self._calls]
 
     @property
     def calls(self) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
         """What the block is called with, positional and by keyword, a pair per batch: to train it by itself."""
+        refuse_share(f"the inputs of {self.name}")
         return list(self._calls)
 
     @torch.no_grad()
     def outputs(self) -> Iterator[Tensor]:
         """What flows out of the block as it is now, a tensor per batch."""
+        refuse_share(f"the outputs of {self.name}")
         for found in self._run():
             yield _first_tensor(found)
 
@@ -134,13 +137,14 @@ class Block:
         with torch.no_grad(), recorder:
             for _ in self._run():
                 pass
-        seen = recorder.evidence()
+        seen = merged(recorder.evidence())
         check_finite(seen)
         return seen
 
     @torch.no_grad()
     def watch(self, name: str) -> Iterator[Tensor]:
         """What flows into a module inside the block, by its name in the model: a tensor per batch."""
+        refuse_share(f"the inputs of {name}")
         caught: list[Tensor] = []
         inside = self.model.get_submodule(name)
         hook = inside.register_forward_pre_hook(

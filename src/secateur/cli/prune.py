@@ -14,6 +14,7 @@ from secateur.cli.options import SETTINGS, TASK, Verb, command_line, measuring, 
 
 if TYPE_CHECKING:
     from secateur.cli.terminal import Blocks, Terminal
+    from secateur.distributed import Processes
     from secateur.method import Method
     from secateur.models import Opened
     from secateur.outcome import Measurement, Outcome, Record
@@ -67,10 +68,56 @@ def command(
     is a method or a recipe (.yaml); `secateur prune MODEL METHOD --help` lists its settings. A run that was cut off is
     taken up again by the same command. Ends with 2 for bad input, and with 3 when the target was missed.
     """
+    from secateur.distributed import together
+
+    with together() as ours:
+        return _command(
+            ctx,
+            ours,
+            terminal(spoken) if ours.first else terminal({"quiet": True}),
+            model=model,
+            method=method,
+            target=Path(out),
+            overwrite=overwrite,
+            overrides=overrides,
+            resume=resume,
+            fresh=fresh,
+            split=None if no_eval or not ours.first else eval_split,
+            timing=timing and ours.first,
+            task=task,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            threads=threads,
+            online=online,
+        )
+
+
+def _command(
+    ctx: click.Context,
+    ours: "Processes",
+    speaker: "Terminal",
+    *,
+    model: str,
+    method: str,
+    target: Path,
+    overwrite: bool,
+    overrides: tuple[str, ...],
+    resume: str | None,
+    fresh: bool,
+    split: str | None,
+    timing: bool,
+    task: str | None,
+    seed: int | None,
+    device: str | None,
+    dtype: str | None,
+    threads: int | None,
+    online: bool,
+) -> int:
+    """What every process does; the first one alone speaks, measures and writes."""
     from secateur.cli.opening import model_from, recipe_from, scalars, set_threads, task_from
 
-    speaker = terminal(spoken)
-    target = Path(out)
+    _refuse_journal(ours, resume)
     _refuse_folder(target, overwrite)
     set_threads(threads)
     recipe = recipe_from(method, ctx.meta[SETTINGS], overrides)
@@ -89,20 +136,35 @@ def command(
         device=device or recipe.device,
     )
     planned = _announce(speaker, recipe.method, opened, chosen)
-    speaker.log_to(target.with_name(target.name + ".log"), command_line(ctx))
+    if ours.first:
+        speaker.log_to(target.with_name(target.name + ".log"), command_line(ctx))
+    if not ours.alone:
+        speaker.say(f"calibrating in {ours.count} processes; a run that is cut off starts anew")
     journal = Path(resume) if resume else target.with_name(f".{target.name}.journal")
     if fresh and journal.exists():
         _forget(journal)
-    outcome = _run(
-        speaker, recipe.method, opened, chosen, journal, None if no_eval else eval_split, timing, command_line(ctx)
-    )
+    outcome = _run(speaker, ours, recipe.method, opened, chosen, journal, split, timing, command_line(ctx))
+    if not ours.first:
+        return 0
     with speaker.busy("saving"):
         from secateur.models import save
 
         folder = save(outcome, opened, target, recipe=recipe.plain(), overwrite=overwrite)
     if journal.exists():
         _forget(journal)
-    return _finish(speaker, recipe.method, outcome, folder, out, planned)
+    return _finish(speaker, recipe.method, outcome, folder, str(target), planned)
+
+
+def _refuse_journal(ours: "Processes", resume: str | None) -> None:
+    """Raise SettingError where several processes were to keep finished blocks: they would have to agree on them."""
+    from secateur.errors import SettingError
+
+    if resume is not None and not ours.alone:
+        raise SettingError(
+            f"a run of {ours.count} processes was to be kept in {resume}",
+            "only a run of one process can be taken up again",
+            "Leave --resume out, or start without torchrun.",
+        )
 
 
 def _named(task: str) -> str:
@@ -140,6 +202,7 @@ def _announce(speaker: "Terminal", method: "Method", opened: "Opened", task: "Ta
 
 def _run(
     speaker: "Terminal",
+    ours: "Processes",
     method: "Method",
     opened: "Opened",
     task: "Task",
@@ -165,13 +228,16 @@ def _run(
             outcome = prune(
                 opened.model,
                 method,
-                task,
+                ours.share(task),
                 inplace=True,
                 timing=timing,
-                resume=journal,
+                resume=journal if ours.alone else None,
                 name=opened.name,
                 command=command,
             )
+        ours.agree(outcome.model)
+        if not ours.alone:
+            outcome.record = replace(_record(outcome), notes=[*outcome.notes, f"calibrated in {ours.count} processes"])
         if split is not None:
             with speaker.busy(f"measuring {opened.name} after"):
                 taken.append(Measurement("after", split, task.measure(outcome.model, split)))
@@ -194,9 +260,13 @@ def _run(
             error.add_note("No block was done yet, and no model was written.")
         speaker.note(f"ended: {type(error).__name__}: {error}")
         raise
-    assert outcome.record is not None
-    outcome.record = replace(outcome.record, measurements=taken)
+    outcome.record = replace(_record(outcome), measurements=taken)
     return outcome
+
+
+def _record(outcome: "Outcome") -> "Record":
+    assert outcome.record is not None, "prune writes one"
+    return outcome.record
 
 
 def _before(speaker: "Terminal", opened: "Opened", task: "Task", split: str, kept: Path, mark: str) -> dict[str, float]:

@@ -41,6 +41,7 @@ def command(ctx: click.Context, /, model: str, method: str, out: str, dense: str
     from secateur.cli.opening import recipe_from
     from secateur.models import load_edits
 
+    refuse_processes()
     refuse_unpruned(model)
     recipe = recipe_from(method, ctx.meta[SETTINGS], given["overrides"])
     refuse_pruner(recipe.method)
@@ -54,6 +55,20 @@ def command(ctx: click.Context, /, model: str, method: str, out: str, dense: str
         code = run(model=model, method=method, out=out, **given)
     check_zeros(Path(model), Path(out))
     return int(code or 0)
+
+
+def refuse_processes() -> None:
+    """Raise SettingError under torchrun: training is not divided, so that further processes would do it all again."""
+    from secateur.distributed import together
+    from secateur.errors import SettingError
+
+    with together() as ours:
+        if not ours.alone:
+            raise SettingError(
+                f"a model was to be recovered in {ours.count} processes",
+                "only calibration is divided",
+                "Start without torchrun.",
+            )
 
 
 def refuse_unpruned(folder: str) -> None:
