@@ -475,7 +475,7 @@ def test_steps_are_told_apart_by_number():
         recipe.overridden(value, ["sparsity=0.3"])
 
 
-# eval, inspect, compare, report
+# eval, inspect; compare has tests of its own
 
 
 def test_eval_measures_what_prune_measured(tmp_path):
@@ -491,67 +491,6 @@ def test_inspect_counts_zeros(tmp_path):
     found = json.loads(run("inspect", tmp_path / "out", "--json").stdout)
     assert found["zeros"] == pytest.approx(9216 / 20640)
     assert "stock loaders take it" in run("inspect", tmp_path / "out").stdout
-
-
-def test_compare_runs_each_cell_once_and_reports(tmp_path):
-    pytest.importorskip("altair")
-    out = tmp_path / "page.html"
-    args = (
-        "compare",
-        "tiny:mlp",
-        "--methods",
-        "magnitude,magnitude(pattern=2:4),sparsegpt",
-        "--sparsity",
-        "0.25,50%",
-        "--seeds",
-        "2",
-    )
-    args += ("--task", "tiny:toy_vectors", "--set", "samples=9999", "--out", out)
-    first = run(*args, "--json")
-    found = json.loads(first.stdout)
-    assert {row["method"] for row in found["table"]} >= {"random"}
-    assert {(row["asked"], row["seeds"]) for row in found["table"] if row["method"] == "random"} == {
-        (0.25, 2),
-        (0.5, 2),
-    }
-    assert found["dense"] is not None
-    assert {f["run"] for f in found["failures"]} == {
-        f"sparsegpt({s}samples=9999), seed {n}" for s in ("sparsity=0.25, ", "") for n in (0, 1)
-    }
-    assert "sparsegpt(samples=9999), seed 0 failed" in out.read_text()
-    records = list((tmp_path / "page-records").glob("*[0-9a-f].json"))
-    assert "14 runs, 0 of them done before" in said(first)
-    assert said(first).count("sparsity of the 1,664 weights in 3 sites") == 1
-    assert "left alone bias: 68 parameters" in said(first)
-    again = run(*args)
-    assert "14 runs, 10 of them done before" in said(again)
-    assert "dense" in again.stdout
-    one = run("report", *[r for r in records if "failed" not in r.name], "--out", tmp_path / "again.html")
-    assert "10 runs" in one.stdout
-    assert (tmp_path / "again.html").exists()
-
-
-def test_a_comparison_that_is_stopped_goes_on(tmp_path, monkeypatch):
-    pytest.importorskip("altair")
-    args = (
-        "compare",
-        "tiny:mlp",
-        "--methods",
-        "magnitude",
-        "--task",
-        "tiny:toy_vectors",
-        "--out",
-        tmp_path / "page.html",
-    )
-
-    def stop(self, model, task):
-        raise Killed
-
-    whole = load("random").run
-    monkeypatch.setattr(load("random"), "run", stop)
-    assert "run the same command again" in said(run(*args, code=INTERRUPTED))
-    monkeypatch.setattr(load("random"), "run", whole)
-    assert "2 runs, 1 of them done before" in said(run(*args))
 
 
 def test_a_target_missed_on_the_way_ends_with_three(tmp_path, monkeypatch):

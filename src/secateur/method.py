@@ -260,7 +260,7 @@ def prune(
     identity = f"{about['fingerprint']}/{task.fingerprint()}/{task.seed}/{method.name}/{settings(method)}"
     with journal(resume, hashlib.sha256(identity.encode()).hexdigest()):
         outcome = method.run(work, task)
-    after = Size.of(outcome.model, example)
+    after = replace(Size.of(outcome.model, example), stored_bytes=outcome.stored_bytes)
     if measure is not None:
         measurements.append(Measurement("after", measure, task.measure(outcome.model, measure)))
     timings = time_pair(dense, outcome.model, example) if dense is not None else (None, None)

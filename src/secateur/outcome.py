@@ -142,6 +142,40 @@ class Measurement:
 
 
 @dataclass(frozen=True)
+class Harm:
+    """An example that got worse, shown where it got worst."""
+
+    example: int  # its place in the split
+    before: float  # loss, the mean over its predictions, in nats
+    after: float
+    flips: float  # share of its predictions whose top answer changed
+    context: str  # what stands before the prediction that suffered most
+    wanted: str  # the right answer there
+    said_before: str
+    said_after: str
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What a mean hides: which examples got worse, and where the answers changed."""
+
+    split: str
+    examples: int
+    what: str  # what an example is: "windows of 512 tokens"
+    predictions: int  # of all examples together
+    flips: float  # share of the predictions whose top answer changed
+    lost: float  # share that was right and is wrong
+    gained: float  # share that was wrong and is right
+    differences: list[float]  # loss after - before of each example in order, in nats; infinite where it diverged
+    worst: list[Harm]  # the examples that lost most, the worst first
+
+    @property
+    def worse(self) -> int:
+        """How many examples have a higher loss than before."""
+        return sum(d > 0 for d in self.differences)
+
+
+@dataclass(frozen=True)
 class Pictures:
     """What a model drew: a row of a report's grid."""
 
@@ -174,6 +208,7 @@ class Record:
     versions: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)  # saved file -> sha256
     pictures: list[Pictures] = field(default_factory=list)  # of models that draw
+    damage: Damage | None = None  # None where it was not looked at
 
     def measured(self, when: str) -> dict[str, float]:
         """All values measured before or after, in one dictionary."""
@@ -216,6 +251,7 @@ class Outcome:
     notes: list[str] = field(default_factory=list)
     record: Record | None = None  # filled in by `prune`
     pictures: list[Pictures] = field(default_factory=list)  # of models that draw
+    stored_bytes: int | None = None  # of the weights in the form they are meant to be kept in, where that is not this
 
 
 def site_rows(edits: Sequence[Edit]) -> list[SiteRow]:
@@ -249,6 +285,12 @@ def count_flops(model: nn.Module, example: Batch) -> int | None:
         return int(counter.get_total_flops())
     finally:
         model.train(was_training)
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and lasting buffers as a file of them holds, tied ones once."""
+    found = {(v.data_ptr(), v.shape, v.stride()): v.nbytes for v in model.state_dict().values() if v.numel()}
+    return sum(found.values())
 
 
 def elements(model: nn.Module) -> dict[str, int]:

@@ -4,23 +4,33 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from secateur.cli.options import TASK, Verb, command_line, measuring, running, spoken, terminal
+from secateur.cli.options import TASK, Verb, command_line, looking, measuring, running, spoken, terminal
 
 if TYPE_CHECKING:
+    from secateur.cli.measuring import Look, Seen
     from secateur.cli.terminal import Terminal
     from secateur.method import Method
     from secateur.models import Opened
     from secateur.outcome import Record
     from secateur.task import Task
 
-ALWAYS = "random"  # what every criterion must beat
+ALWAYS = {
+    "random": "what every criterion must beat",
+    "magnitude": "what needs no data",
+    "shortgpt": "fewer layers, at the same share of the parameters",
+    "int8": "every weight, in fewer bits",
+}
+"""What is in every comparison beside the dense model, and why."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +40,7 @@ class Cell:
     method: "Method"
     seed: int
     record: Path
+    always: bool = False  # nobody named it: it is left out where it does not apply
 
     @property
     def failure(self) -> Path:
@@ -40,7 +51,10 @@ class Cell:
 @click.command("compare", cls=Verb)
 @click.argument("model")
 @click.option(
-    "--methods", required=True, metavar="A,B,...", help="Names, or name(key=value, ...). Random is always added."
+    "--methods",
+    required=True,
+    metavar="A,B,...",
+    help="Names, or name(key=value, ...). Random, magnitude, fewer layers and 8-bit weights are always added.",
 )
 @click.option(
     "--sparsity", default="0.5", show_default=True, metavar="S,...", help="Fractions removed, such as 0.3,50%."
@@ -50,7 +64,10 @@ class Cell:
 )
 @click.option("--out", required=True, metavar="FILE.html", help="The page. Records go to a folder beside it.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A setting of every method that has it.")
-@click.option("--timing", is_flag=True, help="Time a forward pass of both models, in turn.")
+@click.option(
+    "--timing/--no-timing", default=True, show_default=True, help="Time a forward pass of both models, in turn."
+)
+@looking
 @measuring
 @running
 @spoken
@@ -65,6 +82,9 @@ def command(
     out: str,
     overrides: tuple[str, ...],
     timing: bool,
+    zero_shot: str | None,
+    limit: int | None,
+    damage: int,
     task: str | None,
     eval_split: str,
     seed: int | None,
@@ -77,27 +97,32 @@ def command(
     """Several methods side by side, at equal sparsity and over seeds, on one page.
 
     Each run leaves a record; those that are there already are not run again. A run that fails is shown and does not
-    stop the others. The dense model and random pruning are always in the comparison.
+    stop the others. The dense model, random and magnitude pruning, fewer layers and 8-bit weights are always in the
+    comparison, and all methods are calibrated on equally many examples.
     """
+    from secateur.cli.measuring import look_from
     from secateur.cli.opening import model_from, set_threads, task_from
+    from secateur.errors import GraphError
     from secateur.outcome import fingerprint
     from secateur.plan import check
-    from secateur.report import write
 
     speaker = terminal(spoken)
     set_threads(threads)
-    wanted = asked(methods, sparsity, overrides)
+    wanted, always = asked(methods, sparsity, overrides)
+    look = look_from(eval_split, zero_shot, limit, damage)
     first = seed or 0
     with speaker.busy(f"opening {model}"):
         opened = model_from(model, dtype=dtype, device=device, online=online)
+        look.check(opened.tokenizer)
         tasks = {first + i: task_from(opened, task, ctx.meta[TASK], first + i) for i in range(seeds)}
     page = Path(out)
     folder = page.with_name(page.stem + "-records")
     folder.mkdir(parents=True, exist_ok=True)
     mark = fingerprint(opened.model)
     cells = [
-        Cell(method, number, folder / _name(method, number, [mark, chosen.fingerprint(), eval_split, timing]))
-        for method in wanted
+        Cell(method, number, folder / _name(method, number, [mark, chosen.fingerprint(), look.mark(), timing]), added)
+        for added, group in ((False, wanted), (True, always))
+        for method in group
         for number, chosen in tasks.items()
     ]
     todo = [cell for cell in cells if not cell.record.exists()]
@@ -106,31 +131,61 @@ def command(
         problems = {method: _refused(check, method, opened, chosen) for method, chosen in asks.items()}
     _say_what_of(speaker, [method for method, problem in problems.items() if problem is None], opened, tasks[first])
     speaker.say(f"{len(cells)} runs, {len(cells) - len(todo)} of them done before; records in {folder}")
-    before: dict[int, dict[str, float]] = {}
+    dense: dict[int, Seen] = {}
     try:
-        for number, cell in enumerate(todo, 1):
-            label = f"{number} of {len(todo)}  {_label(cell)}"
-            error = problems[cell.method]
-            if error is None:
-                chosen = tasks[cell.seed]
-                if cell.seed not in before:
-                    with speaker.busy("measuring the dense model"):
-                        before[cell.seed] = chosen.measure(opened.model, eval_split)
-                error = _run(
-                    speaker, cell, opened, chosen, eval_split, before[cell.seed], timing, command_line(ctx), label
-                )
-            if error is not None:
-                _fail(cell, error)
-                speaker.say(f"{label}  failed: {error}", "red")
+        with _stopped_by_term():
+            for number, cell in enumerate(todo, 1):
+                label = f"{number} of {len(todo)}  {_label(cell)}"
+                error = problems[cell.method]
+                if error is None:
+                    chosen = tasks[cell.seed]
+                    if cell.seed not in dense:
+                        with speaker.busy("measuring the dense model"):
+                            dense[cell.seed] = look.at(opened.model, chosen, opened.tokenizer)
+                    error = _run(
+                        speaker, cell, opened, chosen, look, dense[cell.seed], timing, command_line(ctx), label
+                    )
+                if error is not None:
+                    _fail(cell, error)
+                    left_out = cell.always and isinstance(error, GraphError)
+                    speaker.say(
+                        f"{label}  {'is left out' if left_out else 'failed'}: {error}", "" if left_out else "red"
+                    )
     except KeyboardInterrupt as error:
+        done = sum(cell.record.exists() for cell in cells)
         error.add_note(f"What was done is kept in {folder}: run the same command again to go on.")
+        if done:
+            _finish(
+                speaker, cells, out, f"stopped after {done} of {len(cells)} runs: this page holds those that were done"
+            )
+            error.add_note(f"{out} shows the {done} runs of {len(cells)} that are there.")
         raise
-    records, failures = _gathered(cells)
-    _finish(speaker, records, failures, out, write)
+    _finish(speaker, cells, out, "")
 
 
-def asked(methods: str, sparsity: str, overrides: Sequence[str]) -> "list[Method]":
-    """Every method at every sparsity, random among them. Raises SettingError for a name or a value that cannot be."""
+@contextmanager
+def _stopped_by_term() -> Iterator[None]:
+    """A polite request to end, as a scheduler sends it, stops like Ctrl-C: with what was done in place."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only there may signals be caught
+        return
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def asked(methods: str, sparsity: str, overrides: Sequence[str]) -> "tuple[list[Method], list[Method]]":
+    """Every method at every sparsity, those that were named and those that are always there.
+
+    All are calibrated on equally many examples: on as many as the first that was named and says so, or uses by
+    itself. Raises SettingError for a name or a value that cannot be.
+    """
     from secateur.errors import SettingError
     from secateur.method import load
     from secateur.recipe import method_of, settings_of, split_methods
@@ -141,8 +196,10 @@ def asked(methods: str, sparsity: str, overrides: Sequence[str]) -> "list[Method
     changes = [item.partition("=")[::2] for item in overrides]
     used: set[str] = set()
     found: list[Method] = []
+    always: list[Method] = []
+    told: list[tuple[bool, Method]] = []  # whether it says on how many examples it is calibrated
     kinds = [text.partition("(")[0].strip() for text in texts]
-    for text in [*texts, *([ALWAYS] if ALWAYS not in kinds else [])]:
+    for text in [*texts, *(name for name in ALWAYS if name not in kinds)]:
         name = type(method_of(text)).__module__.rpartition(".")[2]
         fields = settings_of(load(name))
         inside = re.sub(r"^[^(]*\(?|\)\s*$", "", text)
@@ -153,15 +210,27 @@ def asked(methods: str, sparsity: str, overrides: Sequence[str]) -> "list[Method
         levels = split_methods(sparsity) if free else [""]
         for level in levels:
             given = {**({"sparsity": level} if level else {}), **own}
-            found.append(_with(text, given))
+            method = _with(text, given)
+            told.append(("samples" in own or re.search(r"\bsamples\s*=", inside) is not None, method))
+            (found if text in texts else always).append(method)
     unknown = [key for key, _ in changes if key not in used]
     if unknown:
         raise SettingError(
             f"--set {unknown[0]} was given", "none of the methods has such a setting", "See `secateur explain`."
         )
-    for method in found:
+    even = _calibrated_alike(told)
+    for method in even.values():
         method.check()
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(even[m] for m in found)), list(dict.fromkeys(even[m] for m in always))
+
+
+def _calibrated_alike(told: "Sequence[tuple[bool, Method]]") -> "dict[Method, Method]":
+    """Each method, calibrated on as many examples as the others unless it says on how many."""
+    having = [(said, method) for said, method in told if isinstance(getattr(method, "samples", None), int)]
+    chosen = next((m for said, m in having if said), having[0][1] if having else None)
+    samples = getattr(chosen, "samples", None)
+    alike = {method: replace(method, samples=samples) for said, method in having if not said}  # type: ignore[type-var]
+    return {method: alike.get(method, method) for _, method in told}
 
 
 def _with(text: str, given: dict[str, str]) -> "Method":
@@ -224,33 +293,43 @@ def _run(
     cell: Cell,
     opened: "Opened",
     task: "Task",
-    split: str,
-    before: dict[str, float],
+    look: "Look",
+    dense: "Seen",
     timing: bool,
     command: str,
     label: str,
 ) -> Exception | None:
+    from secateur.cli.measuring import damage_between
     from secateur.errors import SecateurError
     from secateur.method import prune
-    from secateur.outcome import Measurement
+    from secateur.outcome import stored_bytes
     from secateur.report import figures
 
     try:
         with speaker.busy(label):
             outcome = prune(opened.model, cell.method, task, timing=timing, name=opened.name, command=command)
-            after = task.measure(outcome.model, split)
+            seen = look.at(outcome.model, task, opened.tokenizer)
     except (SecateurError, RuntimeError) as error:
         return error
-    assert outcome.record is not None
-    taken = [Measurement("before", split, before), Measurement("after", split, after)]
-    replace(outcome.record, measurements=taken).write(cell.record)
+    record = outcome.record
+    assert record is not None
+    # Nothing is saved here, so that the bytes are those a file would have: a mask saves none.
+    before = replace(record.ledger.before, stored_bytes=stored_bytes(opened.model))
+    after = replace(record.ledger.after, stored_bytes=outcome.stored_bytes or stored_bytes(outcome.model))
+    replace(
+        record,
+        ledger=replace(record.ledger, before=before, after=after),
+        measurements=[*dense.measurements("before", look.split), *seen.measurements("after", look.split)],
+        damage=damage_between(dense, seen, look.split, opened.tokenizer),
+    ).write(cell.record)
     cell.failure.unlink(missing_ok=True)
-    value = figures.quality(after.get(task.metric))
-    speaker.say(f"{label}  {task.metric} {value}  {figures.duration(outcome.record.seconds)}")
+    value = figures.quality(seen.values.get(task.metric))
+    speaker.say(f"{label}  {task.metric} {value}  {figures.duration(record.seconds)}")
     return None
 
 
 def _fail(cell: Cell, error: Exception) -> None:
+    from secateur.errors import GraphError
     from secateur.method import settings
     from secateur.outcome import write_text
 
@@ -260,6 +339,7 @@ def _fail(cell: Cell, error: Exception) -> None:
         "settings": settings(cell.method),
         "seed": cell.seed,
         "error": str(error),
+        "left_out": cell.always and isinstance(error, GraphError),
         **parts,
     }
     write_text(cell.failure, json.dumps(about, indent=1, sort_keys=True) + "\n")
@@ -277,29 +357,60 @@ def _gathered(cells: Sequence[Cell]) -> "tuple[list[Record], list[dict[str, Any]
     return records, failures
 
 
-def _finish(speaker: "Terminal", records: "list[Record]", failures: list[dict[str, Any]], out: str, write: Any) -> None:
+def _finish(speaker: "Terminal", cells: Sequence[Cell], out: str, stopped: str) -> None:
     from secateur.cli.report import claims_of
     from secateur.errors import EvidenceError
-    from secateur.report import compare_table, headline
+    from secateur.report import compare_table, headline, write
 
+    records, gathered = _gathered(cells)
+    failures = [f for f in gathered if not f.get("left_out")]
+    left_out = {f"{f['method']} is left out: {f['found'] or f['error']}": f for f in gathered if f.get("left_out")}
     if not records:
         raise EvidenceError(
-            f"{len(failures)} runs were to be compared",
-            f"all of them failed, the first with: {failures[0]['error'].splitlines()[0]}",
-            failures[0]["do"],
+            f"{len(gathered)} runs were to be compared",
+            f"all of them failed, the first with: {gathered[0]['error'].splitlines()[0]}",
+            gathered[0]["do"],
         )
-    told = [f"{f['run']} failed: {f['error'].splitlines()[0]}" for f in failures]
-    noted = [replace(records[0], notes=[*records[0].notes, *told]), *records[1:]]
+    told = [stopped] if stopped else []
+    told += [_calibration(records), *left_out]
+    told += [f"{f['run']} failed: {f['error'].splitlines()[0]}" for f in failures]
+    noted = [replace(records[0], notes=[*records[0].notes, *filter(None, told)]), *records[1:]]
     Path(out).resolve().parent.mkdir(parents=True, exist_ok=True)
     write(noted, out, "", claims_of(records))
+    if stopped:
+        return
     rows = compare_table(records)
     speaker.emit(
-        {"out": out, "headline": headline(records), "dense": rows[0]["dense"], "table": rows, "failures": failures}
+        {
+            "out": out,
+            "headline": headline(records),
+            "dense": rows[0]["dense"],
+            "table": rows,
+            "failures": failures,
+            "left_out": [*left_out],
+        }
     )
     if not speaker.as_json:
         _show(speaker, records, rows, failures)
+        for line in left_out:
+            speaker.show(line)
         speaker.show(f"\n{headline(records)}")
         speaker.show(out)
+
+
+def _calibration(records: "Sequence[Record]") -> str:
+    """On how many examples the methods were calibrated, and whether that was the same for all."""
+    found: dict[int, list[str]] = {}
+    for record in records:
+        samples = record.settings.get("samples")
+        if isinstance(samples, int) and record.method not in found.setdefault(samples, []):
+            found[samples].append(record.method)
+    if not found:
+        return ""
+    if len(found) == 1:
+        return f"every method that looks at data was calibrated on {next(iter(found)):,} examples of the same split"
+    each = "; ".join(f"{', '.join(names)} on {samples:,}" for samples, names in sorted(found.items()))
+    return f"NOT calibrated on equally many examples, as was asked: {each}"
 
 
 def _show(
@@ -309,13 +420,23 @@ def _show(
 
     from secateur.cli.terminal import table
     from secateur.report import figures
+    from secateur.report.compare import zero_shot_table
 
-    task = records[0].task
+    first = records[0]
+    task, window, before = first.task, first.measured("before").get("window"), first.ledger.before
     sense = "higher" if task.get("higher_is_better") else "lower"
-    head = f"{task['metric']} on {task['name']} ({sense} is better)"
-    shown = table("method", "sparsity", "reached", "seeds", head, right=("sparsity", "reached", "seeds", head))
+    over = f", windows of {window:,.0f} tokens" if window else ""
+    head = str(task["metric"])
+    columns = ["asked", "reached", "seeds", head, "flipped"]
+    title = f"{head} on {task['name']}{over} ({sense} is better); flipped: top answers that changed"
+    shown = table("method", *columns, title=title, right=columns)
+    costs = ["zeros", "stored", "work", "time", "time, dense"]
+    paid = table("method", "asked", *costs, title="what it costs", right=["asked", *costs])
     if rows[0]["dense"] is not None:
-        shown.add_row("dense", "0%", "0%", "", figures.quality(rows[0]["dense"]))
+        shown.add_row("dense", "0%", "0%", "", figures.quality(rows[0]["dense"]), "")
+    paid.add_row(
+        "dense", "0%", figures.count(before.zeros), figures.size(before.stored_bytes), figures.work(before.flops)
+    )
     best: dict[Any, float] = {}
     sign = -1 if task.get("higher_is_better") else 1
     for row in rows:
@@ -323,13 +444,26 @@ def _show(
             best[row["asked"]] = min(best.get(row["asked"], math.inf), sign * row["quality"])
     for row in rows:
         value = figures.interval(row["quality"], row["half_width"])
-        bold = row["quality"] is not None and sign * row["quality"] == best.get(row["asked"])
+        bold = (
+            row["asked"] is not None and row["quality"] is not None and sign * row["quality"] == best.get(row["asked"])
+        )
+        asked = "" if row["asked"] is None else figures.percent(row["asked"])
         shown.add_row(
             escape(row["method"]),
-            "" if row["asked"] is None else figures.percent(row["asked"]),
+            asked,
             figures.percent(row["reached"]),
             str(row["seeds"]),
             f"[bold]{value}[/]" if bold else value,
+            "" if row["flips"] is None else figures.percent(round(row["flips"], 3)),
+        )
+        times = (row["milliseconds"], row["milliseconds_dense"])
+        paid.add_row(
+            escape(row["method"]),
+            asked,
+            figures.count(row["zeros"]),
+            figures.size(row["stored_bytes"]),
+            figures.work(row["flops"]),
+            *("" if time is None else f"{figures.quality(time)} ms" for time in times),
         )
     for failure in failures:
         shown.add_row(
@@ -340,3 +474,13 @@ def _show(
             f"[red]failed: {escape(failure['found'] or failure['error'])}[/]",
         )
     speaker.show(shown)
+    speaker.show(paid)
+    questions = zero_shot_table(records)
+    if questions:
+        columns = [*questions[0]["tasks"]]
+        accuracies = table("zero-shot accuracy", "sparsity", *columns, right=["sparsity", *columns])
+        for row in questions:
+            at = "" if row["asked"] is None else figures.percent(row["asked"])
+            told = (figures.interval(*pair) for pair in row["tasks"].values())
+            accuracies.add_row(escape(row["method"]), at, *told)
+        speaker.show(accuracies)

@@ -228,6 +228,31 @@ def measuring(function: F) -> F:
     return function
 
 
+def looking(function: F) -> F:
+    """--zero-shot, --limit, --damage."""
+    for decorate in (
+        click.option(
+            "--damage",
+            type=click.IntRange(0),
+            default=64,
+            show_default=True,
+            metavar="N",
+            help="Examples that are compared one by one: which got worse, and where the top answer changed.",
+        ),
+        click.option(
+            "--limit", type=click.IntRange(1), metavar="N", help="Questions of each zero-shot task. [default: all]"
+        ),
+        click.option(
+            "--zero-shot",
+            metavar="A,B,...",
+            help="Multiple-choice questions, asked by the lm-eval harness: arc_easy, arc_challenge, boolq_no_passage,"
+            " openbookqa, piqa, social_iqa, winogrande, or a .jsonl file of yours.",
+        ),
+    ):
+        function = decorate(function)
+    return function
+
+
 def terminal(params: Mapping[str, Any]) -> Terminal:
     """Where a verb with these options speaks."""
     return Terminal(quiet=bool(params.get("quiet")), as_json=bool(params.get("as_json")))

@@ -168,6 +168,41 @@ def _curve(
     return Drawing(_finished(chart, 180, description), title, caption)
 
 
+def damage_by_example(found: Sequence[Point]) -> Drawing | None:
+    """How much the loss of each single example rose, a tick each; None when it was not looked at."""
+    every = [(p, p.records[0].damage) for p in found if p.records[0].damage is not None]
+    values = [
+        {"series": p.series, "rise": difference, "example": i}
+        for p, damage in every
+        if damage is not None
+        for i, difference in enumerate(damage.differences)
+        if math.isfinite(difference)
+    ]
+    if not values:
+        return None
+    names = [p.series for p, _ in every]
+    lost = sum(len(damage.differences) for _, damage in every if damage is not None) - len(values)
+    chart = (
+        alt.Chart(alt.InlineData(values=values))
+        .mark_tick(thickness=2, opacity=0.55)
+        .encode(
+            x=alt.X("rise:Q", title="loss after - loss before (nats)", axis=alt.Axis(format=".3~g", tickCount=6)),
+            y=alt.Y("series:N", sort=names, title=None, axis=alt.Axis(labelLimit=180)),
+            color=_colour(names, legend=False),
+            tooltip=[
+                alt.Tooltip("series:N", title="method"),
+                alt.Tooltip("example:Q"),
+                alt.Tooltip("rise:Q", title="rise", format=".4~g"),
+            ],
+        )
+    )
+    caption = "A tick is one example; right of zero it got worse." + (
+        f" {lost} whose loss is no longer finite are left out." if lost else ""
+    )
+    spec = _finished(chart, max(70, 30 * len(names)), "how much the loss of each example rose")
+    return Drawing(spec, "Example by example", caption)
+
+
 def kept(row: SiteRow) -> float:
     """The fraction of a site that is still there."""
     return 1 - row.removed / row.weights if row.weights else row.kept / row.units if row.units else 1.0

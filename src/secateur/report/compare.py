@@ -100,6 +100,11 @@ class Point:
         return self.reached if self.asked is None else self.asked
 
     @property
+    def control(self) -> bool:
+        """Whether nothing was to be removed, and nothing was: weights in fewer bits, to compare with."""
+        return self.asked is None and self.reached == 0
+
+    @property
     def qualities(self) -> list[float]:
         """The quality after, of each seed that was measured."""
         return [q for r in self.records if (q := quality_of(r, "after")) is not None]
@@ -157,8 +162,11 @@ def series(found: Iterable[Point]) -> list[str]:
 
 
 def shown(found: Sequence[Point]) -> list[Point]:
-    """One point per series, all as near as can be to the middle sparsity: for what is drawn run by run."""
-    every = sorted({p.position for p in found})
+    """One point per series, all as near as can be to the middle sparsity: for what is drawn run by run.
+
+    Controls that remove nothing have no say in which that is.
+    """
+    every = sorted({p.position for p in found if not p.control}) or [0.0]
     middle = every[(len(every) - 1) // 2]
     return [min((p for p in found if p.series == s), key=lambda p: abs(p.position - middle)) for s in series(found)]
 
@@ -178,8 +186,8 @@ def compare_table(records: Sequence[Record]) -> list[dict[str, Any]]:
 
     Keys: method, asked, reached (sparsities), seeds, metric, quality (mean over the seeds), half_width (of its 95 %
     t-interval), diverged (seeds), dense (quality before), zeros, parameters, memory_bytes, stored_bytes, flops,
-    milliseconds, milliseconds_dense (timed in turn with it). Raises SettingError for no records, TaskError for runs
-    that cannot be compared.
+    flips (share of the top answers that changed), milliseconds, milliseconds_dense (timed in turn with it). Raises
+    SettingError for no records, TaskError for runs that cannot be compared.
     """
     return [
         {
@@ -197,11 +205,48 @@ def compare_table(records: Sequence[Record]) -> list[dict[str, Any]]:
             "memory_bytes": p.mean(lambda of: of.after.memory_bytes),
             "stored_bytes": p.mean(lambda of: of.after.stored_bytes),
             "flops": p.mean(lambda of: of.after.flops),
+            "flips": flips(p),
             "milliseconds": p.mean(lambda of: of.timing_after.milliseconds if of.timing_after else None),
             "milliseconds_dense": p.mean(lambda of: of.timing_before.milliseconds if of.timing_before else None),
         }
         for p in points(records)
     ]
+
+
+def flips(point: Point) -> float | None:
+    """The share of top answers that changed, averaged over the seeds; None unless every seed was looked at."""
+    found = [r.damage.flips for r in point.records if r.damage is not None]
+    return statistics.fmean(found) if found and len(found) == len(point.records) else None
+
+
+def zero_shot_table(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """A row for the dense model and one per method and sparsity: what they answer to multiple-choice questions.
+
+    Keys: method, asked, tasks (name with its metric -> (accuracy, half of its 95 % interval)). The metric is acc_norm
+    where the harness reports it, and acc elsewhere. The interval is over the seeds, or for one seed over the
+    questions. Empty when no questions were asked.
+    """
+    found = points(records)
+    rows: list[dict[str, Any]] = [{"method": "dense", "asked": None, "tasks": _answered(records, "before")}]
+    rows += [{"method": p.series, "asked": p.asked, "tasks": _answered(p.records, "after")} for p in found]
+    return rows if any(row["tasks"] for row in rows) else []
+
+
+def _answered(records: Sequence[Record], when: str) -> dict[str, tuple[float, float | None]]:
+    measured = [
+        {k: v for m in r.measurements if m.when == when and m.split == "zero-shot" for k, v in m.values.items()}
+        for r in records
+    ]
+    found: dict[str, tuple[float, float | None]] = {}
+    for name in dict.fromkeys(key.rpartition(" ")[0] for values in measured for key in values):
+        metric = f"{name} acc_norm" if any(f"{name} acc_norm" in values for values in measured) else f"{name} acc"
+        each = [values[metric] for values in measured if metric in values]
+        half = half_width(each)
+        if half is None or len(set(each)) == 1:  # one seed, or a model that is the same for all
+            error = next(values.get(f"{metric}_stderr") for values in measured if metric in values)
+            half = None if error is None or not math.isfinite(error) else 1.96 * error
+        found[metric] = statistics.fmean(each), half
+    return found
 
 
 def check_comparable(records: Sequence[Record]) -> None:

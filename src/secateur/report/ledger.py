@@ -33,7 +33,7 @@ def lines(record: Record) -> list[Line]:
         Line("bytes in memory", figures.size(before.memory_bytes), figures.size(after.memory_bytes),
              change(before.memory_bytes, after.memory_bytes), "of all parameters and buffers, zeros included"),
         Line("stored bytes", figures.size(before.stored_bytes), figures.size(after.stored_bytes),
-             change(before.stored_bytes, after.stored_bytes), "of the saved weights"),
+             change(before.stored_bytes, after.stored_bytes), "of the weights in a file, saved or as it would be"),
         Line("work per forward pass", figures.work(before.flops), figures.work(after.flops),
              change(before.flops, after.flops), "counted as if dense, over the task's example"),
         Line("time per forward pass", _time(ledger.timing_before), _time(ledger.timing_after), _faster(record),

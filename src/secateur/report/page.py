@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from secateur.errors import ModelError
 from secateur.outcome import Record, write_text
 from secateur.report import figures
-from secateur.report.compare import Point, compare_table, dense, metric, points, series, shown
+from secateur.report.compare import Point, compare_table, dense, metric, points, series, shown, zero_shot_table
+from secateur.report.damage import damage_table, rise
 from secateur.report.ledger import lines, ways
 from secateur.report.pictures import grids
 from secateur.report.sentence import headline
@@ -70,7 +71,8 @@ def page(records: Sequence[Record], title: str = "", extra: Sequence[Claim] = ()
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals.update(figures=figures, role=charts.role, kept=charts.kept)
+    environment.globals.update(figures=figures, role=charts.role, kept=charts.kept, rise=rise)
+    harmed = charts.damage_by_example(at)
     environment.filters["pretty"] = lambda value: json.dumps(value, indent=1, sort_keys=True, default=str)
     boot = environment.get_template("draw.js").render()
     name = first.model.get("name") or "model"
@@ -87,6 +89,9 @@ def page(records: Sequence[Record], title: str = "", extra: Sequence[Claim] = ()
         metric=metric(first),
         dense=dense(newest),
         table=compare_table(newest),
+        zero_shot=zero_shot_table(newest),
+        damage=damage_table(found),
+        harmed=None if harmed is None else _figure(harmed),
         seeds=sorted({len(p.records) for p in found}),
         shown=[(p, p.records[0], lines(p.records[0])) for p in at],
         at=_at(at),

@@ -22,7 +22,10 @@ def headline(records: Sequence[Record]) -> str:
         return summary(found[0].records[0])
     record = records[0]
     name, model = metric(record) or "quality", record.model.get("name") or "the model"
-    at = shown(found)
+    everywhere = shown(found)
+    at = [p for p in everywhere if not p.control] or everywhere
+    fell_short = [p for p in at if p.asked and p.reached < p.asked / 2]  # to rank what hardly removed would mislead
+    at = [p for p in at if p not in fell_short] or at
     ranked = sorted((p for p in at if p.quality is not None), key=lambda p: _rank(record, p))
     spread = f"{len(records)} runs of {len(at)} method{'s' * (len(at) > 1)} on {model}"
     if not ranked:
@@ -52,10 +55,22 @@ def headline(records: Sequence[Record]) -> str:
         last = f"{worst.series} has the {trail}, {figures.interval(worst.quality, worst.half)}"
     else:
         last = f"{worst.series} diverged"
-    missed = [p for p in ranked if p.asked is not None and abs(p.reached - p.asked) > MISSED]
+    missed = [
+        p
+        for p in [*ranked, *(p for p in fell_short if p not in ranked)]
+        if p.asked is not None and abs(p.reached - p.asked) > MISSED
+    ]
     if missed:
         sure += f"; {_join([f'{p.series} removed {figures.percent(p.reached)} instead' for p in missed])}"
+    sure += "".join(f"; {_beside(p)}" for p in everywhere if p.control and p not in at)
     return f"{start}{best.series} has the {lead} {name}{task} of {len(ranked)} methods, {told}, and {last}{sure}."
+
+
+def _beside(control: Point) -> str:
+    """What a model from which nothing was removed comes to."""
+    size = control.mean(lambda of: of.after.stored_bytes)
+    held = "" if size is None else f" in {figures.size(size)}"
+    return f"{control.series} removes nothing and comes to {figures.quality(control.quality)}{held}"
 
 
 def _finite(point: Point) -> bool:
