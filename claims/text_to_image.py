@@ -79,8 +79,8 @@ CLAIM = Claim(
     name="text_to_image",
     number=26,
     says="The text encoder of Stable Diffusion 2 bears more pruning by magnitude than its UNet (FID rises behind "
-    "57.5 % and 35 %), each then collapses within a few points, magnitude is no worse than Wanda on the text encoder at its "
-    "cliff (60 %: FID 27.2 against 79.5), and 47.5 % with 35 % costs nothing (18.1, dense 18.07).",
+    "57.5 % and 35 %), each then collapses within a few points, magnitude is no worse than Wanda on the text encoder "
+    "at its cliff (60 %: FID 27.2 against 79.5), and 47.5 % with 35 % costs nothing (18.1, dense 18.07).",
     source="arXiv:2411.15113, and the results file of its repository",
     here="A pipeline of MiniLM-L6 and a UNet of 1.3 M parameters that draws Fashion-MNIST from captions, 100 pictures "
     "in 10 DDIM steps with guidance 2, three seeds of noise; judged by a classifier of Fashion-MNIST: Frechet distance "
