@@ -401,3 +401,28 @@ def test_examples_with_a_mask_go_through_by_keyword():
     padded = CFSP().seen(model, sites, [Batch({"input_ids": longer, "attention_mask": mask})])
     for site in sites:
         assert padded.change(site.block) == pytest.approx(plain.change(site.block), rel=1e-5)
+
+
+def test_the_command_line_prunes_and_what_it_wrote_loads(tmp_path):
+    from click.testing import CliRunner
+
+    from secateur.cli import main
+
+    args = [
+        "prune",
+        "tiny:decoder",
+        "cfsp",
+        "--task",
+        "tiny:toy_text",
+        "--sparsity",
+        "30%",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    args += ["--round-to", "8", "--samples", "8", "--score", "weighted", "--recovery", "ig-lora(rank=2, steps=2)"]
+    found = CliRunner().invoke(main, args)
+    assert found.exit_code == 0, found.output
+    record = json.loads((tmp_path / "out" / "secateur.json").read_text())
+    assert record["method"] == "cfsp"
+    again = load(tmp_path / "out")
+    assert sum(p.numel() for p in again.parameters()) == record["ledger"]["after"]["parameters"] < 20640

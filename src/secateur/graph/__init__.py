@@ -24,7 +24,7 @@ from secateur.graph.trace import Frozen, Network, follow
 from secateur.site import Kind, Part, Site, tensors
 from secateur.task import Batch
 
-__all__ = ["Coupling", "Frozen", "channels", "couple", "heads", "removals"]
+__all__ = ["Coupling", "Frozen", "channels", "couple", "heads", "left_of", "removals"]
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,41 @@ def removals(sites: Sequence[Site], keep: Mapping[str, Tensor]) -> list[Remove]:
             parts.append(replace(part, shape=tuple(shape), owner=owner[still].reshape(view)))
         found.append(Remove(replace(site, parts=tuple(parts)), kept))
     return found
+
+
+def left_of(sites: Sequence[Site], keep: Mapping[str, Tensor]) -> tuple[Site, ...]:
+    """The same sites once `removals` of what is not kept were applied, without following the model again.
+
+    A site that is down to one unit stays as it is: nothing can be taken from it.
+    """
+    still: dict[tuple[str, int], Tensor] = {}  # of the dimensions that are cut: which entries are left
+    for site in sites:
+        kept = keep.get(site.name)
+        for part in site.parts if kept is not None else ():
+            if part.axis is None or part.owner is None:
+                continue
+            owner = part.owner.reshape(-1)
+            alive = (owner < 0) | kept.reshape(-1)[owner.clamp(min=0)]  # type: ignore[union-attr]
+            still[part.key, part.axis] = still.get((part.key, part.axis), torch.ones_like(alive)) & alive
+    found = []
+    for site in sites:
+        kept = keep.get(site.name, torch.ones(site.units, dtype=torch.bool)).reshape(-1)
+        number = torch.where(kept, kept.cumsum(0) - 1, -1)
+        parts = []
+        for part in site.parts:
+            if part.axis is None or part.owner is None:
+                parts.append(part)
+                continue
+            owner = part.owner.reshape(-1)
+            owner = torch.where(owner >= 0, number[owner.clamp(min=0)], owner)
+            if (part.key, part.axis) in still:
+                owner = owner[still[part.key, part.axis]]
+            sizes = [int(still[part.key, a].sum()) if (part.key, a) in still else n for a, n in enumerate(part.shape)]
+            view = [1] * len(sizes)
+            view[part.axis] = -1
+            parts.append(replace(part, shape=tuple(sizes), owner=owner.reshape(view)))
+        found.append(replace(site, shape=(int(kept.sum()),), parts=tuple(parts)))
+    return tuple(found)
 
 
 def _sites(model: nn.Module, network: Network) -> tuple[list[Site], frozenset[str]]:
