@@ -15,8 +15,10 @@ from typing import Any
 from secateur.axes import (
     allocations,
     criteria,
+    growth,
     influence,
     patterns,
+    probes,
     recovery,
     refiners,
     rules,
@@ -101,8 +103,10 @@ __all__ = [
 PARTS = (
     allocations,
     criteria,
+    growth,
     influence,
     patterns,
+    probes,
     recovery,
     refiners,
     rules,

@@ -297,9 +297,10 @@ def gaps(sites: Sequence[Site], keep: Mapping[str, Tensor]) -> list[str]:
         if len(site.shape) > 1 and site.name not in empty
     }
     found = [f"collapsed: nothing is left of {', '.join(empty)}"] if empty else []
-    if sum(dead.values()):
-        shown = ", ".join(f"{count} of {name}" for name, count in dead.items() if count)
-        found.append(f"outputs that no weight leads to: {shown}")
+    if total := sum(dead.values()):
+        most = max(dead, key=lambda name: dead[name])
+        layers = sum(count > 0 for count in dead.values())
+        found.append(f"no weight leads to {total:,} outputs in {layers} layers, {dead[most]:,} of them in {most}")
     return found
 
 
