@@ -89,6 +89,23 @@ def test_where_an_earlier_layer_is_read_the_layers_behind_it_are_unused(folder: 
     model.skipped = None
 
 
+def test_code_named_in_a_config_is_refused_and_other_files_are_not_read(folder: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(folder, tmp_path / "other")
+    (other / "text_encoder" / "data_config.json").write_text("[]")  # as sentence encoders come with
+    assert open_model(other).kind == "pipeline"
+    file = other / "text_encoder" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_map": {"AutoModel": "mine.Net"}}))
+    with pytest.raises(ModelError, match="asks for code of its own"):
+        open_model(other)
+
+
+@pytest.mark.data
+def test_the_small_pipeline_of_the_pack_opens_by_name() -> None:
+    model = open_model("fashion-diffusion").model
+    assert (model.shape, model.length, model.masked) == ((1, 28, 28), 10, True)
+    assert model.picture(["a photo of a sneaker"], steps=1).shape == (1, 1, 28, 28)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

@@ -29,6 +29,9 @@ LIBRARIES = ("diffusers", "transformers")
 NETWORKS = ("text_encoder", "unet", "vae")
 """The components that a pipeline runs."""
 
+_CONFIGS = ("config.json", "scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json")
+"""The files that could name code."""
+
 _KEPT_FILES = (".json", ".txt", ".model", ".safetensors")
 
 
@@ -276,7 +279,7 @@ def _component(folder: Path, kind: Any, dtype: torch.dtype) -> Any:
     if not folder.is_dir():
         raise ModelError(asked, "there is no such folder", "Copy the whole pipeline again.")
     for file in folder.iterdir():
-        if file.suffix == ".json" and "config" in file.name:
+        if file.name in _CONFIGS:
             hf.refuse_code(read_json(file), file)
     options: dict[str, Any] = {"local_files_only": True}
     network = issubclass(kind, nn.Module)
