@@ -13,7 +13,7 @@ from claims.harness import Claim, Expectation, Settings
 from claims.wanda import perplexity, smollm2
 from secateur.methods.adapt_pruner import AdaptPruner
 from secateur.task import Task
-from secateur.tasks import tinyshakespeare
+from secateur.tasks.corpora import tinyshakespeare
 from secateur.tasks.learners import AdamW
 from secateur.train import fit
 
