@@ -9,7 +9,7 @@ import tiny
 import torch
 from torch import nn
 
-from secateur.axes import Erk, Global
+from secateur.axes import Ecoflap, Erk, Global
 from secateur.axes.growth import AtRandom, Cleared, NearestZero, Rewire, Smallest, Steepest, Typical, random_masks
 from secateur.axes.rules import Gradual, Hold, LearningRate, everything, sparsity_of
 from secateur.axes.schedules import Cosine, Linear, Schedule
@@ -294,6 +294,9 @@ def test_one_tensor_cannot_have_two_masks():
         (lambda: RigL(steps=0).check(), "needs one at least"),
         (lambda: SparseEvolution(every=-1).check(), "an update every -1 steps"),
         (lambda: SparseEvolution(sparsity=90).check(), "Did you mean 0.9"),
+        (lambda: SparseEvolution(allocation=Global()).check(), "Global was asked for[\\s\\S]*a random choice has none"),
+        (lambda: RigL(allocation=Ecoflap()).check(), "Ecoflap was asked for"),
+        (lambda: GraNet(allocation=Global()).check(), "by-name"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(make, says):

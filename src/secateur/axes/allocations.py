@@ -288,6 +288,16 @@ def inhabited(sites: Sequence[Site], keep: Mapping[str, int]) -> dict[str, int]:
     return found
 
 
+def check_scoreless(allocation: Allocation) -> None:
+    """Raise SettingError for an allocation that looks at scores, where masks start at random and there are none."""
+    if allocation.needs_scores or isinstance(allocation, Measuring):
+        raise SettingError(
+            f"the allocation {type(allocation).__name__} was asked for",
+            "it looks at scores, and a random choice has none",
+            "Use a rule of the shapes, such as erk, er, uniform-plus or by-name.",
+        )
+
+
 def gaps(sites: Sequence[Site], keep: Mapping[str, Tensor]) -> list[str]:
     """What masks leave empty, in words: whole sites, and outputs to which nothing leads."""
     empty = [site.name for site in sites if not bool(keep[site.name].any())]

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from secateur.axes import Allocation, Erk, Uniform
-from secateur.axes.allocations import inhabited
+from secateur.axes.allocations import check_scoreless, inhabited
 from secateur.axes.growth import Coming, Moments, Rewire, Steepest, Typical, random_masks
 from secateur.axes.patterns import PerMatrix, keep_top
 from secateur.axes.probes import as_in_training
@@ -92,6 +92,7 @@ class GraNet(Method):
             raise SettingError(
                 f"a ramp over {self.steps} steps was asked for", "it needs training to happen in", "Give steps above 0."
             )
+        check_scoreless(self.allocation)
         LearningRate(floor=self.rate_floor)
 
     def run(self, model: nn.Module, task: Task) -> Outcome:

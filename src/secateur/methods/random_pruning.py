@@ -14,8 +14,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from secateur.axes import Allocation, Erk, Global, text_of
-from secateur.axes.allocations import Scores, gaps, inhabited
+from secateur.axes import Allocation, Erk, Global
+from secateur.axes.allocations import Scores, check_scoreless, gaps, inhabited
 from secateur.axes.growth import random_masks
 from secateur.axes.probes import Probe, Snip
 from secateur.axes.rules import Hold, LearningRate
@@ -83,12 +83,8 @@ class RandomPruning(Method):
                 f"{self.steps} steps of training were asked for", "a count cannot be negative", "Give 0 or more."
             )
         LearningRate(floor=self.rate_floor)
-        if self.allocation.needs_scores and not isinstance(self.allocation, Donor):
-            raise SettingError(
-                f"the allocation {text_of(self.allocation)} was asked for",
-                "it looks at scores, and a random choice has none",
-                "Use a rule of the shapes, such as erk, or a donor(probe='snip').",
-            )
+        if not isinstance(self.allocation, Donor):
+            check_scoreless(self.allocation)
 
     def run(self, model: nn.Module, task: Task) -> Outcome:
         """Share, draw, train with the mask held."""

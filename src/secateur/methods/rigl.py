@@ -14,7 +14,7 @@ from typing import ClassVar
 from torch import nn
 
 from secateur.axes import Allocation, Erk
-from secateur.axes.allocations import inhabited
+from secateur.axes.allocations import check_scoreless, inhabited
 from secateur.axes.growth import Cleared, Moments, Rewire, Steepest, random_masks
 from secateur.axes.rules import LearningRate
 from secateur.axes.schedules import Cosine, Schedule
@@ -70,6 +70,7 @@ class RigL(Method):
             raise SettingError(
                 f"sparse training of {self.steps} steps was asked for", "it needs one at least", "Give steps above 0."
             )
+        check_scoreless(self.allocation)
         LearningRate(floor=self.rate_floor)
 
     def run(self, model: nn.Module, task: Task) -> Outcome:

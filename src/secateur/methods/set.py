@@ -12,7 +12,7 @@ from typing import ClassVar
 from torch import nn
 
 from secateur.axes import Allocation, Erk
-from secateur.axes.allocations import inhabited
+from secateur.axes.allocations import check_scoreless, inhabited
 from secateur.axes.growth import AtRandom, Cleared, Leaving, Moments, NearestZero, Rewire, random_masks
 from secateur.axes.rules import LearningRate
 from secateur.axes.schedules import Linear, Schedule
@@ -70,6 +70,7 @@ class SparseEvolution(Method):
             raise SettingError(
                 f"sparse training of {self.steps} steps was asked for", "it needs one at least", "Give steps above 0."
             )
+        check_scoreless(self.allocation)
         LearningRate(floor=self.rate_floor)
 
     def run(self, model: nn.Module, task: Task) -> Outcome:
