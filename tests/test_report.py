@@ -14,10 +14,11 @@ import pytest
 
 from secateur import report
 from secateur.errors import ModelError, SettingError, TaskError
-from secateur.outcome import Ledger, Measurement, Record, SiteRow, Size, Timing
+from secateur.outcome import Damage, Harm, Ledger, Measurement, Record, SiteRow, Size, Timing
 from secateur.report import Claim, figures
-from secateur.report.charts import shorten
-from secateur.report.compare import half_width, points, shown, speed_up, t95
+from secateur.report.charts import damage_by_example, shorten
+from secateur.report.compare import half_width, points, shown, speed_up, t95, zero_shot_table
+from secateur.report.damage import damage_table
 from secateur.report.page import _bundle
 
 HOSTILE = '</script><script>alert("x")</script><b>{{ 7*7 }}</b>'
@@ -221,6 +222,82 @@ def test_headline_names_a_method_that_missed_its_target():
     assert report.headline([record(), over]).endswith("; slicegpt removed 75% instead.")
     assert "instead" not in report.headline([record(), run])
     assert "removed 75% (50% was asked for) of the" in report.summary(over)
+
+
+def control(seed=0, quality=21.5, name="int8"):
+    """A run that was to remove nothing, and did, in fewer bytes."""
+    run = record(name, None, seed, quality, stored=70_000_000)
+    return replace(run, settings={"exclude": ["head"]})
+
+
+def without_a_cut(run):
+    """A run that removed nothing of what was asked: a quarter of two layers is less than one."""
+    return replace(run, ledger=replace(run.ledger, removed=0, after=run.ledger.before), sites=[])
+
+
+def test_headline_does_not_rank_what_removed_nothing():
+    short = without_a_cut(record("shortgpt", quality=20.7))
+    said = report.headline([record(), record("random", quality=90.0), short, control()])
+    assert said.startswith("At 50% sparsity of smollm2, wanda has the lowest perplexity on wikitext2 of 2 methods")
+    assert "random has the highest, 90.00" in said
+    assert "; shortgpt removed 0% instead" in said
+    assert said.endswith("; int8 removes nothing and comes to 21.50 in 70.0 MB instead of 136.8 MB.")
+
+
+def test_a_control_alone_is_ranked_and_does_not_move_the_middle():
+    assert "int8" in report.headline([control(0), control(1)])
+    grid = [record(sparsity=s, quality=20 + s) for s in (0.3, 0.5, 0.7)]
+    at = {p.series: p.position for p in shown(points([*grid, control()]))}
+    assert at == {"wanda": 0.5, "int8": 0.0}
+    assert "at 50% sparsity" in Seen(report.page([*grid, control()])).text
+
+
+def test_damage_is_averaged_over_the_seeds_and_hostile_texts_stay_text():
+    def harmed(seed, flips, differences):
+        harm = Harm(1, 2.0, math.inf, 0.5, HOSTILE, HOSTILE, "was", "now")
+        found = Damage("test", 2, "windows of 8 tokens", 14, flips, 0.1, 0.05, differences, [harm])
+        return replace(record(seed=seed), damage=found)
+
+    runs = [harmed(0, 0.2, [0.1, 0.3]), harmed(1, 0.4, [-0.1, math.inf])]
+    (row,) = damage_table(points(runs))
+    assert row["flips"] == pytest.approx(0.3)
+    assert row["worse"] == pytest.approx(0.75)
+    assert row["most"] == math.inf
+    page = report.page(runs)
+    assert HOSTILE not in page
+    seen = Seen(page)
+    for words in ("which of 2 windows of 8 tokens got worse", "diverged", "wanda: the 1 that lost most", HOSTILE):
+        assert words in seen.text, words
+    drawing = damage_by_example(points(runs))
+    assert [row["rise"] for row in drawn(drawing.spec)] == [0.1, 0.3]
+    assert "left out" not in drawing.caption
+    assert "1 whose loss is no longer finite" in damage_by_example(points(runs[1:])).caption
+
+
+def test_a_page_without_damage_or_questions_has_no_such_section():
+    page = report.page([record()])
+    assert "<h2>Damage</h2>" not in page
+    assert "never trained for" not in page
+    assert damage_by_example(points([record()])) is None
+
+
+def test_questions_are_averaged_over_the_seeds_per_byte_where_that_is_known():
+    def asked(seed, after):
+        values = {"piqa acc": 0.5, "piqa acc_norm": after, "piqa acc_norm_stderr": 0.05, "piqa questions": 100.0}
+        values["piqa chance"] = 0.5
+        kept = [Measurement("before", "zero-shot", {**values, "piqa acc_norm": 0.7})]
+        kept.append(Measurement("after", "zero-shot", values))
+        return replace(record(seed=seed), measurements=[*record().measurements, *kept])
+
+    rows = zero_shot_table([asked(0, 0.6), asked(1, 0.64)])
+    assert rows[0] == {"method": "dense", "asked": None, "tasks": {"piqa acc_norm": (pytest.approx(0.7), 1.96 * 0.05)}}
+    mean, half = rows[1]["tasks"]["piqa acc_norm"]
+    assert mean == pytest.approx(0.62)
+    assert half == pytest.approx(12.706205 * 0.02)  # Student's t for two seeds, of a deviation of 0.02 * sqrt(2)
+    assert zero_shot_table([record()]) == []
+    seen = Seen(report.page([asked(0, 0.6)]))
+    assert "piqa: 100 questions, guessing gives 0.5000." in seen.text
+    assert "0.6000 ± 0.0980" in seen.text
 
 
 # Side by side

@@ -128,7 +128,7 @@ def _hash(script: str) -> str:
 
 def _at(at: Sequence[Point]) -> str:
     """The sparsities of the runs that are shown one by one, in words."""
-    places = list(dict.fromkeys(figures.percent(p.position) for p in at))
+    places = list(dict.fromkeys(figures.percent(p.position) for p in at if not p.control or len(at) == 1))
     return ", ".join(places[:3]) + (" and others" if len(places) > 3 else "")
 
 

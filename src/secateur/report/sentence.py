@@ -69,7 +69,9 @@ def headline(records: Sequence[Record]) -> str:
 def _beside(control: Point) -> str:
     """What a model from which nothing was removed comes to."""
     size = control.mean(lambda of: of.after.stored_bytes)
+    whole = control.records[0].ledger.before.stored_bytes
     held = "" if size is None else f" in {figures.size(size)}"
+    held += f" instead of {figures.size(whole)}" if held and whole is not None else ""
     return f"{control.series} removes nothing and comes to {figures.quality(control.quality)}{held}"
 
 
