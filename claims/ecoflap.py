@@ -91,8 +91,8 @@ CLAIM = Claim(
     "probed on 64, drawn by the seed.",
     conditions=("dense", "slopes", *(f"{k}@{t}" for t in TARGETS for k in ("magnitude", *KINDS))),
     once=("dense", *(f"magnitude@{t}" for t in TARGETS)),
-    settings={"batch": 64, "test": 4000, "samples": 128, "seen": 64, "draws": 4, "many": 32},
-    large={"test": 10000, "samples": 512, "seen": 128, "draws": 16, "many": 64},
+    settings={"batch": 64, "test": 4000, "samples": 128, "seen": 64, "draws": 4, "many": 8},
+    large={"test": 10000, "samples": 512, "seen": 128, "draws": 16, "many": 32},
     expects=(
         beats("zeroth@0.7", "wanda@0.7", "ECoFLaP beats uniform sparsities at 70 %"),
         beats("zeroth@0.8", "wanda@0.8", "ECoFLaP beats uniform sparsities at 80 %"),
