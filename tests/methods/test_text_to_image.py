@@ -148,7 +148,7 @@ def test_a_component_as_it_is_written(text: str, scope: Scope) -> None:
         ("unet=rank@0.5", SettingError, "is no criterion, pattern or allocation"),
         ("unet=0.5-0.3", SettingError, "its band runs from 0.5 to 0.3"),
         ("unet=magnitude+2:4@0.3-0.4", SettingError, "is a pattern, beside 2:4"),
-        ("unet=magnitude+2:4@0.3", SecateurError, "2:4"),
+        ("unet=magnitude+2:4@0.3", SecateurError, "always removes 0.5"),
     ],
 )
 def test_a_component_that_cannot_be_read_is_refused(text: str, error: type[Exception], says: str) -> None:

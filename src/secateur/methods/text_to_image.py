@@ -39,7 +39,6 @@ from secateur.edit import Edit
 from secateur.errors import SettingError, SiteError, did_you_mean
 from secateur.evidence import INPUTS
 from secateur.method import Budget, Card, Method, check_sparsity
-from secateur.models.pipelines import Pipeline
 from secateur.outcome import Outcome, Pictures
 from secateur.site import Site, tensors
 from secateur.task import Batch, Task
@@ -265,6 +264,20 @@ def _alone(sizes: Mapping[str, int], name: str, share: float) -> dict[str, float
 
 
 @runtime_checkable
+class Painter(Protocol):
+    """A model made of components, of which the text encoder alone answers to captions."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its components."""
+        ...
+
+    def unused(self) -> frozenset[str]:
+        """Tensors that no picture depends on."""
+        ...
+
+
+@runtime_checkable
 class Draws(Protocol):
     """A task that can show what a model draws."""
 
@@ -275,7 +288,7 @@ class Draws(Protocol):
 
 def components(model: nn.Module) -> list[str]:
     """The names that a component may have: a pipeline's networks, or the children of any other model with weights."""
-    if isinstance(model, Pipeline):
+    if isinstance(model, Painter):
         return list(model.names)
     return [name for name, child in model.named_children() if any(p.dim() >= 2 for p in child.parameters())]
 
@@ -372,7 +385,7 @@ class TextToImage(Method):
                 did_you_mean(scope.component, known),
             )
         needs = scope.criterion.needs
-        if needs - INPUTS or (needs and isinstance(model, Pipeline) and scope.component != "text_encoder"):
+        if needs - INPUTS or (needs and isinstance(model, Painter) and scope.component != "text_encoder"):
             raise SettingError(
                 f"{scope.component} was to be pruned by {text_of(scope.criterion)}",
                 "it needs gradients" if needs - INPUTS else "captions flow through the text encoder alone",
@@ -418,7 +431,7 @@ class TextToImage(Method):
 
 
 def _unused(model: nn.Module) -> frozenset[str]:
-    return model.unused() if isinstance(model, Pipeline) else frozenset()
+    return model.unused() if isinstance(model, Painter) else frozenset()
 
 
 @dataclass(eq=False)
@@ -449,7 +462,7 @@ class _Bench:
         """Calibration captions, once read."""
         if self._calibration is None:
             found = list(self.task.batches("calibration", self.method.samples))
-            bare = self.method.ignore_padding and isinstance(self.model, Pipeline)
+            bare = self.method.ignore_padding and isinstance(self.model, Painter)
             self._calibration = list(trimmed(found)) if bare else found
         return self._calibration
 
@@ -464,7 +477,7 @@ class _Bench:
     def _prune_one(self, scope: Scope) -> list[Edit]:
         sites, solver = self.sites[scope.component], Rank(scope.criterion, scope.pattern)
         # As published, OWL looks at Wanda's scores whatever is ranked by then, where there are captions to score with.
-        heard = scope.component == "text_encoder" or not isinstance(self.model, Pipeline)
+        heard = scope.component == "text_encoder" or not isinstance(self.model, Painter)
         look: Criterion = Wanda() if scope.allocation.needs_scores and heard else scope.criterion
         needs = solver.needs | (look.needs if scope.allocation.needs_scores else frozenset())
         batches = self.batches() if needs else []
