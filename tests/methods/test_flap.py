@@ -130,6 +130,16 @@ def test_any_allocation_serves():
     assert outcome.notes[0].endswith("0.1667, 0.25 asked for")  # a quarter of two heads is none
 
 
+def test_it_can_be_held_to_neurons():
+    model, task = tiny.trained("decoder"), tiny.make_task("decoder")
+    outcome = prune(model, FLAP(sparsity=0.25, samples=8, kinds=("channel",)), task)
+    assert {e.site.kind for e in outcome.edits if isinstance(e, Remove)} == {"channel"}
+    assert outcome.ledger.prunable == 128 * 96
+    assert outcome.ledger.removed == 32 * 96
+    with pytest.raises(SettingError, match="kinds=layer was given"):
+        FLAP(kinds=("layer",)).check()
+
+
 def test_a_plan_says_what_will_be_left():
     model, task = tiny.trained("decoder"), tiny.make_task("decoder")
     method = FLAP(sparsity=0.4, samples=8, allocation=PerLayer())

@@ -51,7 +51,11 @@ class Scale(Protocol):
 
 @dataclass(frozen=True)
 class ByLargest:
-    """Over the largest deviation, as in the paper; one block that stands out leaves the others near 0."""
+    """Over the largest deviation, as in the paper.
+
+    One block that stands out leaves the others near 0; and with an amplitude of a whole step it is never cut itself,
+    so that of two blocks only one is.
+    """
 
     def of(self, change: Tensor) -> Tensor:
         """See Scale."""

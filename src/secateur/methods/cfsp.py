@@ -295,7 +295,7 @@ class IgLora:
         """Train and merge: what changed, how it went, and what there is to say."""
         keep, ranks = kept_weights(model), self.ranks(model, influence)
         place = Place(model, _matrices(model), keep, lambda name: generator(task, f"cfsp {name}"))
-        chosen, notes = union([_ByBlock(ranks, self.scale)], place)
+        chosen, notes = union([RankedLora(ranks, self.scale)], place)
         training = Training(self.steps, self.rate, self.warmup, 0.0)
         edits, history = Retrain().mend(Work(training, model, task, chosen, keep, None))
         said = ", ".join(f"{block.rpartition('.')[2]} {rank}" for block, rank in ranks.items())
@@ -303,7 +303,7 @@ class IgLora:
 
 
 @dataclass(frozen=True, eq=False)
-class _ByBlock:
+class RankedLora:
     """Adapters of a rank that each block has of its own; zeros are kept."""
 
     ranks: Mapping[str, int]
@@ -361,6 +361,7 @@ class CFSP(Method):
         "feed-forward neurons at 20 to 50 %; about 1.5 times as fast at high sparsity.",
         checked="tests/methods/test_cfsp.py::test_widths_by_hand",
         differs=(
+            "Equation 8 is as others transcribe it, with Euclidean norms: we could not compare it with the paper.",
             "Neurons are ranked by equation 8; in the authors' code its weights cancel and only the activity is left,"
             " which is score=loudness here.",
             "How much a block does is a mean over tokens, with the contrast of the published 131,072 tokens, so that"
