@@ -118,9 +118,9 @@ def command(
     page = Path(out)
     folder = page.with_name(page.stem + "-records")
     folder.mkdir(parents=True, exist_ok=True)
-    mark = fingerprint(opened.model)
+    marks = [fingerprint(opened.model), look.mark(), timing]
     cells = [
-        Cell(method, number, folder / _name(method, number, [mark, chosen.fingerprint(), look.mark(), timing]), added)
+        Cell(method, number, folder / _name(method, number, [*marks, chosen.fingerprint()]), added)
         for added, group in ((False, wanted), (True, always))
         for method in group
         for number, chosen in tasks.items()
