@@ -156,7 +156,7 @@ class ZerothOrder:
     they are moved together, shared among their sites by size.
     """
 
-    samples: int = 32  # calibration examples at most, as in the paper
+    samples: int = 32  # calibration examples, as in the paper; batches are used whole
     draws: int = 4  # of noise per batch; the paper takes one, over smaller and more batches
     step: float = 1e-3  # epsilon in the paper; too small, and the difference of two losses is rounding
     power: int = 0  # each tensor's score times the sum of |w| to this power: 0 as in the paper, 1 and 2 its variants
@@ -200,7 +200,7 @@ class FirstOrder:
     batches. order=2, power=0 is the norm of the gradient, which ZerothOrder estimates.
     """
 
-    samples: int = 128  # calibration examples at most, as in the paper
+    samples: int = 128  # calibration examples, as in the paper; batches are used whole
     power: int = 1  # of |w|: 0 the gradient alone, 1 as the paper has it for BLIP-2, 2 its square
     order: int = 1  # of the norm over a site's weights: 1 sums, 2 is Euclid's
 
