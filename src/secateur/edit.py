@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from secateur import stored
 from secateur.errors import ModelError, SiteError, did_you_mean
 from secateur.site import Number, Part, Site, Tensors, tensors
 
@@ -91,8 +92,9 @@ class Update:
         """Set the tensor; a missing bias of a module that is there is added."""
         named = tensors(model)
         if self.name in named and named[self.name].shape == self.value.shape:
-            old = named[self.name]
-            old.data = self.value.to(device=old.device, dtype=old.dtype)
+            # Into the storage that is there: a new one per tensor would leave holes in memory as a walk goes on.
+            old = named[self.name].detach()
+            self.value = old.copy_(self.value)
             return
         owner, attribute = _holder(model, self.name)
         if self.name not in named and attribute != "bias":
@@ -379,7 +381,7 @@ class _Store:
 
     def keep(self, value: Tensor) -> str:
         name = f"t{len(self.tensors)}"
-        self.tensors[name] = value.detach().cpu().contiguous().clone()
+        self.tensors[name] = value.detach()
         return name
 
     def site(self, site: Site) -> int:
@@ -442,14 +444,12 @@ class _Store:
 
 def save(edits: Sequence[Edit], path: str | Path) -> None:
     """Write edits to a safetensors file; the JSON that says what they are is its metadata."""
-    from safetensors.torch import save_file
-
     store = _Store()
     rows = [store.edit(edit) for edit in edits]
     about = {"secateur_edits": str(VERSION), "sites": json.dumps(store.sites), "edits": json.dumps(rows)}
     target = Path(path)
     partial = target.with_name(target.name + ".partial")
-    save_file(store.tensors, str(partial), metadata=about)
+    stored.write(store.tensors, partial, about)
     os.replace(partial, target)
 
 

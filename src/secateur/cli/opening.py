@@ -122,10 +122,12 @@ def device_named(device: str | None) -> torch.device:
     return found
 
 
-def model_from(what: str, *, dtype: str | None, device: str | None, online: bool) -> Opened:
+def model_from(
+    what: str, *, dtype: str | None, device: str | None, online: bool, offload: Path | None = None
+) -> Opened:
     """Open a model as `open_model` does, on a device."""
     where = device_named(device)
-    return open_model(what, dtype=dtype or "float32", device=where, offline=not online)
+    return open_model(what, dtype=dtype or "float32", device=where, offline=not online, offload=offload)
 
 
 def task_from(opened: Opened, name: str | None, given: Mapping[str, Any], seed: int) -> Task:

@@ -35,6 +35,7 @@ BEFORE = "before.json"  # in the journal: the quality before, so that it is meas
     "--resume", metavar="DIR", help="Where finished blocks are kept until the end. [default: hidden, beside DIR]"
 )
 @click.option("--fresh", is_flag=True, help="Forget what an earlier, unfinished run left there.")
+@click.option("--offload", is_flag=True, help="Keep the weights in a file beside DIR: for models larger than memory.")
 @click.option("--no-eval", is_flag=True, help="Do not measure quality before and after.")
 @click.option("--timing", is_flag=True, help="Time a forward pass of both models, in turn.")
 @measuring
@@ -60,6 +61,7 @@ def command(
     dtype: str | None,
     threads: int | None,
     online: bool,
+    offload: bool = False,
     **spoken: Any,
 ) -> int:
     """Prune a model and save it, with its record, its recipe and a card.
@@ -90,6 +92,7 @@ def command(
             dtype=dtype,
             threads=threads,
             online=online,
+            offload=offload,
         )
 
 
@@ -113,6 +116,7 @@ def _command(
     dtype: str | None,
     threads: int | None,
     online: bool,
+    offload: bool,
 ) -> int:
     """What every process does; the first one alone speaks, measures and writes."""
     from secateur.cli.opening import model_from, recipe_from, scalars, set_threads, task_from
@@ -122,8 +126,11 @@ def _command(
     set_threads(threads)
     recipe = recipe_from(method, ctx.meta[SETTINGS], overrides)
     recipe.method.check()
+    at = target.absolute().parent if offload else None
     with speaker.busy(f"opening {model}"):
-        opened = model_from(model, dtype=dtype or recipe.dtype, device=device or recipe.device, online=online)
+        opened = model_from(
+            model, dtype=dtype or recipe.dtype, device=device or recipe.device, online=online, offload=at
+        )
         given = {**(recipe.task_settings if task in (None, recipe.task) else {}), **scalars(ctx.meta[TASK])}
         chosen = task_from(opened, task or recipe.task, given, seed if seed is not None else recipe.seed or 0)
     recipe = replace(

@@ -113,7 +113,7 @@ def header(path: Path) -> dict[str, Entry]:
         raise ModelError(asked, "there is no such file", "Check the path.")
     refuse_pickle(path)
     try:
-        with safe_open(str(path), framework="pt") as file:
+        with safe_open(str(path), framework="np") as file:  # as "pt" it would map the file as memory to be written to
             found = {}
             for name in file.keys():
                 part = file.get_slice(name)

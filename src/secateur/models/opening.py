@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +32,7 @@ from secateur.models.folder import (
     refuse_pickle,
 )
 from secateur.models.loading import OWN_BUILDERS, Builder, agree, check_report, from_folder, load, load_edits
+from secateur.models.offload import Resting, offloaded
 
 Kind = Literal["hf", "gguf", "pipeline", "python", "secateur"]
 
@@ -63,6 +64,7 @@ class Opened:
     edits: tuple[Edit, ...] = field(default=(), repr=False)  # from the architecture of `config` or `build` to this one
     index: Mapping[str, Sequence[int]] = field(default_factory=dict, repr=False)  # units kept by earlier runs
     lineage: tuple[Mapping[str, Any], ...] = ()  # the runs that came before
+    resting: Resting | None = field(default=None, repr=False)  # the file its weights lie in, when not in memory
 
     @property
     def family(self) -> str:
@@ -78,20 +80,37 @@ def open_model(
     device: str | torch.device = "cpu",
     offline: bool = True,
     checkpoint: str | Path | None = None,
+    offload: str | Path | None = None,
 ) -> Opened:
     """Open a model, whatever it is kept in.
 
     `what` is a folder in Hugging Face form, one of a diffusers pipeline or saved by secateur, a GGUF file,
     one of NAMES, `module:function` (called without arguments; weights from
     `::file.safetensors`, `::saved_folder` or `checkpoint`), or, unless
-    `offline`, an id on the Hugging Face hub. Raises ModelError for whatever cannot be opened whole and without
-    running code that came with it.
+    `offline`, an id on the Hugging Face hub. `offload` is a folder in which the weights of a Hugging Face folder are
+    kept while they are worked on, for models larger than memory: see secateur.models.offload. Raises ModelError for
+    whatever cannot be opened whole and without running code that came with it.
     """
     wanted, name = _dtype(dtype), str(what)
+    if offload is not None:
+        _check_offload(Path(what), device)
+        return _from_folder(Path(what), wanted, Path(what).resolve().name, Path(offload))
     opened = _open(name, wanted, offline, checkpoint)
     opened.model.to(device)
     opened.model.eval()
     return opened
+
+
+def _check_offload(folder: Path, device: str | torch.device) -> None:
+    asked = f"{folder} was to be opened without holding it in memory"
+    if not folder.is_dir() or is_ours(folder):
+        raise ModelError(
+            asked,
+            "it is no Hugging Face folder of safetensors",
+            "Open it without offload, or save it as such a folder.",
+        )
+    if torch.device(device).type != "cpu":
+        raise SettingError(asked, f"its weights were to be on {device}", "Offload works on the CPU: leave one out.")
 
 
 def _open(what: str, dtype: torch.dtype, offline: bool, checkpoint: str | Path | None) -> Opened:
@@ -149,11 +168,15 @@ def _not_a_model(path: Path) -> Opened:
 # Hugging Face
 
 
-def _from_folder(folder: Path, dtype: torch.dtype, name: str) -> Opened:
+def _from_folder(folder: Path, dtype: torch.dtype, name: str, offload: Path | None = None) -> Opened:
     config, kind = _check_folder(folder)
-    model = from_folder(kind, config, folder, dtype)
     tokenizer = _tokenizer(hf.transformers(), folder) if _has_tokenizer(folder) else None
-    return _opened(model, tokenizer, name, str(folder), "hf")
+    if offload is None:
+        return _opened(from_folder(kind, config, folder, dtype), tokenizer, name, str(folder), "hf")
+    model, resting = offloaded(kind, config, _weight_files(folder), dtype, offload)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = hf.transformers().GenerationConfig.from_pretrained(str(folder))
+    return replace(_opened(model, tokenizer, name, str(folder), "hf"), resting=resting)
 
 
 def _check_folder(folder: Path) -> tuple[Any, Any]:

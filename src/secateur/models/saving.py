@@ -25,6 +25,7 @@ from secateur.models import hf, pipelines
 from secateur.models.card import model_card
 from secateur.models.folder import CARD, FORMAT, RECORD, check_tensors, is_ours, sha256
 from secateur.models.loading import structure_
+from secateur.models.offload import Resting, reread
 from secateur.models.opening import NAMES, Opened
 from secateur.outcome import (
     SCHEMA_VERSION,
@@ -147,6 +148,8 @@ def _write(folder: Path, outcome: Outcome, opened: Opened, recipe: Mapping[str, 
 def _write_hf(folder: Path, model: nn.Module, opened: Opened, edits: Sequence[Edit]) -> dict[str, Any]:
     base = _base_config(model, opened)
     kind = type(model)
+    if opened.resting is not None and opened.resting.holds(model):
+        return _write_resting(folder, model, base, opened.resting)
     config, why, difference = _stock(folder, model, base)
     said: dict[str, Any] = {"kind": "hf", "class": kind.__name__, "build": None, "aliases": {}}
     if config is not None:
@@ -163,6 +166,29 @@ def _write_hf(folder: Path, model: nn.Module, opened: Opened, edits: Sequence[Ed
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(str(folder))  # type: ignore[union-attr,operator]
     return said | {"stock": False, "why_not": why, "difference": None, "aliases": aliases}
+
+
+def _write_resting(folder: Path, model: nn.Module, config: Any, resting: Resting) -> dict[str, Any]:
+    """A model whose weights lie in a file, in the shapes it was opened with: that file, once it was tried."""
+    kind, path = type(model), folder / "model.safetensors"
+    config.dtype = next(v.dtype for v in model.state_dict().values() if v.is_floating_point())
+    resting.write(path)
+    fresh = reread(kind, config, path, config.dtype)
+    inputs, difference = hf.example_inputs(model), None
+    if inputs:
+        ours, stock = hf.answer(model, inputs), hf.answer(fresh, inputs)
+        difference = float((ours - stock).abs().max())
+        if not difference <= _tolerance(config.dtype) * max(1.0, float(ours.abs().max())):
+            raise ModelError(
+                f"a model was to be saved to {folder}",
+                f"the stock {kind.__name__} of the same weights answers differently, by {difference:.2g}",
+                "Open it without offload.",
+            )
+    config.save_pretrained(str(folder))
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(str(folder))  # type: ignore[union-attr,operator]
+    said: dict[str, Any] = {"kind": "hf", "class": kind.__name__, "build": None, "aliases": {}}
+    return said | {"stock": True, "why_not": None, "difference": difference}
 
 
 def _base_config(model: nn.Module, opened: Opened) -> Any:
