@@ -1,7 +1,11 @@
 """The script that makes a mixture of experts out of a dense model: what it cuts adds up again."""
 
 import importlib.util
+import json
+import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -37,6 +41,34 @@ def test_tuning_lowers_the_loss_and_leaves_the_rest_alone(capsys) -> None:
     assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, query)
     assert not torch.equal(model.model.layers[0].mlp.gate.weight, rows)
     assert all(p.requires_grad for p in model.parameters())
+
+
+class Words:
+    """A tokenizer that writes a file, as they do."""
+
+    def save_pretrained(self, folder) -> None:
+        (Path(folder) / "words.json").write_text("{}")
+
+
+def test_a_whole_run_writes_a_folder_that_the_stock_class_loads(tmp_path, monkeypatch, capsys) -> None:
+    from transformers import AutoModelForCausalLM
+
+    dense = tiny.trained("decoder")
+    monkeypatch.setattr(train_moe, "open_model", lambda _: SimpleNamespace(model=dense, tokenizer=Words()))
+    for name in ("wikitext2", "python_docs"):
+        monkeypatch.setattr(train_moe, name, lambda _, **__: tiny.make_task("decoder"))
+    out = ["--out", str(tmp_path / "moe"), "--minutes", "0.01", "--tokens", "64", "--window", "16", "--shared", "16"]
+    monkeypatch.setattr(sys, "argv", ["train_moe", *out, "--experts", "6", "--top-k", "2"])
+    train_moe.main()
+    about = json.loads((tmp_path / "moe" / "about.json").read_text())
+    assert about["steps"] >= 1
+    assert set(about["perplexity"]) == {"dense", "split", "tuned"}
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "moe")
+    assert stock.config.num_experts == 6
+    assert (tmp_path / "moe" / "words.json").exists()
+    assert not list(tmp_path.glob(".moe*"))
+    assert train_moe.cache().name == "secateur" or "SECATEUR_CACHE" in os.environ
+    assert "all experts, even gates" in capsys.readouterr().out
 
 
 def test_clusters_are_of_one_size_and_of_like_points() -> None:

@@ -213,10 +213,12 @@ def tune(
         for group, rate in zip(optimizer.param_groups, first, strict=True):
             group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * done)) * min(1.0, (steps + 1) / 10)
         (ids,) = batch.inputs
-        out = model(ids, output_router_logits=True, use_cache=False)
-        with torch.no_grad():
-            wanted = F.log_softmax(dense(ids, use_cache=False).logits.flatten(0, 1), dim=-1)
-        said = F.log_softmax(out.logits.flatten(0, 1), dim=-1)
+        with torch.autocast("cpu", torch.bfloat16):  # products alone: the weights learn in float32
+            out = model(ids, output_router_logits=True, use_cache=False)
+            with torch.no_grad():
+                known = dense(ids, use_cache=False).logits
+        wanted = F.log_softmax(known.flatten(0, 1).float(), dim=-1)
+        said = F.log_softmax(out.logits.flatten(0, 1).float(), dim=-1)
         loss = F.kl_div(said, wanted, reduction="batchmean", log_target=True)
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss + balance * out.aux_loss)
@@ -284,7 +286,7 @@ def main() -> None:
     about: dict[str, object] = {k: v if not isinstance(v, Path) else str(v) for k, v in vars(given).items()}
     about["perplexity"] = {"dense": measured(opened.model), "split": measured(model)}
     say(f"perplexity   {about['perplexity']}")
-    optimizer = learning(model, given.router_only, rates=(2e-3, 1e-4))
+    optimizer = learning(model, given.router_only, rates=(2e-3, 3e-4))
     about["steps"] = tune(model, opened.model, tasks, optimizer, 60 * given.minutes, balance=0.01)
     about["perplexity"] |= {"tuned": measured(model)}  # type: ignore[operator]
     about["minutes_of_processor"] = round((time.process_time() - begun) / 60, 2)

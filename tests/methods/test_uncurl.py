@@ -245,6 +245,13 @@ def test_nothing_to_merge_is_said() -> None:
     assert "less than one" in done.notes[0]
 
 
+def test_a_plan_lists_the_experts() -> None:
+    from secateur.plan import plan
+
+    found = plan(UNCURL(), tiny.moe(), tiny.make_task("moe"), priced=False)
+    assert [(row.units, row.keep) for row in found.rows] == [(4, 2), (4, 2)]
+
+
 def test_refusals() -> None:
     task = tiny.make_task("moe")
     with pytest.raises(SettingError, match="experts are compared on data"):

@@ -79,6 +79,10 @@ class ExpertRemoval(Method):
                 "Take usage, router-norm, magnitude or random.",
             )
 
+    def sites_in(self, model: nn.Module) -> list[Site]:
+        """The experts of each layer, for plans."""
+        return [layer.site for layer in mixtures(model)]
+
     def run(self, model: nn.Module, task: Task) -> Outcome:
         """See Method."""
         self.check()

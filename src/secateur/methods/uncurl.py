@@ -27,7 +27,7 @@ from secateur.evidence import Evidence, calm
 from secateur.graph.experts import Mixture, check_left, cluster_router, mixtures, routing
 from secateur.method import Budget, Card, Method
 from secateur.outcome import Outcome
-from secateur.site import Tensors, tensors
+from secateur.site import Site, Tensors, tensors
 from secateur.task import Task, generator
 
 
@@ -303,6 +303,10 @@ class UNCURL(Method):
         super().check()
         if self.samples < 1:
             raise SettingError(f"samples={self.samples} was given", "experts are compared on data", "Give 128.")
+
+    def sites_in(self, model: nn.Module) -> list[Site]:
+        """The experts of each layer, for plans."""
+        return [layer.own if isinstance(self.router, IndexMap) else layer.site for layer in mixtures(model)]
 
     def run(self, model: nn.Module, task: Task) -> Outcome:
         """See Method."""
