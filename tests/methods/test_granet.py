@@ -381,3 +381,22 @@ def test_weights_put_back_without_masks_get_those_the_rule_began_with():
     keep = random_masks(sites, Erk().spread(sites, Budget(0.5)), 0)
     fit(other, task, 5, [Rewire(sites, keep, always(0.0))], resume_from=early[0])
     assert all(not bool(tensors(other)[s.name][~keep[s.name]].any()) for s in sites)
+
+
+def test_from_the_command_line_to_stock_transformers(tmp_path):
+    """A decoder made sparse in training is saved, and transformers loads it with every zero in place."""
+    from click.testing import CliRunner
+    from transformers import AutoModelForCausalLM
+
+    from secateur.cli import main
+
+    out = tmp_path / "sparse"
+    line = ["prune", "tiny:decoder", "granet", "--task", "tiny:toy_text", "--sparsity", "0.8", "--steps", "12"]
+    line += ["--every", "3", "--coming", "steepest(memory=0.5)", "--allocation", "er", "--out", str(out)]
+    found = CliRunner().invoke(main, line)
+    assert found.exit_code == 0, found.output
+    model = AutoModelForCausalLM.from_pretrained(out)
+    sites = weights(model)
+    units = sum(s.units for s in sites)
+    zeros = sum(int((tensors(model)[s.name] == 0).sum()) for s in sites)
+    assert zeros >= int(0.8 * units)

@@ -196,3 +196,20 @@ def test_the_gap_to_dense_shrinks_with_width():
         gap[width] = sum(lost) / 2
     assert gap[128] < gap[16] - 0.1, gap
     assert gap[128] < 0.2, gap
+
+
+def test_a_donor_and_shares_by_name_from_the_command_line(tmp_path):
+    from click.testing import CliRunner
+
+    from secateur.cli import main
+
+    line = ["prune", "tiny:mlp", "random_pruning", "--task", "tiny:toy_vectors", "--sparsity", "0.8", "--steps", "2"]
+    for place, allocation in enumerate(
+        ("donor(probe='synflow(rounds=3)')", "by-name(sparsities=(('4.weight', 0.5),))")
+    ):
+        out = str(tmp_path / str(place))
+        found = CliRunner().invoke(main, [*line, "--allocation", allocation, "--out", out])
+        assert found.exit_code == 0, found.output
+    found = CliRunner().invoke(main, [*line, "--allocation", "by-name(sparsities=(('5.weight', 0.5),))", "--out", out])
+    assert found.exit_code != 0
+    assert "no site has that name" in " ".join(found.output.split())
