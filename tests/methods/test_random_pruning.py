@@ -210,6 +210,8 @@ def test_a_donor_and_shares_by_name_from_the_command_line(tmp_path):
         out = str(tmp_path / str(place))
         found = CliRunner().invoke(main, [*line, "--allocation", allocation, "--out", out])
         assert found.exit_code == 0, found.output
-    found = CliRunner().invoke(main, [*line, "--allocation", "by-name(sparsities=(('5.weight', 0.5),))", "--out", out])
+    found = CliRunner().invoke(
+        main, [*line, "--allocation", "by-name(sparsities=(('5.weight', 0.5),))", "--out", str(tmp_path / "other")]
+    )
     assert found.exit_code != 0
     assert "no site has that name" in " ".join(found.output.split())
