@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from claims.harness import Claim, Expectation, Settings
+from secateur.axes.rewinding import reinitialize_
 from secateur.axes.rules import LearningRate
 from secateur.methods.gradual import GradualPruning
-from secateur.methods.lottery import reinitialize_
 from secateur.task import Task
 from secateur.tasks.images import fashion_mnist
 from secateur.tasks.learners import Adam

@@ -6,10 +6,10 @@ from torch import nn
 from claims.harness import Claim, Expectation, Settings
 from claims.random_pruning import network as cnn
 from claims.random_pruning import task_of as fashion
+from secateur.axes.rewinding import reinitialize_
 from secateur.axes.rules import LearningRate
 from secateur.method import Method
 from secateur.methods.granet import GraNet, plasticity
-from secateur.methods.lottery import reinitialize_
 from secateur.methods.random_pruning import RandomPruning
 from secateur.methods.rigl import RigL
 from secateur.methods.set import SparseEvolution

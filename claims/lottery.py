@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from claims.harness import Claim, Expectation, Measured, Settings
+from secateur.axes.rewinding import LayerByLayer, magnitudes, one_shot, reinitialize_, shuffled
 from secateur.axes.rules import Hold, Validate, early_stop, everything
 from secateur.cut import weights
-from secateur.methods.lottery import LayerByLayer, magnitudes, one_shot, reinitialize_, shuffled
 from secateur.task import Task, generator
 from secateur.tasks.images import fashion_mnist
 from secateur.tasks.learners import Adam

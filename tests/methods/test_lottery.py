@@ -8,24 +8,21 @@ import tiny
 import torch
 from torch import nn
 
-from secateur.axes.rules import Hold, early_stop, everything
-from secateur.cut import weights
-from secateur.errors import ModelError, SettingError, SiteError
-from secateur.method import load, prune
-from secateur.methods.lottery import (
+from secateur.axes.rewinding import (
     LayerByLayer,
-    Lottery,
     Rewind,
     Stay,
     Together,
-    controls,
     magnitudes,
     one_shot,
     reinitialize_,
     shuffled,
-    train_ticket,
-    untouched,
 )
+from secateur.axes.rules import Hold, early_stop, everything
+from secateur.cut import weights
+from secateur.errors import ModelError, SettingError, SiteError
+from secateur.method import load, prune
+from secateur.methods.lottery import Lottery, controls, train_ticket, untouched
 from secateur.site import tensors
 from secateur.tasks.learners import Adam
 from secateur.train import Snapshot, fit
@@ -93,7 +90,7 @@ def test_rates_for_layers_that_are_not_pruned_are_refused():
 
 
 def test_every_training_starts_from_the_same_weights_to_the_bit_and_new_data_orders(monkeypatch):
-    import secateur.methods.lottery as module
+    import secateur.axes.rewinding as module
 
     starts = []
 
@@ -223,8 +220,8 @@ def test_models_without_initial_weights_are_refused():
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"rounds": 0}, "0 rounds of 2000 steps"),
-        ({"steps": 0}, "7 rounds of 0 steps"),
+        ({"rounds": 0}, "0 rounds of dropping weights"),
+        ({"steps": 0}, "trainings of 0 steps"),
         ({"fraction": 0.0}, "a fraction of 0 a round"),
         ({"fraction": 1.0}, "a fraction of 1 a round"),
         ({"rewind": Rewind(2000)}, "rewinding to step 2000 was asked for, but training has 2000 steps"),

@@ -9,110 +9,33 @@ The paper's controls are here too: the same mask on other initial weights, a shu
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import ceil
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from secateur.axes import keep_top
-from secateur.axes.rules import Hold, LearningRate, Validate, everything, sparsity_of
+from secateur.axes.rewinding import (
+    Course,
+    Keep,
+    LayerByLayer,
+    Policy,
+    Rewind,
+    Scope,
+    check_rounds,
+    magnitudes,
+    reinitialize_,
+    search,
+    shuffled,
+)
+from secateur.axes.rules import Hold, Validate, sparsity_of
 from secateur.cut import DEFAULT_EXCLUDE, weights
 from secateur.edit import Mask, apply_
-from secateur.errors import ModelError, SettingError, SiteError, did_you_mean
+from secateur.errors import SiteError
 from secateur.method import Card, Method
 from secateur.outcome import Outcome
 from secateur.site import Site, tensors
 from secateur.task import Task
-from secateur.train import History, Loop, Rule, Snapshot, fit, seeded
-
-
-class Scope(Protocol):
-    """Which weights compete for staying."""
-
-    def drop(
-        self, sites: Sequence[Site], scores: Mapping[str, Tensor], keep: Mapping[str, Tensor], fraction: float
-    ) -> dict[str, Tensor]:
-        """New masks inside the old ones, with a fraction of what is left dropped."""
-        ...
-
-
-@dataclass(frozen=True)
-class LayerByLayer:
-    """Each layer loses the same fraction of what it has left, the output layer less: small fully connected nets."""
-
-    output: float = 0.5  # the last layer's rate, as a share of the others'
-    last: str = ""  # its name; empty: the last of the sites
-
-    def drop(
-        self, sites: Sequence[Site], scores: Mapping[str, Tensor], keep: Mapping[str, Tensor], fraction: float
-    ) -> dict[str, Tensor]:
-        """round(fraction * left) go from each layer; one weight always stays. Raises SettingError for no such layer."""
-        names = [site.name for site in sites]
-        last = self.last or names[-1]
-        if last not in names:
-            raise SettingError(
-                f"a rate for the layer {last!r} was given", "it is not pruned", did_you_mean(last, names)
-            )
-        found = {}
-        for site in sites:
-            left = int(keep[site.name].sum())
-            gone = round(fraction * (self.output if site.name == last else 1.0) * left)
-            count = max(left - gone, min(left, 1))
-            flat, within = scores[site.name].reshape(-1), keep[site.name].reshape(-1).to(scores[site.name].device)
-            found[site.name] = keep_top(flat, count, within).reshape(site.shape)
-        return found
-
-
-@dataclass(frozen=True)
-class Together:
-    """All layers compete, and may lose different shares: deep convolutional nets."""
-
-    def drop(
-        self, sites: Sequence[Site], scores: Mapping[str, Tensor], keep: Mapping[str, Tensor], fraction: float
-    ) -> dict[str, Tensor]:
-        """ceil(fraction * left) go from the pool of all layers; one weight always stays."""
-        flat = torch.cat([scores[site.name].reshape(-1) for site in sites])
-        within = torch.cat([keep[site.name].reshape(-1) for site in sites]).to(flat.device)
-        left = int(within.sum())
-        chosen = keep_top(flat, max(left - ceil(fraction * left - 1e-9), min(left, 1)), within)
-        pieces = torch.split(chosen, [site.units for site in sites])
-        return {site.name: piece.reshape(site.shape) for site, piece in zip(sites, pieces, strict=True)}
-
-
-class Policy(Protocol):
-    """What happens to the weights that stay after a round."""
-
-    @property
-    def step(self) -> int:
-        """The step whose weights are put aside."""
-        ...
-
-    def start(self, early: Snapshot, epoch: int) -> Snapshot | None:
-        """Where the next training starts, reading data from an epoch on; None: where the last one ended."""
-        ...
-
-
-@dataclass(frozen=True)
-class Rewind:
-    """They go back to their values at a step, and the learning rate's course with them; 0 is the paper's."""
-
-    step: int = 0
-
-    def start(self, early: Snapshot, epoch: int) -> Snapshot | None:
-        """The weights of that step, an optimizer that has seen nothing, data in a new order."""
-        return replace(early.weights_only(), epoch=early.epoch + epoch)
-
-
-@dataclass(frozen=True)
-class Stay:
-    """They go on from where training left them: strategy 2 of the paper's appendix B, Han et al. 2015."""
-
-    step: ClassVar[int] = 0
-
-    def start(self, early: Snapshot, epoch: int) -> Snapshot | None:
-        """No way back."""
-        return None
+from secateur.train import History, Rule, Snapshot, fit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,65 +71,33 @@ class Lottery(Method):
     )
     tiny: ClassVar = {"rounds": 2, "steps": 15}
 
+    @property
+    def course(self) -> Course:
+        """One training."""
+        return Course(self.steps, floor=self.rate_floor)
+
     def check(self) -> None:
         """Raise SettingError for rounds, fractions and rewinding that cannot be."""
-        if self.rounds < 1 or self.steps < 1:
-            raise SettingError(
-                f"{self.rounds} rounds of {self.steps} steps were asked for",
-                "a ticket takes one of each at least",
-                "Give rounds and steps above 0.",
-            )
-        if not 0 < self.fraction < 1:
-            raise SettingError(
-                f"a fraction of {self.fraction:g} a round was asked for",
-                "each round drops a part of what is left, in (0, 1)",
-                "Give 0.2, as the paper does.",
-            )
-        if not 0 <= self.rewind.step < self.steps:
-            raise SettingError(
-                f"rewinding to step {self.rewind.step} was asked for",
-                f"training has {self.steps} steps",
-                "Rewind to an earlier step; 0 is the start.",
-            )
+        check_rounds(self.rounds, self.fraction)
+        self.course.check(self.rewind)
 
     def run(self, model: nn.Module, task: Task) -> Outcome:
         """The ticket, trained: its mask is the edits, its initial weights those the model came with."""
         self.check()
-        sites = weights(model, self.include, self.exclude)
-        keep, origin = everything(sites), Snapshot.of(model)
-        early, history = self._dense(model, task, origin)
-        whole = history
-        for _ in range(self.rounds):
-            keep = self.scope.drop(sites, magnitudes(model, sites), keep, self.fraction)
-            start = self.rewind.start(early, history.epoch)
-            rules = [LearningRate(floor=self.rate_floor), Hold(sites, keep)]
-            history = fit(model, task, self.steps, rules, epoch=history.epoch, resume_from=start)
-            whole = whole.then(history)
-        edits = apply_(model, [Mask(site, keep[site.name]) for site in sites])
-        left = sum(int(k.sum()) for k in keep.values())
-        still = untouched(model, origin, sites, keep)
+        sites, origin = weights(model, self.include, self.exclude), Snapshot.of(model)
+
+        def drop(keep: Keep, start: Snapshot) -> Keep:
+            return self.scope.drop(sites, magnitudes(model, sites), keep, self.fraction)
+
+        found = search(model, task, sites, self.course, self.rewind, self.rounds, drop)
+        edits = apply_(model, [Mask(site, found.keep[site.name]) for site in sites])
+        left = sum(int(k.sum()) for k in found.keep.values())
+        still = untouched(model, origin, sites, found.keep)
         notes = [
-            f"{1 - sparsity_of(keep):.2%} of the weights are left after {self.rounds} rounds",
+            f"{1 - sparsity_of(found.keep):.2%} of the weights are left after {self.rounds} rounds",
             f"{still:,} of the {left:,} weights left never moved from where they started",
         ]
-        return Outcome(model, edits, whole, notes=notes + whole.notes)
-
-    def _dense(self, model: nn.Module, task: Task, origin: Snapshot) -> tuple[Snapshot, History]:
-        """The first training, and the weights to rewind to, taken on its way."""
-        early = [origin]
-
-        def take(loop: Loop) -> None:
-            if loop.step == self.rewind.step:
-                early.append(Snapshot.of(model, loop))
-
-        history = fit(model, task, self.steps, [LearningRate(floor=self.rate_floor)], watch=take)
-        return early[-1], history
-
-
-def magnitudes(model: nn.Module, sites: Sequence[Site]) -> dict[str, Tensor]:
-    """|w| of every weight, site by site."""
-    named = tensors(model)
-    return {site.name: site.parts[0].read(named).detach().abs() for site in sites}
+        return Outcome(model, edits, found.history, notes=notes + found.history.notes)
 
 
 def untouched(model: nn.Module, start: Snapshot, sites: Sequence[Site], keep: Mapping[str, Tensor]) -> int:
@@ -251,39 +142,6 @@ def train_ticket(
         rules.append(Validate(validate))
     resume = None if start is None else replace(start.weights_only(), epoch=start.epoch + epoch)
     return fit(model, task, steps, rules, epoch=epoch, resume_from=resume)
-
-
-def reinitialize_(model: nn.Module, draw: torch.Generator) -> None:
-    """New initial weights from the distribution the modules themselves draw from; changes the model.
-
-    Raises ModelError where a parameter belongs to a module that cannot draw.
-    """
-    with seeded(model, int(torch.randint(1 << 62, (), generator=draw))):
-        for name, module in model.named_modules():
-            reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
-            if callable(reset):
-                reset()
-            elif next(module.parameters(recurse=False), None) is not None:
-                raise ModelError(
-                    f"{name or type(model).__name__} was to be initialised anew",
-                    f"{type(module).__name__} has no reset_parameters",
-                    "Give the class one that draws its initial weights.",
-                )
-
-
-def shuffled(keep: Mapping[str, Tensor], draw: torch.Generator) -> dict[str, Tensor]:
-    """Masks with as many weights in each layer, anywhere in it."""
-    return {
-        name: mask.reshape(-1)[torch.randperm(mask.numel(), generator=draw).to(mask.device)].reshape(mask.shape)
-        for name, mask in keep.items()
-    }
-
-
-def one_shot(scores: Mapping[str, Tensor], keep: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Masks with as many weights in each layer, all chosen by one training's scores."""
-    return {
-        name: keep_top(scores[name].reshape(-1), int(mask.sum())).reshape(mask.shape) for name, mask in keep.items()
-    }
 
 
 def controls(
