@@ -60,7 +60,7 @@ def over_inputs(value: Tensor, weight: Tensor) -> Tensor:
 
 def wanda_score(weight: Tensor, input_square: Tensor) -> Tensor:
     """|W[i, j]| * ||X[:, j]||: weight [out, in, ...], summed squares of the inputs [in...] or [groups, in...]."""
-    return weight.detach().abs() * over_inputs(input_square.sqrt().to(weight.dtype), weight)
+    return weight.detach().abs().mul_(over_inputs(input_square.sqrt().to(weight.dtype), weight))
 
 
 @dataclass(frozen=True)
@@ -95,17 +95,16 @@ def gram_factor(gram: Tensor, damp: float, name: str = "") -> tuple[Tensor, Tens
 
     Raises EvidenceError for a gram that ten times the damping does not make positive definite.
     """
-    hessian = gram.double().clone()
-    diagonal = hessian.diagonal()
+    diagonal = gram.diagonal()
     dead = diagonal == 0
     live = diagonal[~dead]
     mean = float(live.mean()) if len(live) else 1.0
-    diagonal[dead] = mean
     for share in (damp, 10 * damp):  # a second try with ten times as much
-        damped = hessian + torch.eye(len(hessian), dtype=hessian.dtype) * (share * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        lower = gram.flip(0, 1).double()  # one copy, factored in place: of a wide layer it is larger than the weights
+        lower.diagonal().masked_fill_(dead.flip(0), mean).add_(share * mean)
+        torch.linalg.cholesky_ex(lower, out=(lower, failed := torch.zeros((), dtype=torch.int32)))
         if not int(failed):
-            return lower.T.flip(0, 1).float().contiguous(), dead
+            return lower.float().T.flip(0, 1).contiguous(), dead
     raise EvidenceError(
         f"the inputs of {name or 'a layer'} were to be inverted",
         "their gram is not positive definite, even with ten times the damping",

@@ -41,6 +41,9 @@ class Pattern(Protocol):
         ...
 
 
+AT_ONCE = 1 << 20  # scores ranked together where rows are apart, so that a wide layer needs no copy of itself
+
+
 def keep_top(score: Tensor, keep: int, within: Tensor | None = None) -> Tensor:
     """The one exact selector: along the last axis keep exactly the top `keep`, as boolean like score [..., n].
 
@@ -69,6 +72,12 @@ def keep_top(score: Tensor, keep: int, within: Tensor | None = None) -> Tensor:
         return torch.ones_like(value, dtype=torch.bool)
     if keep == 0:
         return torch.zeros_like(value, dtype=torch.bool)
+    if value.dim() == 2 and value.numel() > AT_ONCE and len(value) > 1:  # rows are apart: few need be worked on at once
+        return torch.cat([_top(rows, drop) for rows in value.split(max(1, AT_ONCE // n))])
+    return _top(value, drop)
+
+
+def _top(value: Tensor, drop: int) -> Tensor:
     threshold = _kth_smallest(value, drop)
     gone = value <= threshold
     excess = gone.sum(-1, keepdim=True) - drop  # of those that equal the threshold, the last few stay
