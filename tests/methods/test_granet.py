@@ -110,8 +110,8 @@ def test_who_leaves_by_hand():
 
 def test_a_slope_of_zero_never_brings_what_is_there_already():
     """Fewer gradients than places: an order by |g| alone would pick active weights and lose some."""
-    model, task = line(3.0, 2.0, 1.0, 0.0, 0.0, 0.0), Slopes([9.0, 9.0, 9.0, 0.0, 0.0, 0.0], rate=0.0)
-    rule = Rewire(weights(model), mask(1, 1, 1, 0, 0, 0), always(1.0, until=0.5))
+    model, task = line(1.0, 2.0, 3.0, 0.0, 0.0, 0.0), Slopes([0.0, 0.0, 9.0, 0.0, 0.0, 0.0], rate=0.0)
+    rule = Rewire(weights(model), mask(1, 1, 1, 0, 0, 0), always(0.6, until=0.5))
     fit(model, task, 2, [rule])
     assert int(rule.keep["weight"].sum()) == 3
 
