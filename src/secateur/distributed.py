@@ -12,7 +12,7 @@ holds the whole model and takes the same decisions from the same sums; only the 
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,12 +20,11 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from secateur.errors import EvidenceError, SettingError, TaskError
 from secateur.evidence import Evidence, examples, merging
 from secateur.site import tensors
-from secateur.task import Batch, Task
+from secateur.task import Around, Batch, Task
 
 PATIENCE = timedelta(days=1)  # how long one process waits for another: the first may be measuring, or saving
 
@@ -65,42 +64,12 @@ class Processes:
             )
 
 
-@dataclass(frozen=True, eq=False)
-class Share:
-    """A task of whose calibration batches every so-manieth is this process's."""
+class Share(Around):
+    """A task of whose calibration batches every so-manieth is this process's; all the rest is everybody's."""
 
-    task: Task
-    ours: Processes
-
-    @property
-    def name(self) -> str:
-        """See Task."""
-        return self.task.name
-
-    @property
-    def seed(self) -> int:
-        """See Task."""
-        return self.task.seed
-
-    @property
-    def metric(self) -> str:
-        """See Task."""
-        return self.task.metric
-
-    @property
-    def higher_is_better(self) -> bool:
-        """See Task."""
-        return self.task.higher_is_better
-
-    @property
-    def example(self) -> Batch:
-        """See Task."""
-        return self.task.example
-
-    @property
-    def clients(self) -> Sequence[Task]:
-        """See Task."""
-        return self.task.clients
+    def __init__(self, task: Task, ours: Processes) -> None:
+        super().__init__(task)
+        self.ours = ours
 
     def batches(self, split: str, n: int | None = None, epoch: int = 0) -> Iterable[Batch]:
         """See Task. Raises TaskError when there is less than one example for each process."""
@@ -117,22 +86,6 @@ class Share:
                 f"Ask for {self.ours.count} samples at least, or start fewer processes.",
             )
         return held[self.ours.rank :: self.ours.count]
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """See Task."""
-        return self.task.loss(model, batch)
-
-    def measure(self, model: nn.Module, split: str = "val") -> dict[str, float]:
-        """See Task."""
-        return self.task.measure(model, split)
-
-    def optimizer(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
-        """See Task."""
-        return self.task.optimizer(parameters)
-
-    def fingerprint(self) -> str:
-        """See Task: that of all the data, whoever goes through it."""
-        return self.task.fingerprint()
 
 
 @contextmanager

@@ -109,6 +109,69 @@ class Task(Protocol):
         ...
 
 
+class Around:
+    """A task that stands around another: as that one in all that a subclass does not change."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+
+    @property
+    def name(self) -> str:
+        """See Task."""
+        return self.task.name
+
+    @property
+    def seed(self) -> int:
+        """See Task."""
+        return self.task.seed
+
+    @property
+    def metric(self) -> str:
+        """See Task."""
+        return self.task.metric
+
+    @property
+    def higher_is_better(self) -> bool:
+        """See Task."""
+        return self.task.higher_is_better
+
+    @property
+    def example(self) -> Batch:
+        """See Task."""
+        return self.task.example
+
+    @property
+    def clients(self) -> Sequence[Task]:
+        """See Task."""
+        return self.task.clients
+
+    def batches(self, split: str, n: int | None = None, epoch: int = 0) -> Iterable[Batch]:
+        """See Task."""
+        return self.task.batches(split, n, epoch)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """See Task."""
+        return self.task.loss(model, batch)
+
+    def measure(self, model: nn.Module, split: str = "val") -> dict[str, float]:
+        """See Task."""
+        return self.task.measure(model, split)
+
+    def optimizer(self, parameters: Iterable[Any]) -> Optimizer:
+        """See Task."""
+        return self.task.optimizer(parameters)
+
+    def fingerprint(self) -> str:
+        """See Task."""
+        return self.task.fingerprint()
+
+    def __getattr__(self, name: str) -> Any:
+        """What only some tasks have, such as pictures to draw."""
+        if name == "task" or name.startswith("__"):  # asked for before there is a task: a copy being made
+            raise AttributeError(name)
+        return getattr(self.task, name)
+
+
 def stream(seed: int, purpose: str) -> torch.Generator:
     """A random stream for one purpose: the same whatever else was drawn before."""
     digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()

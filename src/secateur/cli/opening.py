@@ -6,19 +6,16 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from secateur.errors import SettingError, TaskError, did_you_mean
 from secateur.method import check_fits, load, names
 from secateur.models import Opened, open_model
 from secateur.recipe import Recipe, build, is_recipe, read
-from secateur.task import Batch, Task
+from secateur.task import Around, Batch, Task
 from secateur.tasks import names as task_names
 from secateur.tasks import open_task
 
@@ -33,32 +30,12 @@ USUAL_TASKS = {
 """What the models that have a name of their own were trained on."""
 
 
-@dataclass(frozen=True, eq=False)
-class Moved:
+class Moved(Around):
     """A task whose batches are on a device."""
 
-    task: Task
-    device: torch.device
-
-    @property
-    def name(self) -> str:
-        """See Task."""
-        return self.task.name
-
-    @property
-    def seed(self) -> int:
-        """See Task."""
-        return self.task.seed
-
-    @property
-    def metric(self) -> str:
-        """See Task."""
-        return self.task.metric
-
-    @property
-    def higher_is_better(self) -> bool:
-        """See Task."""
-        return self.task.higher_is_better
+    def __init__(self, task: Task, device: torch.device) -> None:
+        super().__init__(task)
+        self.device = device
 
     @property
     def example(self) -> Batch:
@@ -73,28 +50,6 @@ class Moved:
     def batches(self, split: str, n: int | None = None, epoch: int = 0) -> Iterable[Batch]:
         """See Task."""
         return (batch.to(self.device) for batch in self.task.batches(split, n, epoch))
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """See Task."""
-        return self.task.loss(model, batch)
-
-    def measure(self, model: nn.Module, split: str = "val") -> dict[str, float]:
-        """See Task."""
-        return self.task.measure(model, split)
-
-    def optimizer(self, parameters: Iterable[Any]) -> Optimizer:
-        """See Task."""
-        return self.task.optimizer(parameters)
-
-    def fingerprint(self) -> str:
-        """See Task."""
-        return self.task.fingerprint()
-
-    def __getattr__(self, name: str) -> Any:
-        """What only some tasks have, such as pictures to draw."""
-        if name == "task" or name.startswith("__"):  # asked for before there is a task: a copy being made
-            raise AttributeError(name)
-        return getattr(self.task, name)
 
 
 def set_threads(threads: int | None) -> None:
