@@ -125,8 +125,8 @@ def sites_of(method: Method, model: nn.Module, task: Task) -> Found:
         coupling = graph.couple(model, task.example)
         found += [site for site in coupling.sites if site.kind in kinds]
         frozen = [str(each).removeprefix("frozen: ") for each in coupling.frozen]
-        own = getattr(method, "round_to", 1)
-        multiples = {site.name: lcm(own, coupling.multiples.get(site.name, 1)) for site in found}
+        rounding: int = getattr(method, "round_to", 1)
+        multiples = {site.name: lcm(rounding, coupling.multiples.get(site.name, 1)) for site in found}
         if not found:
             coupling.need(*(kind for kind in ("channel", "head", "stream") if kind in kinds))
     if "layer" in kinds:

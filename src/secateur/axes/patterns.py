@@ -73,7 +73,7 @@ def keep_top(score: Tensor, keep: int, within: Tensor | None = None) -> Tensor:
     if keep == 0:
         return torch.zeros_like(value, dtype=torch.bool)
     if value.dim() == 2 and value.numel() > AT_ONCE and len(value) > 1:  # rows are apart: few need be worked on at once
-        return torch.cat([_top(rows, drop) for rows in value.split(max(1, AT_ONCE // n))])
+        return torch.cat([_top(rows, drop) for rows in torch.split(value, max(1, AT_ONCE // n))])
     return _top(value, drop)
 
 
