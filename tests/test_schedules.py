@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from secateur.axes.schedules import Cosine, Exponential, Jump, Linear, Power, Schedule
+from secateur.axes.schedules import Cosine, Exponential, Jump, Linear, Power, Schedule, Steps
 from secateur.errors import SettingError
 
-CURVES = [Power(3.0), Power(1.0), Linear(), Cosine(), Exponential(5.0), Jump()]
+CURVES = [Power(3.0), Power(1.0), Linear(), Cosine(), Exponential(5.0), Jump(), Steps()]
 
 
 def test_the_cubic_ramp_is_exact_at_start_middle_and_end():
@@ -116,3 +116,16 @@ def test_a_ramp_that_leaves_no_time_to_recover_says_so():
     assert Schedule(end=0.9, until=0.9).late() is None
     assert "5% is left to recover in" in Schedule(end=0.9, until=0.95).late()
     assert Schedule(start=0.9, end=0.9, until=1.0).late() is None
+
+
+def test_a_learning_rate_falls_tenfold_at_half_and_at_three_quarters():
+    from secateur.axes.rules import LearningRate
+
+    rate = LearningRate(Steps(at=(0.5, 0.75)))
+    assert [rate.factor(step, 8) for step in range(8)] == pytest.approx([1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01])
+    with pytest.raises(SettingError, match="moments of the window"):
+        Steps(at=(0.75, 0.5))
+    with pytest.raises(SettingError, match="moments of the window"):
+        Steps(at=(0.0,))
+    with pytest.raises(SettingError, match=r"by a factor of 10 "):
+        Steps(by=10.0)

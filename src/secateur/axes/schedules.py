@@ -8,6 +8,7 @@ in fractions of the training, so that a schedule outlives a change of its length
     Cosine()      slow, fast, slow
     Exponential   fast at first, by a constant factor per step
     Jump()        nothing until the end of the window, then all at once: one-shot
+    Steps()       by a factor at each of some moments: the learning rate of residual networks
 """
 
 import math
@@ -17,7 +18,7 @@ from typing import Protocol, runtime_checkable
 from secateur.errors import SettingError
 from secateur.method import check_sparsity
 
-__all__ = ["Cosine", "Curve", "Exponential", "Jump", "Linear", "Power", "Schedule"]
+__all__ = ["Cosine", "Curve", "Exponential", "Jump", "Linear", "Power", "Schedule", "Steps"]
 
 
 @runtime_checkable
@@ -88,6 +89,33 @@ class Jump:
     def __call__(self, u: float) -> float:
         """The share of the way gone."""
         return 1.0 if u >= 1 else 0.0
+
+
+@dataclass(frozen=True)
+class Steps:
+    """1 - by^n after n of some moments: a learning rate that falls tenfold at half and at three quarters.
+
+    He, Zhang, Ren, Sun 2015, arXiv 1512.03385, section 4.2.
+    """
+
+    at: tuple[float, ...] = (0.5, 0.75)
+    by: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not self.at or any(not 0 < moment <= 1 for moment in self.at) or list(self.at) != sorted(set(self.at)):
+            raise SettingError(
+                f"steps at {self.at} were asked for",
+                "they are moments of the window, in (0, 1] and rising",
+                "Give (0.5, 0.75), say.",
+            )
+        if not 0 < self.by < 1:
+            raise SettingError(
+                f"steps by a factor of {self.by:g} were asked for", "each leaves a part, in (0, 1)", "Give 0.1."
+            )
+
+    def __call__(self, u: float) -> float:
+        """The share of the way gone."""
+        return 1.0 if u >= 1 else 1 - self.by ** sum(u >= moment for moment in self.at)
 
 
 @dataclass(frozen=True, kw_only=True)
