@@ -148,7 +148,7 @@ class Er:
     def spread(self, sites: Sequence[Site], budget: Budget, scores: Scores | None = None) -> dict[str, int]:
         """See Allocation."""
         raw = {site.name: (sum(site.shape[:2]) / prod(site.shape[:2])) ** self.power for site in sites}
-        return _rescaled(sites, raw, kept_of(total_units(sites), budget.sparsity))
+        return rescaled(sites, raw, kept_of(total_units(sites), budget.sparsity))
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class Erk:
     def spread(self, sites: Sequence[Site], budget: Budget, scores: Scores | None = None) -> dict[str, int]:
         """See Allocation."""
         raw = {site.name: (sum(site.shape) / prod(site.shape)) ** self.power for site in sites}
-        return _rescaled(sites, raw, kept_of(total_units(sites), budget.sparsity))
+        return rescaled(sites, raw, kept_of(total_units(sites), budget.sparsity))
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ class ErkPlus:
         rest = [site for site in sites if site.name not in given]
         raw = {site.name: (sum(site.shape) / prod(site.shape)) ** self.power for site in rest}
         kept = {name: round(count) for name, count in given.items()}
-        return kept | _rescaled(rest, raw, _left(sites, rest, kept, budget))
+        return kept | rescaled(rest, raw, _left(sites, rest, kept, budget))
 
 
 @dataclass(frozen=True)
@@ -314,7 +314,7 @@ def gaps(sites: Sequence[Site], keep: Mapping[str, Tensor]) -> list[str]:
     return found
 
 
-def _rescaled(sites: Sequence[Site], raw: Mapping[str, float], keep: int) -> dict[str, int]:
+def rescaled(sites: Sequence[Site], raw: Mapping[str, float], keep: int) -> dict[str, int]:
     """Densities in proportion to `raw`, none above one, so that `keep` units stay in all; exact."""
     full: set[str] = set()
     while True:

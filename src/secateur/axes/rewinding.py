@@ -272,11 +272,13 @@ def search(
     more: Sequence[Rule] = (),
     resume_from: Rounds | None = None,
     watch: Callable[[Rounds], None] | None = None,
+    over: Callable[[Rounds], bool] | None = None,
 ) -> Rounds:
     """Train, choose what stays, go back, train what stays, again and again; the model is left trained under its masks.
 
     `whole` is the first training where it was made before. `watch` is told after each round, the first training being
-    round 0; what it is given can be saved, and given as `resume_from` to go on as if nothing had happened.
+    round 0; what it is given can be saved, and given as `resume_from` to go on as if nothing had happened. `over` is
+    asked before each round, and may end the search early.
     """
     if resume_from is None:
         origin = Snapshot.of(model) if whole is None else whole.at(0)
@@ -289,6 +291,8 @@ def search(
         now = resume_from
     now.end.restore_(model)
     for number in range(now.done, rounds):
+        if over is not None and over(now):
+            break
         keep = choose(now.keep, now.start)
         start = policy.start(model, now.early, now.last.epoch)
         last = course.train(model, task, sites, keep, start, epoch=now.last.epoch, more=more)
