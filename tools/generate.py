@@ -10,6 +10,7 @@ docs/reference/*.md             a page per method and per study: idea, source, s
 claims/README.md                every claim, what was measured, the verdict
 docs/record.schema.json         the run record
 docs/claim.schema.json          the result of a claim
+docs/*-speed.md                 the tables of the benchmarks, from their results
 """
 
 import argparse
@@ -55,6 +56,7 @@ def generated() -> dict[str, str]:
         pages[f"docs/reference/{name}.md"] = method_page(name, kind, measured.get(name))
     for name, module in studies().items():
         pages[f"docs/reference/{name}.md"] = study_page(name, module, measured.get(name))
+    pages |= benchmark_pages()
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     readme = between(readme, "methods", method_table(methods, measured, "docs/reference/"))
     readme = between(readme, "session", session(records(RECORDS / "session")))
@@ -145,6 +147,17 @@ def _same(path: str, text: str) -> bool:
 
 def _read(path: str) -> str:
     return (ROOT / path).read_text(encoding="utf-8")
+
+
+def benchmark_pages() -> dict[str, str]:
+    """The page of each benchmark that has been run."""
+    pages = {}
+    for path in sorted((ROOT / "benchmarks").glob("*.py")):
+        module = importlib.import_module(f"benchmarks.{path.stem}")
+        if module.RESULT.exists():
+            found = json.loads(module.RESULT.read_text(encoding="utf-8"))
+            pages[str(module.PAGE.relative_to(ROOT))] = module.page(found)
+    return pages
 
 
 def claim_results() -> dict[str, ClaimResult]:
