@@ -1,10 +1,10 @@
 """Deep networks hold tickets too, but they win from a little later on: go back to an early step, not to the start.
 
-Frankle, Dziugaite, Roy, Carbin. "Stabilizing the Lottery Ticket Hypothesis." 2019. arXiv:1903.01611, section 3: train
-to step k and put W_k aside; train on to the end, drop the smallest weights of all layers together, put the others back
-to W_k and the learning rate's course back to step k, again and again.
+Frankle, Dziugaite, Roy, Carbin. "Stabilizing the Lottery Ticket Hypothesis." 2019. arXiv:1903.01611: train to step k
+and put W_k aside; train on to the end, drop the smallest weights of all layers together, put the others back to W_k and
+the learning rate's course back to step k, again and again.
 
-Why it works from some k on is measured by twins, two trainings that differ in one thing (section 4), over kept weights:
+Why it works from some k on is measured by twins, two trainings that differ in one thing, over kept weights:
 
     stability to pruning      || m * W_T(whole) - W_T(m * W_k) ||       same data order
     stability to data order   || W_T(m * W_k, u) - W_T(m * W_k, u') ||  two orders u, u'
@@ -195,7 +195,7 @@ def barrier_between(
     """How much worse than the mean of two ends the task's metric gets on the line between them, at most; 0 at least.
 
     Batch norms are recalibrated at each point, as the mean of two running statistics is that of neither. Frankle,
-    Dziugaite, Roy, Carbin 2019, arXiv:1912.05671, section 2. Changes the model.
+    Dziugaite, Roy, Carbin 2019, arXiv:1912.05671. Changes the model.
     """
     found, device = [], next(model.parameters()).device
     for place in range(points + 2):
