@@ -3,6 +3,7 @@
     weights(model)            every weight of every matrix and kernel
     blocks(model, (4, 1))     tiles of them
     layers(model)             whole blocks of a stack; Passing stands where one was
+    recurrent(model)          the matrices of recurrent cells, by what they read; gates(model) has each gate apart
     channels, heads           coupled units, in secateur.graph
 
 A selection is a list of patterns: a name glob ("model.layers.*.mlp.*"), a regular expression after "re:", a module
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from secateur.edit import replacement
 from secateur.errors import SiteError, did_you_mean
-from secateur.site import Part, Site, tensors
+from secateur.site import Part, Site, plain, tensors, unwrapped
 from secateur.walk import stacks
 
 DEFAULT_EXCLUDE = ("head", "embedding", "router", "norm")
@@ -97,13 +98,14 @@ def weights(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str
     elsewhere everything is. `include` and `exclude` are selections; stacked experts give a site each. Raises
     SiteError when nothing is left.
     """
+    model = unwrapped(model)
     named = tensors(model)
     found = stacks(model)
     blocks_ = [name for stack in found for name in stack]
     candidates: list[str] = []
     seen: set[int] = set()
     for name, value in model.named_parameters(remove_duplicate=False):
-        name = name.replace("parametrizations.", "").removesuffix(".original") if "parametrizations." in name else name
+        name = plain(name)
         if value.dim() < 2 or id(value) in seen or not value.is_floating_point():
             continue
         seen.add(id(value))
@@ -177,6 +179,85 @@ def layers(model: nn.Module) -> list[Site]:
                 parts.append(Part(f"{name}.{key}", tuple(value.shape), owner, itemsize=value.element_size()))
         out.append(Site(stack[0].rpartition(".")[0], "layer", (len(stack),), tuple(parts)))
     return out
+
+
+GATES = {"RNN": ("state",), "GRU": ("reset", "update", "new"), "LSTM": ("input", "forget", "cell", "output")}
+"""The gates of each kind of recurrent cell, in the order in which their rows are stacked."""
+
+RECURRENT_ROLES = {"input-to-hidden": "weight_ih", "hidden-to-hidden": "weight_hh", "projection": "weight_hr"}
+"""What a recurrent cell's matrices read from, and how their names begin: weight_ih_l0, weight_hh_l1_reverse."""
+
+
+def recurrent(model: nn.Module, roles: Sequence[str] = ("input-to-hidden", "hidden-to-hidden")) -> list[Site]:
+    """A site for every matrix of a recurrent cell that has one of some roles: [gates * hidden, in]; never a bias.
+
+    Sees RNN, GRU and LSTM, in all their layers and both directions, and the cells of one step. Raises SiteError where
+    there is no recurrent cell, or none with such a matrix.
+    """
+    found = [
+        Site(name, "weight", shape, (Part(name, shape, itemsize=value.element_size()),))
+        for name, value, _ in _recurrent(model, roles)
+        for shape in (tuple(value.shape),)
+    ]
+    return _some(model, found, f"{' and '.join(roles)} matrices")
+
+
+def gates(
+    model: nn.Module, names: Sequence[str], roles: Sequence[str] = ("input-to-hidden", "hidden-to-hidden")
+) -> list[Site]:
+    """A site for each of some gates of every matrix that has one of some roles: [hidden, in].
+
+    `names` are of GATES: "reset", "forget" and so on. Raises SiteError for a gate that no cell of the model has.
+    """
+    there = {gate for _, _, kind in _recurrent(model, roles) for gate in GATES[kind]}
+    for gate in names:
+        if there and gate not in there:
+            raise SiteError(
+                f"gate {gate!r} was asked for", "no recurrent cell of the model has it", did_you_mean(gate, there)
+            )
+    found = []
+    for name, value, kind in _recurrent(model, roles):
+        if ".weight_hr" in f".{name}":  # what an LSTM's projection writes is no longer a gate's
+            continue
+        hidden, width = value.shape[0] // len(GATES[kind]), value.shape[1]
+        for place, gate in enumerate(GATES[kind]):
+            if gate in names:
+                owner = torch.full(tuple(value.shape), -1)
+                owner[place * hidden : (place + 1) * hidden] = torch.arange(hidden * width).reshape(hidden, width)
+                part = Part(name, tuple(value.shape), owner, itemsize=value.element_size())
+                found.append(Site(f"{name}[{gate}]", "weight", (hidden, width), (part,)))
+    return _some(model, found, f"gates {', '.join(names)} of {' and '.join(roles)} matrices")
+
+
+def _recurrent(model: nn.Module, roles: Sequence[str]) -> Iterator[tuple[str, Tensor, str]]:
+    """Name, tensor and kind of cell of every matrix of some roles, tied ones once."""
+    for role_ in roles:
+        if role_ not in RECURRENT_ROLES:
+            raise SiteError(
+                f"the {role_!r} matrices of recurrent cells were asked for",
+                "there is no such role",
+                did_you_mean(role_, RECURRENT_ROLES),
+            )
+    starts = tuple(RECURRENT_ROLES[role_] for role_ in roles)
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        if not isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+            continue
+        kind = next(k for k in ("GRU", "LSTM", "RNN") if k in (getattr(module, "mode", "") or type(module).__name__))
+        for key, value in module.named_parameters(recurse=False):
+            if key.startswith(starts) and id(value) not in seen:
+                seen.add(id(value))
+                yield (f"{path}.{key}" if path else key), value, kind
+
+
+def _some(model: nn.Module, sites: list[Site], what: str) -> list[Site]:
+    if not sites:
+        raise SiteError(
+            f"{what} of {type(model).__name__} were to be cut",
+            "it has no recurrent cell with any",
+            "Give a model with nn.RNN, nn.GRU or nn.LSTM in it, or choose other roles.",
+        )
+    return sites
 
 
 @replacement

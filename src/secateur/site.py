@@ -162,16 +162,35 @@ def _gather(part: Part, value: Tensor, units: int) -> Tensor:
 def tensors(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer by dotted name, tied ones under each of their names.
 
-    A parametrised weight goes by the name it has without the parametrisation.
+    A tensor goes by the name it has without what is wrapped round it: a parametrisation, torch.compile of the model or
+    of a part of it, DistributedDataParallel.
     """
+    model = unwrapped(model)
     found: dict[str, Tensor] = {}
     for name, value in model.named_parameters(remove_duplicate=False):
-        found[_plain(name)] = value
-    found.update(model.named_buffers(remove_duplicate=False))
+        found[plain(name)] = value
+    buffers = model.named_buffers(remove_duplicate=False)
+    found.update((name.replace(_COMPILED + ".", ""), value) for name, value in buffers)
     return found
 
 
-def _plain(name: str) -> str:
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, inside what compiles it or trains it in several processes."""
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif (inner := model._modules.get(_COMPILED)) is not None:
+            model = inner
+        else:
+            return model
+
+
+_COMPILED = "_orig_mod"  # what torch.compile calls the module it holds
+
+
+def plain(name: str) -> str:
+    """A tensor's name without what is wrapped round the module it is in."""
+    name = name.replace(_COMPILED + ".", "")
     return name.replace("parametrizations.", "").removesuffix(".original") if "parametrizations." in name else name
 
 

@@ -7,6 +7,7 @@ optimizer of yours, so that the same rules work in any loop.
 """
 
 import copy
+import hashlib
 import json
 import os
 import warnings
@@ -16,12 +17,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import LBFGS, Optimizer
 
 from secateur.errors import EvidenceError, ModelError, ResumeError, SettingError, did_you_mean
-from secateur.site import Part, Tensors, tensors
+from secateur.site import Part, Tensors, tensors, unwrapped
 from secateur.task import Batch, Task, forever, generator
 
 VERSION = 1
@@ -65,6 +69,7 @@ class Loop:
     epoch: int = 0
     place: int = 0  # batches of this epoch taken so far
     history: History = field(default_factory=History)
+    processes: int = 1  # that train the model together, each on its share of every batch
 
     @property
     def progress(self) -> float:
@@ -87,6 +92,29 @@ class Loop:
         self.history.notes.append(text)
         if self.task is None:
             warnings.warn(text, UserWarning, stacklevel=3)
+
+    def agree(self, keep: Mapping[str, Tensor]) -> None:
+        """Raise EvidenceError unless all processes that train the model have the same masks.
+
+        Every process decides for itself, from weights that are the same in all: where they are not, masks would
+        part in silence, and each process would train another network.
+        """
+        if self.processes == 1:
+            return
+        found = hashlib.blake2b(digest_size=7)
+        for name in sorted(keep):
+            found.update(np.packbits(keep[name].detach().ne(0).cpu().numpy()).tobytes())
+        mine = int.from_bytes(found.digest(), "big")
+        device = next((p.device for p in self.model.parameters()), None)
+        ends = torch.tensor([mine, -mine], device=device)
+        group = self.model.process_group if isinstance(self.model, DistributedDataParallel) else None
+        dist.all_reduce(ends, dist.ReduceOp.MAX, group)
+        if int(ends[0]) != -int(ends[1]):
+            raise EvidenceError(
+                f"masks were chosen in {self.processes} processes after {self.step} steps",
+                "they are not the same in all, so neither are the weights or gradients they were chosen by",
+                "Wrap the model in DistributedDataParallel, and give rules the same seed in every process.",
+            )
 
     def reset(self, place: str | Part, where: Tensor | None = None) -> None:
         """Clear what the optimizer remembers of a tensor, or of the elements where a boolean is True.
@@ -130,6 +158,10 @@ class Rule:
     def finish(self, loop: Loop) -> None:
         """After the last step."""
 
+    def parameters(self) -> Sequence[Tensor]:
+        """What the rule has trained by the loop's optimizer, beside the weights or in their place, such as scores."""
+        return ()
+
     def state(self) -> dict[str, Any]:
         """What the rule must remember for a run to be taken up again: tensors, numbers and text."""
         return {}
@@ -166,7 +198,8 @@ def fit(
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()  # an Update may share its storage with the record of edits
     trainable = [p for p in model.parameters() if p.requires_grad]
-    loop = Loop(model, optimizer or task.optimizer(trainable), steps, task, rules, epoch=epoch)
+    optimizer = optimizer or task.optimizer(trainable)
+    loop = Loop(model, optimizer, steps, task, rules, epoch=epoch, processes=processes_of(model))
     devices = {p.device for p in model.parameters()}
     device = next(iter(devices)) if len(devices) == 1 else None
     was_training = model.training
@@ -229,6 +262,7 @@ def _run(loop: Loop, task: Task, device: torch.device | None, watch: Callable[[L
         loop.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(value)
         loop.history.losses.append(_finite(float(value.detach()), loop))
+        _finite_gradients(loop)
         for rule in loop.rules:
             rule.before_step(loop)
         loop.optimizer.step()
@@ -252,6 +286,25 @@ def _finite(value: float, loop: Loop) -> float:
     return value
 
 
+def _finite_gradients(loop: Loop) -> None:
+    """Raise EvidenceError for a gradient that is not: one step with it, and the weights are lost."""
+    found = [p.grad for group in loop.optimizer.param_groups for p in group["params"] if p.grad is not None]
+    dense = [gradient for gradient in found if gradient.layout is torch.strided]
+    if not dense or bool(torch.isfinite(torch.nn.utils.get_total_norm(dense, float("inf")))):
+        return
+    name = next((n for n, p in loop.tensors.items() if p.grad is not None and not bool(p.grad.isfinite().all())), "one")
+    raise EvidenceError(
+        f"step {loop.step + 1} of {loop.steps} was to be taken",
+        f"the gradient of {name} holds NaN or infinity",
+        "Lower the learning rate, clip gradients by their norm, or look for NaN in the data.",
+    )
+
+
+def processes_of(model: nn.Module) -> int:
+    """How many processes train a model together, told by DistributedDataParallel around it; 1 without."""
+    return model.process_group.size() if isinstance(model, DistributedDataParallel) else 1
+
+
 class Attached:
     """Rules on an optimizer of the user's own; see `attach`."""
 
@@ -265,7 +318,7 @@ class Attached:
             resume_from.resume(loop)
         self._skipped = False
         self._hooks = [
-            loop.optimizer.register_step_pre_hook(lambda *_: self._before_step()),
+            loop.optimizer.register_step_pre_hook(self._before_step),
             loop.optimizer.register_step_post_hook(lambda *_: self._after_step()),
         ]
         self._before_forward()
@@ -281,13 +334,23 @@ class Attached:
             value = rule.loss(self.loop, value)
         return value
 
-    def _before_step(self) -> None:
+    def _before_step(
+        self, optimizer: Optimizer, given: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        # the optimizer itself comes first among what it is given
+        closure = named.get("closure", given[1] if len(given) > 1 else None)
+        if closure is not None:  # the gradients must be there before the rules look: it is called here, and only once
+            with torch.enable_grad():
+                value = closure()
+            given, named = given[:1], {**named, "closure": lambda: value}
         # a fused optimizer under a gradient scaler is called even for a step that it will skip
         skipped = getattr(self.loop.optimizer, "found_inf", None)
         self._skipped = skipped is not None and bool(skipped)
         if not self._skipped:
+            _finite_gradients(self.loop)
             for rule in self.loop.rules:
                 rule.before_step(self.loop)
+        return (given, named) if closure is not None else None
 
     def _after_step(self) -> None:
         if self._skipped:
@@ -296,6 +359,10 @@ class Attached:
         for rule in self.loop.rules:
             rule.after_step(self.loop)
         self._before_forward()
+
+    def snapshot(self) -> "Snapshot":
+        """The whole state now, to be saved and resumed from."""
+        return Snapshot.of(self.loop.model, self.loop)
 
     def finish(self) -> History:
         """Run the last moment and take the hooks off; the model is plain again."""
@@ -312,6 +379,8 @@ def attach(
     rules: Rule | Sequence[Rule],
     steps: int,
     resume_from: "Snapshot | None" = None,
+    *,
+    processes: int | None = None,
 ) -> Attached:
     """Give an optimizer's steps the moments of a loop: two lines in a training loop of your own.
 
@@ -320,21 +389,45 @@ def attach(
         pruner.finish()
 
     Counts optimizer steps, so gradient accumulation and skipped mixed-precision steps come out right. Between steps
-    the model is what the forward pass sees, so that it can be measured and saved at any time. `resume_from` gives
-    the step and the rules' own state of `Snapshot.of(model, pruner.loop)`; the weights, the optimizer and the data
-    are yours to restore first. Raises SettingError when the optimizer holds none of the model's parameters.
+    the model is what the forward pass sees, so that it can be measured and saved at any time. A model wrapped by
+    torch.compile or DistributedDataParallel is given wrapped; tensors keep their plain names. `processes`: how many
+    train it together, where something else than DistributedDataParallel adds up the gradients. `resume_from` gives
+    the step and the rules' own state of `pruner.snapshot()`; the weights, the optimizer and the data are yours to
+    restore first. Raises SettingError when the optimizer does not hold what the rules prune, ResumeError for a
+    snapshot of other rules or of another number of processes.
     """
+    if steps < 1:
+        raise SettingError(f"{steps} training steps were asked for", "rules need one at least", "Give the whole run's.")
+    if isinstance(optimizer, LBFGS):
+        raise SettingError(
+            "rules were to be attached to L-BFGS",
+            "one of its steps goes through the loss many times, so that there is no moment before and after it",
+            "Use SGD, Adam or another optimizer that steps once per gradient.",
+        )
+    every = (rules,) if isinstance(rules, Rule) else tuple(rules)
+    _check_held(optimizer, model, every)
+    number = processes_of(model) if processes is None else processes
+    return Attached(Loop(model, optimizer, steps, rules=every, processes=number), resume_from)
+
+
+def _check_held(optimizer: Optimizer, model: nn.Module, rules: Sequence[Rule]) -> None:
+    """Raise SettingError for an optimizer that steps other tensors than those the rules work on."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if not any(id(p) in held for p in model.parameters()):
+    named = tensors(model)
+    if not any(id(p) in held for p in [*named.values(), *(p for rule in rules for p in rule.parameters())]):
         raise SettingError(
             "an optimizer was to be attached to a model",
             "it holds none of the model's parameters",
             "Build the optimizer from this model's parameters, after any wrapping or cutting.",
         )
-    if steps < 1:
-        raise SettingError(f"{steps} training steps were asked for", "rules need one at least", "Give the whole run's.")
-    every = (rules,) if isinstance(rules, Rule) else tuple(rules)
-    return Attached(Loop(model, optimizer, steps, rules=every), resume_from)
+    pruned = {part.name for rule in rules for site in getattr(rule, "sites", ()) for part in site.parts}
+    for name in sorted(pruned & named.keys()):
+        if named[name].requires_grad and id(named[name]) not in held:
+            raise SettingError(
+                f"weights of {name} were to be pruned while they are trained",
+                "the optimizer does not step them: it was built before the model was wrapped or cut, or without them",
+                "Build it from this model's parameters; freeze what is not to be trained, or leave it out by exclude.",
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -353,10 +446,12 @@ class Snapshot:
     place: int = 0
     rng: Tensor | None = None
     rules: tuple[Mapping[str, Any], ...] | None = None
+    processes: int = 1  # that trained together
 
     @classmethod
     def of(cls, model: nn.Module, loop: Loop | None = None) -> "Snapshot":
         """Copy the state of a model, and of the loop it is in. Raises ModelError for weights not made yet."""
+        model = unwrapped(model)
         for name, value in model.state_dict().items():
             if isinstance(value, (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)):
                 raise ModelError(
@@ -371,7 +466,8 @@ class Snapshot:
             return cls(state)
         rules = tuple(copy.deepcopy(rule.state()) for rule in loop.rules)
         optimizer = copy.deepcopy(loop.optimizer.state_dict())
-        return cls(state, optimizer, loop.step, loop.epoch, loop.place, torch.get_rng_state(), rules)
+        rng = torch.get_rng_state()
+        return cls(state, optimizer, loop.step, loop.epoch, loop.place, rng, rules, loop.processes)
 
     @classmethod
     def average(cls, snapshots: Sequence["Snapshot"], weights: Sequence[float] | None = None) -> "Snapshot":
@@ -399,24 +495,39 @@ class Snapshot:
 
     def restore_(self, model: nn.Module, optimizer: Optimizer | None = None) -> None:
         """Put the weights and buffers back, bit for bit, and the optimizer's state where both are there."""
-        model.load_state_dict(dict(self.model))
+        unwrapped(model).load_state_dict(dict(self.model))
         if optimizer is not None and self.optimizer is not None:
             optimizer.load_state_dict(copy.deepcopy(dict(self.optimizer)))
 
     def resume(self, loop: Loop) -> None:
-        """Give dropout's generator and the rules back what they had. Raises ResumeError for other rules."""
+        """Give dropout's generator and the rules back what they had. Raises what `check` raises."""
+        self.check(loop)
         if self.rng is not None and loop.task is not None:
             torch.set_rng_state(self.rng)
+        if self.rules is not None:
+            for rule, state in zip(loop.rules, self.rules, strict=True):
+                rule.resume(loop, copy.deepcopy(dict(state)))
+
+    def check(self, loop: Loop) -> None:
+        """Raise ResumeError for other rules than a loop has, and for another number of processes.
+
+        A batch would be divided among more or fewer, so that neither the data nor the steps would be those of the run
+        that is to go on.
+        """
         if self.rules is None:
             return
+        if self.processes != loop.processes:
+            raise ResumeError(
+                f"a run was to be taken up again in {_count(loop.processes)}",
+                f"the snapshot was taken in {_count(self.processes)}",
+                f"Start {self.processes}, or begin a new run from its weights: snapshot.weights_only().",
+            )
         if len(self.rules) != len(loop.rules):
             raise ResumeError(
                 f"a run with {len(loop.rules)} rules was to be taken up again",
                 f"the snapshot was taken with {len(self.rules)}",
                 "Give the same rules in the same order.",
             )
-        for rule, state in zip(loop.rules, self.rules, strict=True):
-            rule.resume(loop, copy.deepcopy(dict(state)))
 
     def save(self, path: str | Path) -> None:
         """Write to a safetensors file, whole or not at all; what is not a tensor is JSON in its metadata."""
@@ -431,6 +542,7 @@ class Snapshot:
             "step": self.step,
             "epoch": self.epoch,
             "place": self.place,
+            "processes": self.processes,
         }
         target = Path(path)
         partial = target.with_name(target.name + ".partial")
@@ -461,6 +573,10 @@ class Snapshot:
             raise ResumeError(
                 f"a snapshot was to be read from {path}", f"it is not whole: {error}", "Start the run anew."
             ) from error
+
+
+def _count(processes: int) -> str:
+    return "one process" if processes == 1 else f"{processes} processes"
 
 
 def _plain(value: Any, values: dict[str, Tensor]) -> Any:

@@ -207,7 +207,7 @@ class Hold(Rule):
         self.sites = list(sites)
         self.keep = _checked(self.sites, everything(self.sites) if keep is None else keep)
         self._seats: list[_Seat] = []
-        self._gone: list[Tensor] = []
+        self._gone: list[Tensor | None] = []
 
     @classmethod
     def of(cls, edits: Iterable[Edit]) -> "Hold":
@@ -232,10 +232,12 @@ class Hold(Rule):
     def change(self, loop: Loop, keep: Mapping[str, Tensor]) -> None:
         """Put other masks in place; what they bring back starts from zero."""
         self.keep = {name: k.bool() for name, k in _checked(self.sites, keep).items()}
-        self._gone = [~seat.share(self.keep) for seat in self._seats]
+        loop.agree(self.keep)
+        self._gone = _gone(seat.share(self.keep) for seat in self._seats)
         for seat, gone in zip(self._seats, self._gone, strict=True):
-            seat.value.masked_fill_(gone, 0)
-            loop.reset(seat.part, gone)
+            if gone is not None:
+                seat.value.masked_fill_(gone, 0)
+                loop.reset(seat.part, gone)
 
     def values(self) -> Tensors:
         """The weights themselves."""
@@ -244,13 +246,14 @@ class Hold(Rule):
     def before_step(self, loop: Loop) -> None:
         """Masked weights get no gradient."""
         for seat, gone in zip(self._seats, self._gone, strict=True):
-            if (gradient := seat.gradient) is not None:
+            if gone is not None and (gradient := seat.gradient) is not None:
                 gradient.masked_fill_(gone, 0)
 
     def after_step(self, loop: Loop) -> None:
         """Masked weights are zero again."""
         for seat, gone in zip(self._seats, self._gone, strict=True):
-            seat.value.masked_fill_(gone, 0)
+            if gone is not None:
+                seat.value.masked_fill_(gone, 0)
 
     def state(self) -> dict[str, Any]:
         """The masks."""
@@ -259,8 +262,13 @@ class Hold(Rule):
     def resume(self, loop: Loop, state: Mapping[str, Any]) -> None:
         """The masks as they were; what the optimizer remembers was restored with it."""
         self.keep = _checked(self.sites, state["keep"])
-        self._gone = [~seat.share(self.keep) for seat in self._seats]
+        self._gone = _gone(seat.share(self.keep) for seat in self._seats)
         self.after_step(loop)
+
+
+def _gone(shares: Iterable[Tensor]) -> list[Tensor | None]:
+    """Where masks are False; None where that is nowhere, so that a step has nothing to do."""
+    return [None if bool(share.all()) else ~share for share in shares]
 
 
 class Shadow(Rule):
@@ -279,7 +287,9 @@ class Shadow(Rule):
         self.flow: Flow = Masked() if flow is None else flow
         self._seats: list[_Seat] = []
         self._shares: list[Tensor] = []
+        self._gone: list[Tensor | None] = []
         self._dense: list[Tensor] = []
+        self._still = False
 
     def masks(self) -> list[Mask]:
         """The masks as edits; a soft share keeps what is not zero."""
@@ -288,7 +298,7 @@ class Shadow(Rule):
     def start(self, loop: Loop) -> None:
         """Put the dense values aside and show what the masks leave."""
         self._seats = _seats(self.sites, loop.tensors)
-        self._dense = [seat.value.clone() for seat in self._seats]
+        self._dense, self._shares, self._still = [seat.value.clone() for seat in self._seats], [], False
         self.change(loop, self.keep)
         if (sparsity := sparsity_of(self.keep)) > 0:
             loop.log("sparsity", sparsity)
@@ -298,9 +308,11 @@ class Shadow(Rule):
 
         Where masked values are held, the optimizer forgets what it knew of those newly masked.
         """
+        self._gather()
         old = self._shares
         self.keep = _checked(self.sites, keep)
-        self._shares = [seat.share(self.keep) for seat in self._seats]
+        loop.agree(self.keep)
+        self._share()
         for i, (seat, share) in enumerate(zip(self._seats, self._shares, strict=True)):
             if self.flow.held:
                 newly = share == 0 if not old else (share == 0) & (old[i] != 0)
@@ -309,6 +321,7 @@ class Shadow(Rule):
 
     def values(self) -> Tensors:
         """The dense values, masked ones included, by tensor name and as the tensors are stored."""
+        self._gather()
         found: dict[str, Tensor] = {}
         for seat, dense in zip(self._seats, self._dense, strict=True):
             if seat.part.name not in found:
@@ -318,36 +331,69 @@ class Shadow(Rule):
 
     def before_step(self, loop: Loop) -> None:
         """The dense values go back under the optimizer, with the gradient their flow gives them."""
+        if self._still:
+            for seat, gone in zip(self._seats, self._gone, strict=True):
+                if gone is not None and (gradient := seat.gradient) is not None:
+                    gradient.masked_fill_(gone, 0)
+            return
         for seat, dense, share in zip(self._seats, self._dense, self._shares, strict=True):
             if (gradient := seat.gradient) is not None:
-                gradient.copy_(self.flow.gradient(gradient, dense, share))
+                learnt = self.flow.gradient(gradient, dense, share)
+                if learnt is not gradient:
+                    gradient.copy_(learnt)
             seat.value.copy_(dense)
 
     def after_step(self, loop: Loop) -> None:
         """The dense values are put aside again, and their share shown."""
+        if self._still:
+            for seat, gone in zip(self._seats, self._gone, strict=True):
+                if gone is not None:
+                    seat.value.masked_fill_(gone, 0)
+            return
         for seat, dense, share in zip(self._seats, self._dense, self._shares, strict=True):
             dense.copy_(torch.where(share == 0, dense, seat.value) if self.flow.held else seat.value)
         self._show()
 
     def finish(self, loop: Loop) -> None:
         """The model keeps what the forward pass sees; the dense values are let go."""
-        self._dense = []
+        self._dense, self._still = [], False
 
     def state(self) -> dict[str, Any]:
         """The masks and the dense values."""
+        self._gather()
         return {"keep": dict(self.keep), "dense": list(self._dense)}
 
     def resume(self, loop: Loop, state: Mapping[str, Any]) -> None:
         """The masks and dense values as they were."""
         self.keep = _checked(self.sites, state["keep"])
-        self._shares = [seat.share(self.keep) for seat in self._seats]
+        self._share()
         for dense, was in zip(self._dense, state["dense"], strict=True):
             dense.copy_(was)
         self._show()
 
+    def _share(self) -> None:
+        # Where masked values stand still, those seen and those kept aside change places only when masks do: between
+        # changes a step costs no copies of the model.
+        self._shares = [seat.share(self.keep) for seat in self._seats]
+        self._still = isinstance(self.flow, Masked) and all(share.dtype == torch.bool for share in self._shares)
+        self._gone = _gone(self._shares) if self._still else []
+
+    def _gather(self) -> None:
+        """Bring what was put aside up to date with the values seen."""
+        if not self._still or not self._dense:
+            return
+        for seat, dense, gone in zip(self._seats, self._dense, self._gone, strict=True):
+            if gone is None:
+                dense.copy_(seat.value)
+            else:
+                torch.where(gone, dense, seat.value, out=dense)
+
     def _show(self) -> None:
         for seat, dense, share in zip(self._seats, self._dense, self._shares, strict=True):
-            seat.value.copy_(dense.masked_fill(~share, 0) if share.dtype == torch.bool else dense * share)
+            if share.dtype == torch.bool:
+                torch.where(share, dense, dense.new_zeros(()), out=seat.value)
+            else:
+                torch.mul(dense, share, out=seat.value)
 
 
 class Gradual(Rule):

@@ -52,7 +52,7 @@ class PruningCallback(TrainerCallback):
                     "Resume from a checkpoint that was saved with this callback.",
                 )
             resume_from = Snapshot.load(place)
-        self._attached = attach(optimizer, model, self.rules, state.max_steps, resume_from)
+        self._attached = attach(optimizer, model, self.rules, state.max_steps, resume_from, processes=args.world_size)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Write what the rules remember beside the checkpoint."""
@@ -61,7 +61,8 @@ class PruningCallback(TrainerCallback):
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         if folder.is_dir():
             loop = self._attached.loop
-            Snapshot({}, step=loop.step, rules=tuple(rule.state() for rule in loop.rules)).save(folder / FILE)
+            rules = tuple(rule.state() for rule in loop.rules)
+            Snapshot({}, step=loop.step, rules=rules, processes=loop.processes).save(folder / FILE)
 
     def on_log(
         self,
