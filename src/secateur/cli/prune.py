@@ -331,7 +331,7 @@ def _missed(record: "Record", method: "Method", planned: "Plan") -> list[str]:
     ledger = record.ledger
     reached = {
         "weights": ledger.sparsity,
-        "units": 1 - sum(r.kept for r in record.sites) / max(sum(r.units for r in record.sites), 1),
+        "units": sum(r.units - r.kept for r in record.sites) / max(sum(r.units for r in record.sites), 1),
         "flops": 1 - (ledger.after.flops or 0) / (ledger.before.flops or 1),
         "bytes": 1 - ledger.after.memory_bytes / ledger.before.memory_bytes,
     }[planned.of]
