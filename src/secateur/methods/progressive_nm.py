@@ -13,6 +13,7 @@ Differs: masked weights learn by the gradient of what is seen of them, D times t
 authors' code hands on the full one (`flow`).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,6 +27,7 @@ from secateur.edit import apply_
 from secateur.errors import SettingError
 from secateur.method import Budget, Card, Method
 from secateur.outcome import Outcome
+from secateur.site import Site
 from secateur.task import Task
 from secateur.train import fit
 
@@ -76,6 +78,10 @@ class ProgressiveNM(Method):
         """When masks are of which pattern, and how much of a masked weight is left."""
         return Phases(target=self.pattern, decay=self.decay, dense=self.dense, final=self.final)
 
+    def rule(self, sites: Sequence[Site]) -> Remask:
+        """The rule of a training loop: `attach(optimizer, model, method.rule(weights(model)), steps)`."""
+        return Remask(sites, self.phases(), self.flow)
+
     def budget(self) -> Budget:
         """1 - n/m of the weights of the layers that are pruned."""
         return Budget(self.phases().aim.fixed)
@@ -95,6 +101,6 @@ class ProgressiveNM(Method):
         """Dense, decaying, hard; the masks it ends with are the edits."""
         self.check()
         sites = weights(model, self.include, self.exclude)
-        remask = Remask(sites, self.phases(), self.flow)
+        remask = self.rule(sites)
         history = fit(model, task, self.steps, [LearningRate(floor=self.rate_floor), remask])
         return Outcome(model, apply_(model, remask.masks()), history, notes=remask.remarks(self.steps) + history.notes)

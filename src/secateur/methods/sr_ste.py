@@ -9,6 +9,7 @@ g is the gradient of the loss at the masked weights, handed straight on to the d
 the edge come and go at every step (`ste`).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,6 +23,7 @@ from secateur.edit import apply_
 from secateur.errors import SettingError
 from secateur.method import Budget, Card, Method
 from secateur.outcome import Outcome
+from secateur.site import Site
 from secateur.task import Task
 from secateur.train import fit
 
@@ -65,13 +67,17 @@ class SrSte(Method):
         """Hard masks as soon as the dense phase is over."""
         return Phases(target=self.pattern, dense=self.dense, final=0.0)
 
+    def rule(self, sites: Sequence[Site]) -> Remask:
+        """The rule of a training loop: `attach(optimizer, model, method.rule(weights(model)), steps)`."""
+        return Remask(sites, self.phases(), Refined(self.strength), pull=self.pull)
+
     def budget(self) -> Budget:
         """1 - n/m of the weights of the layers that are pruned."""
         return Budget(self.phases().aim.fixed)
 
     def check(self) -> None:
         """Raise SettingError for settings that cannot be, PatternError for a pattern that is not N:M."""
-        Remask([], self.phases(), pull=self.pull)
+        self.rule([])
         if not 0 <= self.strength < float("inf"):
             raise SettingError(
                 f"a pull of strength {self.strength} was asked for", "a decay is 0 or above", "Give 0.0002."
@@ -86,6 +92,6 @@ class SrSte(Method):
         """Train under masks that move; the last are the edits."""
         self.check()
         sites = weights(model, self.include, self.exclude)
-        remask = Remask(sites, self.phases(), Refined(self.strength), pull=self.pull)
+        remask = self.rule(sites)
         history = fit(model, task, self.steps, [LearningRate(floor=self.rate_floor), remask])
         return Outcome(model, apply_(model, remask.masks()), history, notes=remask.remarks(self.steps) + history.notes)

@@ -6,6 +6,7 @@ Neurons for Conditional Computation." 2013. arXiv:1308.3432; for N:M masks Zhou 
 and `progressive_nm`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,6 +20,7 @@ from secateur.edit import apply_
 from secateur.errors import SettingError
 from secateur.method import Budget, Card, Method
 from secateur.outcome import Outcome
+from secateur.site import Site
 from secateur.task import Task
 from secateur.train import fit
 
@@ -55,6 +57,10 @@ class Ste(Method):
         """Hard masks as soon as the dense phase is over."""
         return Phases(target=self.pattern, dense=self.dense, final=0.0)
 
+    def rule(self, sites: Sequence[Site]) -> Remask:
+        """The rule of a training loop: `attach(optimizer, model, method.rule(weights(model)), steps)`."""
+        return Remask(sites, self.phases(), StraightThrough())
+
     def budget(self) -> Budget:
         """1 - n/m of the weights of the layers that are pruned."""
         return Budget(self.phases().aim.fixed)
@@ -72,6 +78,6 @@ class Ste(Method):
         """Train under masks that move; the last are the edits."""
         self.check()
         sites = weights(model, self.include, self.exclude)
-        remask = Remask(sites, self.phases(), StraightThrough())
+        remask = self.rule(sites)
         history = fit(model, task, self.steps, [LearningRate(floor=self.rate_floor), remask])
         return Outcome(model, apply_(model, remask.masks()), history, notes=remask.remarks(self.steps) + history.notes)
