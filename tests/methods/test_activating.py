@@ -22,7 +22,7 @@ from secateur.methods.activating import (
     Firing,
     LeastMoved,
     MostMoved,
-    _Rounds,
+    Split,
     dead_rates,
     lowest,
 )
@@ -146,7 +146,7 @@ def one_round(start, end, **given):
     origin = Snapshot.of(one_layer(start))
     model = one_layer(end)
     sites = weights(model)
-    rounds = _Rounds(Activating(**{"fraction": 0.4, "activating": 0.2, **given}), model, tiny.toy_vectors(), sites)
+    rounds = Split(Activating(**{"fraction": 0.4, "activating": 0.2, **given}), model, tiny.toy_vectors(), sites)
     keep = rounds.choose(everything(sites), origin)
     return keep["0.weight"].reshape(-1).tolist(), rounds
 
@@ -208,11 +208,11 @@ def test_the_method_inside_chooses_as_it_does_alone(around):
     sites = weights(model)
     start = Snapshot.of(tiny.cnn())
     method = Activating(around=around, fraction=0.3, activating=0.1)
-    rounds = _Rounds(method, model, task, sites)
+    rounds = Split(method, model, task, sites)
     first = rounds._prune(everything(sites), 5755)  # 7,192 less floor(0.2 * 7,192)
     alone = {e.site.name: e.keep for e in prune(model, method.asked(1437 / 7192), task).edits if isinstance(e, Mask)}
     assert {name: mask.tolist() for name, mask in first.items()} == {n: m.tolist() for n, m in alone.items()}
-    rounds = _Rounds(method, model, task, sites)
+    rounds = Split(method, model, task, sites)
     keep = everything(sites)
     counts = []
     for _ in range(3):
@@ -232,7 +232,7 @@ def test_masked_weights_that_tie_with_others_are_not_brought_back():
     model = one_layer([0.0, 0.0, 0.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
     sites = weights(model)
     keep = {"0.weight": torch.tensor([[True, True, False, False] + [True] * 6])}
-    rounds = _Rounds(Activating(fraction=0.4, activating=0.0), model, tiny.toy_vectors(), sites)
+    rounds = Split(Activating(fraction=0.4, activating=0.0), model, tiny.toy_vectors(), sites)
     after = rounds._prune(keep, 7)["0.weight"].reshape(-1).tolist()
     assert sum(after) == 7
     assert not after[2]

@@ -342,23 +342,23 @@ class Activating(Method):
         """The network of the last round, trained: its masks are the edits."""
         self.check()
         sites = weights(model, self.include, self.exclude)
-        rounds = _Rounds(self, model, task, sites)
+        split = Split(self, model, task, sites)
         meter = Meter(sites, self.probe)
         more = [meter] if self.probe else []
-        found = search(model, task, sites, self.course, self.rewind, self.rounds, rounds.choose, more=more)
+        found = search(model, task, sites, self.course, self.rewind, self.rounds, split.choose, more=more)
         edits = apply_(model, [Mask(site, found.keep[site.name]) for site in sites])
         notes = [
             f"{1 - sparsity_of(found.keep):.2%} of the weights are left after {self.rounds} rounds: "
-            f"{rounds.gone:,} went by {self.around.name}, {rounds.activated:,} by AP",
-            *rounds.notes,
+            f"{split.gone:,} went by {self.around.name}, {split.activated:,} by AP",
+            *split.notes,
             *gaps(sites, found.keep),
             *meter.remarks(),
         ]
         return Outcome(model, edits, found.history, notes=notes + found.history.notes)
 
 
-class _Rounds:
-    """The choices of one run: what the method pruned with takes, what AP takes, and what was remarked."""
+class Split:
+    """How each round of a run is split: what the method pruned with takes, what AP takes, and what was remarked."""
 
     def __init__(self, method: Activating, model: nn.Module, task: Task, sites: Sequence[Site]) -> None:
         self.method, self.model, self.task = method, model, task

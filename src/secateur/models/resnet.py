@@ -32,9 +32,12 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """Three stages of (depth - 2) / 6 blocks, 16, 32 and 64 channels wide. Images are [batch, 3, 32, 32]."""
+    """Three stages of (depth - 2) / 6 blocks, 16, 32 and 64 channels wide. Images are [batch, 3, 32, 32].
 
-    def __init__(self, depth: int = 20, classes: int = 10) -> None:
+    Smaller ones for measurements on a processor: `width` of the first stage, and `channels` of the images.
+    """
+
+    def __init__(self, depth: int = 20, classes: int = 10, width: int = 16, channels: int = 3) -> None:
         super().__init__()
         if depth < 8 or (depth - 2) % 6:
             raise SettingError(
@@ -43,15 +46,15 @@ class CifarResNet(nn.Module):
                 "Use 20, 32, 44 or 56.",
             )
         blocks = (depth - 2) // 6
-        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = _stage(16, 16, blocks, 1)
-        self.layer2 = _stage(16, 32, blocks, 2)
-        self.layer3 = _stage(32, 64, blocks, 2)
-        self.linear = nn.Linear(64, classes)
+        self.conv1 = nn.Conv2d(channels, width, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.layer1 = _stage(width, width, blocks, 1)
+        self.layer2 = _stage(width, 2 * width, blocks, 2)
+        self.layer3 = _stage(2 * width, 4 * width, blocks, 2)
+        self.linear = nn.Linear(4 * width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[batch, 3, height, width], normalised -> scores [batch, classes]."""
+        """[batch, channels, height, width], normalised -> scores [batch, classes]."""
         x = F.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.linear(x.mean((2, 3)))
