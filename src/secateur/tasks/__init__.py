@@ -19,6 +19,7 @@ from secateur.tasks import corpora, images, speech
 from secateur.tasks.captioned import Captioned, fashion_pairs
 from secateur.tasks.corpora import Characters, Tokenizer, from_path, from_text, python_docs, wikitext2
 from secateur.tasks.divided import federated, forgetting
+from secateur.tasks.grammar import reber
 from secateur.tasks.images import Images, cifar10, digits, fashion_mnist
 from secateur.tasks.labelled import Labelled
 from secateur.tasks.learners import Adam, AdamW, Learner, Sgd
@@ -52,6 +53,7 @@ __all__ = [
     "open_task",
     "prompts",
     "python_docs",
+    "reber",
     "spoken_digits",
     "wikitext2",
 ]
@@ -67,8 +69,11 @@ LABELLED: dict[str, Callable[..., Labelled]] = {
     "cifar10": images.cifar10,
     "digits": images.digits,
     "fashion-mnist": images.fashion_mnist,
+    "reber": reber,
     "spoken-digits": speech.spoken_digits,
 }
+KINDS: dict[str, type[Labelled]] = {"reber": Labelled, "spoken-digits": Speech}
+"""Those that are not of images."""
 
 
 PAIRED: dict[str, Callable[..., Captioned]] = {"captions": fashion_pairs}
@@ -102,8 +107,8 @@ def open_task(
         return _drawn(name, model, seed, given)
     rate = given.pop("learning_rate", None)
     if name in LABELLED:
-        _check(name, given, LABELLED[name], Speech if name == "spoken-digits" else Images)
-        _refuse(name, model, text=False)
+        _check(name, given, LABELLED[name], KINDS.get(name, Images))
+        _refuse(name, model, text=name == "reber")
         task: Text | Labelled | Captioned = LABELLED[name](seed=seed, **given)
     elif name in PAIRED:
         _check(name, given, PAIRED[name], Captioned)
