@@ -81,6 +81,10 @@ def test_one_ranking_of_all_moves_weights_between_sites_and_others_do_not():
     ranks = {"0.weight": torch.tensor([[1.0, 2.0], [0.0, 0.0]]), "1.weight": torch.tensor([[5.0, 6.0], [7.0, 8.0]])}
     together = Overall().step(sites, ranks, keep, 0.0)
     assert [int(k.sum()) for k in together.values()] == [0, 4]
+    held = Overall(floor=0.125).step(sites, ranks, keep, 0.0)  # of 8 weights, one each
+    assert [k.tolist() for k in held.values()] == [[[False, True], [False, False]], [[False, True], [True, True]]]
+    with pytest.raises(SettingError, match="a floor of 1"):
+        Overall(floor=1.0)
     apart = AtOnce().step(sites, ranks, keep, 0.0)
     assert [k.tolist() for k in apart.values()] == [[[True, True], [False, False]], [[False, False], [True, True]]]
 

@@ -177,11 +177,31 @@ class AtOnce:
 class Overall:
     """The best of all sites together are in, as many as were: a site may gain what another loses."""
 
+    floor: float = 0.0  # each site keeps at least this fraction of all units together, or all it has
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.floor < 1:
+            raise SettingError(
+                f"a floor of {self.floor:g} was asked for", "it is a fraction of all units, in [0, 1)", "Give 0.0005."
+            )
+
+    def lifted(self, sites: Sequence[Site], ranks: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The ranks, those of the best of each site above all others."""
+        least = int(self.floor * sum(site.units for site in sites))
+        if not least:
+            return ranks
+        found = {}
+        for site in sites:
+            rank = ranks[site.name]
+            best = keep_top(rank.reshape(-1), min(least, site.units)).reshape(rank.shape)
+            found[site.name] = rank.masked_fill(best.to(rank.device), torch.inf)
+        return found
+
     def step(
         self, sites: Sequence[Site], ranks: Mapping[str, Tensor], keep: Mapping[str, Tensor], progress: float
     ) -> dict[str, Tensor]:
         """See Transition."""
-        return apart(sites, swapped(pooled(sites, ranks), pooled(sites, keep), 1.0))
+        return apart(sites, swapped(pooled(sites, self.lifted(sites, ranks)), pooled(sites, keep), 1.0))
 
 
 @dataclass(frozen=True)
