@@ -12,8 +12,9 @@ holds the whole model and takes the same decisions from the same sums; only the 
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -25,6 +26,8 @@ from secateur.errors import EvidenceError, SettingError, TaskError
 from secateur.evidence import Evidence, examples, merging
 from secateur.site import tensors
 from secateur.task import Around, Batch, Task
+
+_Item = tuple[dict[str, Tensor], object]
 
 PATIENCE = timedelta(days=1)  # how long one process waits for another: the first may be measuring, or saving
 
@@ -102,11 +105,52 @@ def together() -> Iterator[Processes]:
     if started:
         dist.init_process_group("gloo", rank=rank, world_size=count, timeout=PATIENCE)
     try:
-        with merging(lambda found: _added(found, count)):
-            yield Processes(rank, count)
+        token = _present.set(Processes(rank, count))
+        try:
+            with merging(lambda found: _added(found, count)):
+                yield _present.get()
+        finally:
+            _present.reset(token)
     finally:
         if started:
             dist.destroy_process_group()
+
+
+_present: ContextVar[Processes] = ContextVar("present", default=Processes())  # noqa: B039  a frozen value
+
+
+def present() -> Processes:
+    """The processes that work together here: those of `together`, and outside it this one alone."""
+    return _present.get()
+
+
+def shared(mine: Mapping[int, _Item], count: int) -> list[_Item]:
+    """Every item of a list whose i-th was made by process i mod count, the same in all; `mine` is what this one made.
+
+    An item is tensors by name and a value that JSON could hold. Every process must ask at the same moment.
+    """
+    ours = present()
+    if ours.alone:
+        return [mine[number] for number in range(count)]
+    shapes: dict[int, tuple[dict[str, tuple[tuple[int, ...], torch.dtype]], object]] = {}
+    about = {
+        number: ({name: (tuple(v.shape), v.dtype) for name, v in held.items()}, said)
+        for number, (held, said) in mine.items()
+    }
+    for each in _gathered(about, ours.count):
+        shapes.update(each)  # type: ignore[call-overload]
+    found: list[_Item] = []
+    for number in range(count):
+        kinds, said = shapes[number]
+        tensors_: dict[str, Tensor] = {}
+        for name, (shape, dtype) in kinds.items():
+            here = number in mine
+            value = mine[number][0][name].detach().cpu().contiguous() if here else torch.empty(shape, dtype=dtype)
+            if value.numel():  # sent as bytes, so that it may be of any type
+                dist.broadcast(value.reshape(-1).view(torch.uint8), src=number % ours.count)
+            tensors_[name] = value
+        found.append((tensors_, said))
+    return found
 
 
 def _number(name: str, default: int) -> int:
