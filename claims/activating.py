@@ -111,8 +111,8 @@ CLAIM = Claim(
     "points more accuracy at high sparsity on CIFAR-10 and CIFAR-100.",
     source="arXiv:2212.06145, abstract",
     here="A CNN of three convolutions, 8 channels wide at first, on 10,000 images of Fashion-MNIST at 14x14, around "
-    "global magnitude: rounds of 30 % down to 6 % of the weights, a tenth of each round by AP; 400 steps of 64 a training; "
-    "the rival is rewound as AP is.",
+    "global magnitude: rounds of 30 % down to 6 % of the weights, a tenth of each round by AP; 400 steps of 64 a "
+    "training; the rival is rewound as AP is.",
     conditions=("dense", *(f"{row}@{level}" for row in ROWS for level in LEVELS)),
     expects=(
         Expectation("the dynamic rate of a network pruned to 6 % is below the whole one's", "rewound@6", "dense", DEAD),
