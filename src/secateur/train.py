@@ -39,6 +39,7 @@ class History:
     curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # name -> (step, value)
     notes: list[str] = field(default_factory=list)
     epoch: int = 0  # the first epoch that was not drawn from: where a next run finds data in a new order
+    densities: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # site -> (step, share there from then)
 
     def log(self, name: str, step: int, value: float) -> None:
         """Add a point to a curve."""
@@ -49,9 +50,11 @@ class History:
         offset = len(self.losses)
         notes = self.notes + [note for note in other.notes if note not in self.notes]
         curves = {k: list(v) for k, v in self.curves.items()}
-        joined = History(self.losses + other.losses, curves, notes, max(self.epoch, other.epoch))
-        for name, points in other.curves.items():
-            joined.curves.setdefault(name, []).extend((step + offset, value) for step, value in points)
+        densities = {k: list(v) for k, v in self.densities.items()}
+        joined = History(self.losses + other.losses, curves, notes, max(self.epoch, other.epoch), densities)
+        for mine, theirs in ((joined.curves, other.curves), (joined.densities, other.densities)):
+            for name, points in theirs.items():
+                mine.setdefault(name, []).extend((step + offset, value) for step, value in points)
         return joined
 
 
@@ -84,6 +87,14 @@ class Loop:
     def log(self, name: str, value: float) -> None:
         """Add a point to a curve of the history at the present step."""
         self.history.log(name, self.step, value)
+
+    def occupied(self, keep: Mapping[str, Tensor]) -> None:
+        """Write down the share of units that masks leave at each site, where it is not what it was."""
+        for name, mask in keep.items():
+            share = int(torch.count_nonzero(mask)) / mask.numel() if mask.numel() else 1.0
+            known = self.history.densities.setdefault(name, [])
+            if not known or known[-1][1] != share:
+                known.append((self.step, share))
 
     def note(self, text: str) -> None:
         """Remark on the run: in the history, and as a warning where no outcome will show it."""
@@ -290,9 +301,11 @@ def _finite_gradients(loop: Loop) -> None:
     """Raise EvidenceError for a gradient that is not: one step with it, and the weights are lost."""
     found = [p.grad for group in loop.optimizer.param_groups for p in group["params"] if p.grad is not None]
     dense = [gradient for gradient in found if gradient.layout is torch.strided]
-    if not dense or bool(torch.isfinite(torch.nn.utils.get_total_norm(dense, float("inf")))):
+    if not dense or bool(torch.isfinite(torch.nn.utils.get_total_norm(dense))):
         return
-    name = next((n for n, p in loop.tensors.items() if p.grad is not None and not bool(p.grad.isfinite().all())), "one")
+    name = next((n for n, p in loop.tensors.items() if p.grad is not None and not bool(p.grad.isfinite().all())), None)
+    if name is None:  # finite, and so large that their squares are not
+        return
     raise EvidenceError(
         f"step {loop.step + 1} of {loop.steps} was to be taken",
         f"the gradient of {name} holds NaN or infinity",
