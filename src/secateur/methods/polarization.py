@@ -74,15 +74,29 @@ class Surrogate(Protocol):
 
 @dataclass(frozen=True)
 class SigmoidSlope:
-    """The slope of a sigmoid, and beyond a limit that at the limit, so that a gate far shut can still open."""
+    """The slope of a sigmoid; beyond a limit that at the limit for what leads back, and none for what leads away.
+
+    So a gate far shut can still open. Were it pushed further, polarization would drive it, with the weights before it,
+    without end: agreement is never firm enough for g (1 - g), whose slope at 0 and 1 is not 0.
+    """
 
     limit: float = 4.0
 
     def __call__(self, z: Tensor) -> Tensor:
         """A sigmoid with straight tails."""
+        z = _homeward(z, self.limit)
         near = z.clamp(-self.limit, self.limit)
         edge = torch.sigmoid(torch.tensor(self.limit)).item()
         return torch.sigmoid(near) + (z - near) * (edge * (1 - edge))
+
+
+def _homeward(z: Tensor, limit: float) -> Tensor:
+    """The same values; beyond a limit a gradient gets through only where a step against it leads back."""
+    z = z.clone()
+    if z.requires_grad:
+        far, side = z.detach().abs() > limit, z.detach().sign()
+        z.register_hook(lambda gradient: gradient.masked_fill(far & (gradient * side < 0), 0))
+    return z
 
 
 @dataclass(frozen=True)
@@ -665,7 +679,8 @@ class Polarization(Method):
         differs=(
             "reconstructed from the paper's description, without code: the gate's surrogate gradient, the ramp of the "
             "polarization and the squared distance to a budget are choices made here",
-            "a gate may be pulled open again however far shut: the sigmoid's slope is held beyond 4",
+            "a gate may be pulled open again however far shut, but is not pushed further: beyond 4 the sigmoid's slope "
+            "is held inwards, and there is none outwards",
             "a shut block hands on its input, which is the same as adding nothing where blocks end as they begin",
             "what is left of a stack or of a layer is one unit at least",
         ),
@@ -742,6 +757,9 @@ class Polarization(Method):
         if self.recover:
             history = history.then(fit(model, task, self.recover, [LearningRate()], epoch=history.epoch))
         left, cost = torch.cat(keep).double(), gates.cost
+        history.log(f"validation {task.metric} with gates", self.steps, dynamic)
+        history.log(f"validation {task.metric} hardened", self.steps, hardened)
+        history.log("held-out disagreement", self.steps, disagreement(share))
         notes.append(
             f"{int(left.sum())} of {len(left)} gated units are left, {float(active(left, cost)):.1%} of their "
             f"multiply-adds; {1 - self.sparsity:.1%} of the {'multiply-adds' if self.of == 'flops' else 'units'} were "
