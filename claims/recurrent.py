@@ -97,6 +97,11 @@ def graphs(seed: int, settings: Settings) -> dict[str, float]:
     return found | {f"{name} R2": value for name, value in (predictions(rows) if differ else {}).items()}
 
 
+def at_once(found: Mapping[str, float], role: str) -> float:
+    """Accuracy right after pruning, in the mean of the sparsities: at a single one networks are whole, or at chance."""
+    return sum(found[f"{role}@{sparsity} at once"] for sparsity in AT_ONCE) / len(AT_ONCE)
+
+
 def derive(seen: Measured) -> Mapping[str, Mapping[str, float]]:
     """Each role of each cell as a condition of its own, and what retraining made up for; cells by family."""
     made: dict[str, dict[str, float]] = {}
@@ -106,13 +111,13 @@ def derive(seen: Measured) -> Mapping[str, Mapping[str, float]]:
         back = found["both@0.9 after"] - found["both@0.9 at once"]
         made[f"{name} recovery"] = {"share": back / lost if lost > 0 else 1.0}
         made[f"{name} at 60 %"] = {"loss": found["dense"] - found["both@0.6 at once"]}
-        for role in ("i2h", "h2h"):
-            made[f"{name} {role}"] = {"accuracy": found[f"{role}@0.9 at once"]}
+        for role in ROLES:
+            made[f"{name} {role}"] = {"accuracy": at_once(found, role)}
     for name, cells in (("gated", GATED), ("plain", PLAIN)):
         left = [(seen[c]["h2h@1.0 after"] - 0.5) / max(seen[c]["dense"] - 0.5, 0.01) for c in cells]
         made[f"{name} without memory"] = {"share of what was learnt": sum(left) / len(left)}
         for role in ("i2h", "h2h"):
-            made[f"{name} {role}"] = {"accuracy": sum(seen[c][f"{role}@0.9 at once"] for c in cells) / len(cells)}
+            made[f"{name} {role}"] = {"accuracy": sum(at_once(seen[c], role) for c in cells) / len(cells)}
     return made | {
         "ws": {"accuracy": seen["graphs"]["ws accuracy"]},
         "ba": {"accuracy": seen["graphs"]["ba accuracy"]},
@@ -137,9 +142,9 @@ CLAIM = Claim(
         ),
         *(
             Expectation(
-                f"one epoch makes up for nine tenths of what {name} loses at 90 %",
+                f"one epoch makes up for 95 % of what {name} loses at 90 %",
                 f"{name} recovery",
-                0.9,
+                0.95,
                 "share",
                 "higher",
                 central=False,
@@ -155,7 +160,7 @@ CLAIM = Claim(
             margin=0.2,
         ),
         Expectation(
-            "gated cells bear 90 % of hidden-to-hidden weights gone better than of input-to-hidden ones",
+            "gated cells bear the loss of hidden-to-hidden weights better than of input-to-hidden ones",
             "gated h2h",
             "gated i2h",
             "accuracy",
@@ -172,7 +177,7 @@ CLAIM = Claim(
         "longest": 30,
         "batch": 32,
         "width": 50,
-        "epochs": 12,
+        "epochs": 18,
         "retrain": 1,
         "whole_inputs": False,
         "graphs": 10,

@@ -7,6 +7,7 @@ import tiny
 import torch
 from torch import nn
 
+from secateur import plan
 from secateur.axes import Global, Uniform
 from secateur.axes.clipping import Clip
 from secateur.axes.rewinding import reinitialize_
@@ -107,6 +108,7 @@ def test_a_gate_is_pruned_apart_and_the_others_are_untouched():
     assert torch.equal(after[:4], before[:4])
     assert torch.equal(after[8:], before[8:])
     assert (outcome.ledger.units, outcome.ledger.units_removed) == (16, 8)
+    assert outcome.ledger.sparsity == 0.5
 
 
 def test_masks_of_gates_are_held_while_training_and_survive_a_file(tmp_path):
@@ -166,6 +168,20 @@ def test_a_gate_the_cell_does_not_have_and_a_network_without_cells_are_refused()
         recurrent(tiny.mlp())
     with pytest.raises(SiteError, match="no such role"):
         recurrent(small(), ("ih",))
+
+
+def test_a_plan_lists_the_matrices_that_will_be_masked():
+    method = RecurrentPruning(sparsity=0.5, roles=("hidden-to-hidden",), drop=("input-to-hidden",))
+    assert {site.name for site in plan.sites_of(method, small(), letters()).sites} == {
+        f"layers.{i}.weight_{kind}_l0" for i in (0, 1) for kind in ("ih", "hh")
+    }
+
+
+def test_fused_weights_are_put_together_again_after_training_has_copied_them(monkeypatch):
+    model, calls = small(), []
+    monkeypatch.setattr(nn.GRU, "flatten_parameters", lambda self: calls.append(self))
+    RecurrentPruning(sparsity=0.5, steps=1).run(model, letters())
+    assert calls == [*model.layers, *model.layers]  # when training starts, and in the end
 
 
 def test_clipping_leaves_no_gradient_longer_than_the_norm():
@@ -301,7 +317,7 @@ def table(count, noise=0.0):
 def test_a_regression_finds_what_the_quality_hangs_on():
     pytest.importorskip("sklearn")
     rows = table(40)
-    found = predictions(rows, splits=3)
+    found = predictions(rows, splits=2)
     assert set(found) == {"bayesian ridge", "random forest", "adaboost"}
     assert found["bayesian ridge"] > 0.95
     assert correlations(rows)["closeness variance"] == pytest.approx(-1.0)

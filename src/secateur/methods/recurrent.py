@@ -69,8 +69,10 @@ class RecurrentPruning(Method):
     tiny: ClassVar = {"sparsity": 0.6, "steps": 20, "every": 10}
 
     def budget(self) -> Budget | None:
-        """The sparsity of the matrices chosen; None where others go whole, which is no sparsity below one."""
-        return None if self.drop else Budget(self.sparsity)
+        """The sparsity of the matrices or gates chosen; None where others go whole, which is no sparsity below one."""
+        if self.drop:
+            return None
+        return Budget(self.sparsity, "units" if self.gates else "weights")  # the other gates' weights do not count
 
     def check(self) -> None:
         """Raise SettingError for roles that are not there or asked for twice, and for counts below zero."""
@@ -126,6 +128,10 @@ class RecurrentPruning(Method):
     def sites(self, model: nn.Module) -> list[Site]:
         """Where weights are chosen: matrices, or gates of them."""
         return gates(model, self.gates, self.roles) if self.gates else recurrent(model, self.roles)
+
+    def sites_in(self, model: nn.Module) -> list[Site]:
+        """All that will be masked: for a plan."""
+        return [*(self.sites(model) if self.roles else []), *self.dropped(model)]
 
     def dropped(self, model: nn.Module) -> list[Site]:
         """The matrices that go whole."""

@@ -85,7 +85,7 @@ def reber(
 
 def _fresh(valid: bool, easy: bool, shortest: int, longest: int, seen: set[str], draw: torch.Generator) -> str:
     """A string that was not seen before, of one of the three kinds."""
-    for _ in range(100_000):
+    for _ in range(20_000):
         string = _walk(shortest, longest, draw)
         if not valid:
             string = _scattered(string, draw) if easy else _changed(string, draw)
