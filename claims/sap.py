@@ -9,6 +9,7 @@ from torch import nn
 
 from claims.gradual import network
 from claims.harness import Claim, Expectation, Measured, Settings
+from secateur.axes.clipping import Clip
 from secateur.axes.pq import (
     Adaptive,
     Amount,
@@ -26,7 +27,7 @@ from secateur.axes.pq import (
 from secateur.axes.rewinding import Course, Keep, Rewind, Rounds, magnitudes, search
 from secateur.cut import weights
 from secateur.edit import Mask, apply_
-from secateur.methods.sap import Best, Clip, values
+from secateur.methods.sap import Best, values
 from secateur.models.resnet import CifarResNet
 from secateur.task import Task
 from secateur.tasks import pack

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from secateur.axes import Uniform, part_of, text_of
+from secateur.axes.clipping import Clip
 from secateur.axes.pq import (
     Adaptive,
     EachLayer,
@@ -30,7 +31,7 @@ from secateur.cut import weights
 from secateur.edit import Mask, apply_
 from secateur.errors import EvidenceError, SettingError
 from secateur.method import Budget, load, prune
-from secateur.methods.sap import Best, Clip, Sap, values
+from secateur.methods.sap import Best, Sap, values
 from secateur.site import tensors
 from secateur.tasks.learners import Sgd
 from secateur.train import Snapshot, fit

@@ -95,7 +95,9 @@ def _homeward(z: Tensor, limit: float) -> Tensor:
     z = z.clone()
     if z.requires_grad:
         far, side = z.detach().abs() > limit, z.detach().sign()
-        z.register_hook(lambda gradient: gradient.masked_fill(far & (gradient * side < 0), 0))
+        z.register_hook(  # type: ignore[no-untyped-call]
+            lambda gradient: gradient.masked_fill(far & (gradient * side < 0), 0)
+        )
     return z
 
 

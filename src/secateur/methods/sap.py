@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from secateur.axes.clipping import Clip
 from secateur.axes.pq import (
     Adaptive,
     Indexed,
@@ -75,17 +76,6 @@ class Best(Rule):
     def resume(self, loop: Loop, state: Mapping[str, Any]) -> None:
         """See state."""
         self.quality, self.model = state["quality"], state["model"]
-
-
-class Clip(Rule):
-    """The gradient is no longer than a norm; behind a rule that masks gradients, that of what is left."""
-
-    def __init__(self, norm: float) -> None:
-        self.norm = norm
-
-    def before_step(self, loop: Loop) -> None:
-        """Shorten it."""
-        torch.nn.utils.clip_grad_norm_(loop.model.parameters(), self.norm)
 
 
 @dataclass(frozen=True, kw_only=True)
