@@ -8,8 +8,12 @@ share of neurons to be removed:
     I[l] = mean over tokens of arccos(cos(x, y)) / pi                      coarse: how much block l does
     s[l] = sigmoid(13.1072 a (I[l] - mean I))
     r[l] = s[l] / mean(s) * (1 - p)                                        the share of its neurons that stay
-    F[i] = sum_j |W[j, i]| A[i] / (||W[j, :]|| ||A||)                      fine: how much neuron i matters in it
-           + sum_V sum_j |V[i, j]| / ||V[i, :]||,  A[i] = ||h[:, i]||      equation 8
+    F[i] = A[i] = ||h[:, i]||                                              fine: how much neuron i matters in it
+
+The fine score is what the authors' released code ranks by, in which the weights of equation 8 cancel. The equation
+itself, as others transcribe it, is score=relative:
+
+    F[i] = sum_j |W[j, i]| A[i] / (||W[j, :]|| ||A||) + sum_V sum_j |V[i, j]| / ||V[i, :]||
 
 Attention is left alone. Adapters of a rank that follows s may win back what was lost, and are merged.
 """
@@ -342,7 +346,7 @@ class CFSP(Method):
     sparsity: float = 0.2  # fraction of the feed-forward neurons taken out, in [0, 1); not of the model's weights
     samples: int = 128  # calibration sequences, as in the paper (of 1024 tokens there)
     change: Change = Angle()  # how much a block does; turn, squared and absolute are the authors' options
-    score: Fine = Relative()  # what a neuron is worth within its block; loudness is what the released code ranks by
+    score: Fine = Loudness()  # what a neuron is worth within its block, as released; relative is equation 8
     allocation: Allocation = Sigmoid()  # widths by how much blocks do; uniform gives every block the same
     round_to: int = 128  # widths are multiples of this, which hardware likes; 1 is exact
     repair: bool = True  # move widths by a multiple until their sum is right; false: each to the nearest, as published
@@ -361,9 +365,10 @@ class CFSP(Method):
         "feed-forward neurons at 20 to 50 %; about 1.5 times as fast at high sparsity.",
         checked="tests/methods/test_cfsp.py::test_widths_by_hand",
         differs=(
-            "Equation 8 is as others transcribe it, with Euclidean norms: we could not compare it with the paper.",
-            "Neurons are ranked by equation 8; in the authors' code its weights cancel and only the activity is left,"
-            " which is score=loudness here.",
+            "Neurons are ranked by their activity, which is all that is left of equation 8 in the authors' code, whose"
+            " weights cancel.",
+            "Equation 8 itself (score=relative) is as others transcribe it, with Euclidean norms: we could not compare"
+            " it with the paper. Read so, it ranks by how evenly a neuron's own weights are spread, and fails.",
             "How much a block does is a mean over tokens, with the contrast of the published 131,072 tokens, so that"
             " the rule does not depend on how much text was used.",
             "Widths are moved by a multiple until their sum meets the budget; the authors' may miss it by points.",
