@@ -1,6 +1,7 @@
 """Recurrent pruning (paper 20): matrices by what they read, gates apart, one threshold, wirings, the grammar."""
 
 import copy
+import sys
 
 import pytest
 import tiny
@@ -288,6 +289,14 @@ def test_random_graphs_are_drawn_from_a_generator_and_too_few_nodes_are_refused(
         Wiring(3, ((2, 1),))
     with pytest.raises(SettingError, match="one layer"):
         Wiring(3, ())
+
+
+def test_a_library_that_is_missing_is_named_with_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "networkx", None)
+    with pytest.raises(
+        SettingError, match=r"networkx is not installed\.\nInstall it: pip install 'secateur\[studies\]'"
+    ):
+        barabasi_albert(20, torch.Generator())
 
 
 def test_the_properties_of_a_path_by_hand():

@@ -97,9 +97,7 @@ class Wiring:
 
     def graph(self) -> Any:
         """The undirected networkx graph."""
-        import networkx
-
-        made = networkx.Graph()
+        made = _networkx("the graph of a wiring").Graph()
         made.add_nodes_from(range(self.nodes))
         made.add_edges_from(self.edges)
         return made
@@ -110,8 +108,7 @@ def barabasi_albert(nodes: int, draw: torch.Generator) -> Wiring:
 
     Below 20 nodes that is one edge each: a tree. Raises SettingError below 10, where it would be none.
     """
-    import networkx
-
+    networkx = _networkx("a Barabasi-Albert graph")
     _enough(nodes, "a Barabasi-Albert graph joins each new node by nodes // 10 edges")
     return Wiring.of(networkx.barabasi_albert_graph(nodes, nodes // 10, seed=_seed(draw)))
 
@@ -121,8 +118,7 @@ def watts_strogatz(nodes: int, draw: torch.Generator) -> Wiring:
 
     Drawn until it is connected. Raises SettingError below 10 nodes, and where ten draws did not give a connected one.
     """
-    import networkx
-
+    networkx = _networkx("a Watts-Strogatz graph")
     _enough(nodes, "a Watts-Strogatz graph gives each node nodes // 5 neighbours, two at least")
     try:
         found = networkx.connected_watts_strogatz_graph(nodes, nodes // 5, 1.0, tries=10, seed=_seed(draw))
@@ -143,8 +139,7 @@ def properties(wiring: Wiring) -> dict[str, float]:
     betweenness centrality of nodes, and of the betweenness of edges. All but layers, sources and sinks are of the
     graph without directions. Raises SettingError for a graph in pieces, where distances are not defined.
     """
-    import networkx
-
+    networkx = _networkx("the properties of a graph")
     graph = wiring.graph()
     if not networkx.is_connected(graph):
         raise SettingError(
@@ -185,6 +180,16 @@ def _spread(name: str, values: Iterable[float]) -> dict[str, float]:
 def _enough(nodes: int, why: str) -> None:
     if nodes < 10:
         raise SettingError(f"a random graph of {nodes} nodes was asked for", why, "Give 10 nodes or more.")
+
+
+def _networkx(what: str) -> Any:
+    try:
+        import networkx
+    except ImportError:
+        raise SettingError(
+            f"{what} was asked for", "networkx is not installed", "Install it: pip install 'secateur[studies]'."
+        ) from None
+    return networkx
 
 
 def _seed(draw: torch.Generator) -> int:

@@ -76,12 +76,19 @@ def predictions(rows: Sequence[Drawn], splits: int = 10, seed: int = 0) -> dict[
             f"a tenth of them would judge it; there must be {LEAST} at least, and they must differ in quality",
             "Draw more graphs, or train for fewer steps.",
         )
-    from sklearn.ensemble import AdaBoostRegressor, RandomForestRegressor
-    from sklearn.linear_model import BayesianRidge
-    from sklearn.metrics import r2_score
-    from sklearn.model_selection import train_test_split
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import MinMaxScaler
+    try:
+        from sklearn.ensemble import AdaBoostRegressor, RandomForestRegressor
+        from sklearn.linear_model import BayesianRidge
+        from sklearn.metrics import r2_score
+        from sklearn.model_selection import train_test_split
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import MinMaxScaler
+    except ImportError:
+        raise SettingError(
+            "a regression on graphs was asked for",
+            "scikit-learn is not installed",
+            "Install it: pip install 'secateur[studies]'.",
+        ) from None
 
     names = sorted(rows[0].known)
     inputs, target = [[row.known[name] for name in names] for row in rows], [row.quality for row in rows]

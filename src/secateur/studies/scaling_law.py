@@ -64,8 +64,12 @@ def fit_law(runs: Sequence[Run], fixed: Mapping[str, float] | None = None, delta
     there are values to find (six for all five), and for runs of one size or one length alone, from which what does not
     vary cannot be told from E: fix A and alpha, or B and beta, then (B=0 leaves the term out).
     """
-    from scipy.optimize import minimize
-
+    try:
+        from scipy.optimize import minimize
+    except ImportError:
+        raise SettingError(
+            "a scaling law was to be fitted", "scipy is not installed", "Install it: pip install 'secateur[studies]'."
+        ) from None
     held = dict(fixed or {})
     for name in held:
         if name not in NAMES:
