@@ -321,6 +321,25 @@ def test_in_a_loop_of_ones_own():
     assert len(pruner.finish().curves["open"]) == 4
 
 
+def test_with_accumulated_gradients_in_half_precision():
+    model, task = tiny.cnn(), tiny.toy_images()
+    gates = gated(model, task.example)
+    optimizer = gates.optimizer(task)
+    pruner = attach(optimizer, model, Consensus(gates, 0.5, 8.0), steps=2)
+    model.train()
+    before = gates.modules[0].last.weight.detach().clone()
+    for place, batch in enumerate(list(task.batches("train"))[:4]):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = pruner.loss(task.loss(model, batch)) / 2
+        loss.backward()
+        if place % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert [step for step, _ in pruner.finish().curves["open"]] == [0, 0, 1, 1]
+    assert not torch.equal(before, gates.modules[0].last.weight)
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
 def test_gates_are_trained_by_the_tasks_optimizer_without_decay_of_biases():
     model, task = tiny.cnn(), tiny.toy_images()
     gates = gated(model, task.example)

@@ -24,7 +24,7 @@ from secateur.axes.pq import (
     drop_smallest,
     gini,
 )
-from secateur.axes.rewinding import Rewind, Rounds, Stay, magnitudes
+from secateur.axes.rewinding import Course, LayerByLayer, Rewind, Rounds, Stay, magnitudes, search
 from secateur.axes.rules import Gradual, Hold, everything
 from secateur.axes.schedules import Schedule
 from secateur.cut import weights
@@ -350,6 +350,29 @@ def test_it_stops_where_the_index_turned():
     done = Sap(rounds=9, steps=3, every=3, stopping=After()).run(tiny.mlp(), tiny.toy_vectors())
     assert len(done.history.losses) == 3 * 3
     assert any("stopped after 2 of 9 rounds: the index has turned" in note for note in done.notes)
+
+
+def test_any_search_in_rounds_can_be_stopped_by_the_index():
+    model, task = tiny.mlp(), tiny.toy_vectors()
+    sites, seen = weights(model), []
+
+    class Third:
+        def over(self, drawn):
+            seen.append(len(drawn))
+            return len(drawn) == 3
+
+    found = search(
+        model, task, sites, Course(4), Rewind(0), 9,
+        lambda keep, start: LayerByLayer().drop(sites, magnitudes(model, sites), keep, 0.2),
+        more=[Indexed(sites)], over=lambda now: Third().over(values(now, "pq index")),
+    )  # fmt: skip
+    assert found.done == 2
+    assert seen == [1, 2, 3]
+    again = search(
+        model, task, sites, Course(4), Rewind(0), 9, lambda keep, start: keep, resume_from=found,
+        over=lambda now: Third().over(values(now, "pq index")),
+    )  # fmt: skip
+    assert again.done == 2  # nor does it go on when taken up again
 
 
 def test_a_training_ends_with_its_best_weights():

@@ -11,7 +11,9 @@ to the loss, the first more and more strongly. At last gates that are open for a
 taken for open, the units of the others are removed with all the gates, and a plain smaller network is left.
 
 During training every unit is computed, open or shut, so that batch norms inside see every input, and nothing is saved
-yet. Not to be confused with the polarization of batch-norm scales (Zhuang et al. 2020), which has no gates.
+yet; in a causal model a gate looks at the mean over all tokens, later ones too. What is left has no gates to look.
+
+Not to be confused with the polarization of batch-norm scales (Zhuang et al. 2020), which has no gates.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -543,7 +545,7 @@ class Consensus(Rule):
             raise EvidenceError(
                 "gates were to come to a consensus over a batch", "it has one example", "Train with batches of 64."
             )
-        opened = shared(answers.mean(0))
+        opened = shared(answers.float().mean(0))  # half precision would round the share of a large batch
         left = active(opened, self.cost.to(opened))
         loop.log("open", float(left.detach()))
         loop.log("disagreement", disagreement(opened.detach()))
