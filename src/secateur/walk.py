@@ -476,6 +476,25 @@ def journal(folder: str | Path | None, fingerprint: str = "") -> Iterator[None]:
         _folder.reset(token)
 
 
+def journal_place(name: str) -> Path | None:
+    """A file in the journal of a run for what is not gone through block by block; None without a journal.
+
+    Asked for in the same order, the same files are given, so that a run taken up again finds its own.
+    """
+    found = _folder.get()
+    return None if found is None else found[0] / f"block-{next(found[1])}-{name}.safetensors"
+
+
+@contextmanager
+def unjournalled() -> Iterator[None]:
+    """Within this, nothing is written to a journal nor taken from it: for runs inside another that keeps its own."""
+    token = _folder.set(None)
+    try:
+        yield
+    finally:
+        _folder.reset(token)
+
+
 @contextmanager
 def watching(callback: Callable[[Progress], None] | None) -> Iterator[None]:
     """Within this, walks tell the callback of each block they finish."""

@@ -309,6 +309,34 @@ def test_weights_and_biases_that_stay_go_back_to_where_they_started(monkeypatch)
         assert all(torch.equal(value, origin.model[name]) for name, value in start.model.items())
 
 
+@pytest.mark.parametrize("call", [2, 3])
+@pytest.mark.parametrize("order", [LeastMoved(), AnyOrder()])
+def test_a_run_that_was_killed_is_taken_up_at_its_round(order, call, tmp_path, monkeypatch):
+    model, task = tiny.mlp(), tiny.toy_vectors()
+    inside = Wanda(samples=32)  # goes through the blocks, and would find those of another round in the journal
+    method = Activating(around=inside, rounds=3, fraction=0.3, activating=0.1, steps=8, probe=64, order=order)
+    alone = prune(model, method, task)
+    plain, calls = Split.choose, []
+
+    def killed(self, *given):
+        calls.append(1)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return plain(self, *given)
+
+    monkeypatch.setattr(Split, "choose", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prune(model, method, task, resume=tmp_path / "journal")
+    again = prune(model, method, task, resume=tmp_path / "journal")
+    assert len(calls) == 4
+    mine, theirs = alone.model.state_dict(), again.model.state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
+    assert again.notes == alone.notes
+    assert again.history.curves == alone.history.curves
+    last = prune(model, method, task, resume=tmp_path / "journal")  # killed after the last round, before it was saved
+    assert last.notes == alone.notes
+
+
 def test_the_outcome_says_what_went_how_and_how_the_dead_rates_went():
     outcome = prune(
         tiny.mlp(), Activating(rounds=2, fraction=0.3, activating=0.1, steps=20, probe=64), tiny.toy_vectors()

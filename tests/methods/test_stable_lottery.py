@@ -25,6 +25,7 @@ from secateur.axes.schedules import Steps
 from secateur.cut import weights
 from secateur.errors import ResumeError, SettingError, TaskError
 from secateur.method import load, prune
+from secateur.methods.lottery import Lottery
 from secateur.methods.stable_lottery import (
     Apart,
     StableLottery,
@@ -292,6 +293,29 @@ def test_a_search_saved_after_any_round_goes_on_as_if_nothing_had_happened(tmp_p
         assert again.history.curves == whole.history.curves
     with pytest.raises(ResumeError, match="the snapshot is of one training"):
         Rounds.of(Snapshot.of(tiny.cnn()))
+
+
+@pytest.mark.parametrize("kind", [StableLottery, Lottery])
+def test_a_run_that_was_killed_is_taken_up_at_its_round(kind, tmp_path, monkeypatch):
+    model, task, method = tiny.mlp(), tiny.toy_vectors(), kind(rounds=3, fraction=0.3, rewind=Rewind(2), steps=10)
+    alone = prune(model, method, task)
+    plain, calls = Course.train, []
+
+    def killed(self, *given, **named):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return plain(self, *given, **named)
+
+    monkeypatch.setattr(Course, "train", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prune(model, method, task, resume=tmp_path / "journal")
+    again = prune(model, method, task, resume=tmp_path / "journal")
+    assert len(calls) == 5  # the whole network and a round, the one that was killed, and the two that were left
+    mine, theirs = alone.model.state_dict(), again.model.state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
+    assert again.history.losses == alone.history.losses
+    assert again.notes == alone.notes
 
 
 def test_controls_have_the_tickets_sparsity_and_clock():

@@ -10,7 +10,7 @@ and `search` runs the rounds. The controls of a ticket (shuffled masks, other in
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import ceil
 from typing import Any, Protocol, runtime_checkable
 
@@ -24,6 +24,7 @@ from secateur.errors import ModelError, ResumeError, SettingError, did_you_mean
 from secateur.site import Site, tensors
 from secateur.task import Task
 from secateur.train import History, Loop, Rule, Snapshot, fit, seeded
+from secateur.walk import journal_place
 
 Keep = dict[str, Tensor]
 """Masks: site name -> bool [*site.shape], True keeps."""
@@ -222,6 +223,7 @@ class Rounds:
     end: Snapshot  # and ended
     last: History  # of the last training
     history: History  # of all of them
+    beside: Mapping[str, Any] = field(default_factory=dict)  # what the one that chooses wants to remember
 
     def snapshot(self) -> Snapshot:
         """All of it as one value that can be saved."""
@@ -232,6 +234,7 @@ class Rounds:
             "start": _held(self.start),
             "last": vars(self.last),
             "history": vars(self.history),
+            "beside": dict(self.beside),
         }
         return replace(self.end, rules=(held,))
 
@@ -245,7 +248,8 @@ class Rounds:
             )
         early, start = (replace(Snapshot(held[key]["model"]), **held[key]["place"]) for key in ("early", "start"))
         last, history = (History(**held[key]) for key in ("last", "history"))
-        return cls(held["done"], dict(held["keep"]), early, start, replace(snapshot, rules=None), last, history)
+        end, beside = replace(snapshot, rules=None), held.get("beside", {})
+        return cls(held["done"], dict(held["keep"]), early, start, end, last, history, beside)
 
 
 def _held(state: Snapshot) -> dict[str, Any]:
@@ -253,6 +257,27 @@ def _held(state: Snapshot) -> dict[str, Any]:
         "model": dict(state.model),
         "place": {"step": state.step, "epoch": state.epoch, "place": state.place},
     }
+
+
+class Aside:
+    """Where a search puts its rounds aside while its run is under a journal, and takes them up from; else nowhere.
+
+    search(..., resume_from=aside.read(), watch=aside.write)
+    """
+
+    def __init__(self) -> None:
+        self.place = journal_place("rounds")
+
+    def read(self) -> Rounds | None:
+        """How far an earlier run of the same had got."""
+        if self.place is None or not self.place.exists():
+            return None
+        return Rounds.of(Snapshot.load(self.place))
+
+    def write(self, rounds: Rounds) -> None:
+        """Put the state after a round aside, in place of that before it."""
+        if self.place is not None:
+            rounds.snapshot().save(self.place)
 
 
 Choose = Callable[[Keep, Snapshot], Keep]

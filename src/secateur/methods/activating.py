@@ -26,7 +26,19 @@ from torch.overrides import TorchFunctionMode
 
 from secateur.axes import Global, keep_top
 from secateur.axes.allocations import gaps
-from secateur.axes.rewinding import Course, Keep, Policy, Rewind, apart, check_rounds, magnitudes, pooled, search
+from secateur.axes.rewinding import (
+    Aside,
+    Course,
+    Keep,
+    Policy,
+    Rewind,
+    Rounds,
+    apart,
+    check_rounds,
+    magnitudes,
+    pooled,
+    search,
+)
 from secateur.axes.rules import sparsity_of
 from secateur.axes.schedules import Cosine, Curve
 from secateur.cut import DEFAULT_EXCLUDE, weights
@@ -39,6 +51,7 @@ from secateur.outcome import Outcome
 from secateur.site import Site, Tensors, tensors
 from secateur.task import Batch, Task, generator
 from secateur.train import Loop, Rule, Snapshot
+from secateur.walk import unjournalled
 
 # Which units fire
 
@@ -342,17 +355,25 @@ class Activating(Method):
         """The network of the last round, trained: its masks are the edits."""
         self.check()
         sites = weights(model, self.include, self.exclude)
-        split = Split(self, model, task, sites)
-        meter = Meter(sites, self.probe)
-        more = [meter] if self.probe else []
-        found = search(model, task, sites, self.course, self.rewind, self.rounds, split.choose, more=more)
+        split, meter, aside = Split(self, model, task, sites), Meter(sites, self.probe), Aside()
+        begun = aside.read()
+        if begun is not None:
+            split.resume(begun.beside)
+
+        def watch(rounds: Rounds) -> None:
+            aside.write(replace(rounds, beside={**split.state(), "remarks": meter.remarks()}))
+
+        found = search(
+            model, task, sites, self.course, self.rewind, self.rounds, split.choose,
+            more=[meter] if self.probe else [], resume_from=begun, watch=watch,
+        )  # fmt: skip
         edits = apply_(model, [Mask(site, found.keep[site.name]) for site in sites])
         notes = [
             f"{1 - sparsity_of(found.keep):.2%} of the weights are left after {self.rounds} rounds: "
             f"{split.gone:,} went by {self.around.name}, {split.activated:,} by AP",
             *split.notes,
             *gaps(sites, found.keep),
-            *meter.remarks(),
+            *(meter.remarks() or (begun.beside["remarks"] if begun is not None else [])),
         ]
         return Outcome(model, edits, found.history, notes=notes + found.history.notes)
 
@@ -365,6 +386,17 @@ class Split:
         self.sites = list(sites)
         self.number = self.gone = self.activated = 0
         self.notes: list[str] = []
+
+    def state(self) -> dict[str, Any]:
+        """What a run taken up again must know."""
+        plain = {"number": self.number, "gone": self.gone, "activated": self.activated, "notes": list(self.notes)}
+        return {**plain, "sites": [site.name for site in self.sites]}
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Take up again from what `state` gave."""
+        self.number, self.gone, self.activated = state["number"], state["gone"], state["activated"]
+        self.notes = list(state["notes"])
+        self.sites = [site for site in self.sites if site.name in state["sites"]]
 
     def choose(self, keep: Keep, start: Snapshot) -> Keep:
         """One round: the method's p - q, then AP's q, both of what was left before."""
@@ -396,7 +428,8 @@ class Split:
         work = copy.deepcopy(self.model)
         apply_(work, [Mask(site, keep[site.name]) for site in self.sites])
         units = sum(site.units for site in self.sites)
-        answer = self.method.asked((units - left) / units).run(work, self.task)
+        with unjournalled():  # rounds are what a run is taken up by
+            answer = self.method.asked((units - left) / units).run(work, self.task)
         masks = {edit.site.name: edit.keep for edit in answer.edits if isinstance(edit, Mask)}
         if self.number == 1:
             self._narrow(masks)

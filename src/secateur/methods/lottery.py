@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.axes.rewinding import (
+    Aside,
     Course,
     Keep,
     LayerByLayer,
@@ -89,7 +90,11 @@ class Lottery(Method):
         def drop(keep: Keep, start: Snapshot) -> Keep:
             return self.scope.drop(sites, magnitudes(model, sites), keep, self.fraction)
 
-        found = search(model, task, sites, self.course, self.rewind, self.rounds, drop)
+        aside = Aside()
+        found = search(
+            model, task, sites, self.course, self.rewind, self.rounds, drop,
+            resume_from=aside.read(), watch=aside.write,
+        )  # fmt: skip
         edits = apply_(model, [Mask(site, found.keep[site.name]) for site in sites])
         left = sum(int(k.sum()) for k in found.keep.values())
         still = untouched(model, origin, sites, found.keep)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from secateur.axes.recalibration import recalibrate_
 from secateur.axes.rewinding import (
+    Aside,
     Course,
     Keep,
     Policy,
@@ -287,7 +288,11 @@ class StableLottery(Method):
         def drop(keep: Keep, start: Snapshot) -> Keep:
             return self.scope.drop(sites, magnitudes(model, sites), keep, self.fraction)
 
-        found = search(model, task, sites, self.course, self.rewind, self.rounds, drop)
+        aside = Aside()
+        found = search(
+            model, task, sites, self.course, self.rewind, self.rounds, drop,
+            resume_from=aside.read(), watch=aside.write,
+        )  # fmt: skip
         edits = apply_(model, [Mask(site, found.keep[site.name]) for site in sites])
         notes = [
             f"{1 - sparsity_of(found.keep):.2%} of the weights are left after {self.rounds} rounds, each trained from "
