@@ -24,6 +24,7 @@ from secateur.outcome import (
     Measurement,
     Outcome,
     Record,
+    Shows,
     Size,
     about_machine,
     about_model,
@@ -255,6 +256,7 @@ def prune(
     measurements = []
     if measure is not None:
         measurements.append(Measurement("before", measure, task.measure(model, measure)))
+    shown = [*task.references(), task.show(model, "before")] if isinstance(task, Shows) else []
     dense = model if (timing and not inplace) else copy.deepcopy(model) if timing else None
     work = model if inplace else copy.deepcopy(model)
     identity = f"{about['fingerprint']}/{task.fingerprint()}/{task.seed}/{method.name}/{settings(method)}"
@@ -263,6 +265,8 @@ def prune(
     after = replace(Size.of(outcome.model, example), stored_bytes=outcome.stored_bytes)
     if measure is not None:
         measurements.append(Measurement("after", measure, task.measure(outcome.model, measure)))
+    if isinstance(task, Shows):
+        outcome.pictures = [*shown, task.show(outcome.model, "after"), *outcome.pictures]
     timings = time_pair(dense, outcome.model, example) if dense is not None else (None, None)
     budget = method.budget()
     outcome.ledger = Ledger.of_run(

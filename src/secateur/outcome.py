@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -182,6 +182,19 @@ class Pictures:
     of: str  # "dense", "unet 0.35"
     captions: list[str]
     png: str  # the pictures side by side, in base64
+
+
+@runtime_checkable
+class Shows(Protocol):
+    """A task whose models' answers can be looked at: `prune` shows a few from before and after."""
+
+    def references(self) -> list[Pictures]:
+        """Rows that no model drew: what was wanted, what a baseline makes of it."""
+        ...
+
+    def show(self, model: nn.Module, of: str) -> Pictures:
+        """A row of the same pictures by a model."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import nn
 from secateur import edit as edits_file
 from secateur.edit import Edit, Mask, Merge, Remove, Replace, Rotate, Update, apply_
 from secateur.errors import ModelError, SecateurError
-from secateur.models import hf, pipelines, resnet
+from secateur.models import hf, pipelines, resnet, super_resolution
 from secateur.models.folder import Entry, check_saved, check_tensors, few, header, read_json, read_tensors
 from secateur.site import Site, Tensors, tensors
 
@@ -26,7 +26,18 @@ _OWN = re.compile(r"secateur(\.[a-z][a-z0-9_]*)+")
 Builder = Callable[[], nn.Module]
 
 OWN_BUILDERS: dict[str, Builder] = {
-    f"secateur.models.resnet:{f.__name__}": f for f in (resnet.resnet20, resnet.resnet32, resnet.resnet56)
+    f"{f.__module__}:{f.__name__}": f
+    for f in (
+        resnet.resnet20,
+        resnet.resnet32,
+        resnet.resnet56,
+        super_resolution.edsr_x2,
+        super_resolution.edsr_x3,
+        super_resolution.edsr_x4,
+        super_resolution.swinir_x2,
+        super_resolution.swinir_x3,
+        super_resolution.swinir_x4,
+    )
 }
 """Architectures of secateur itself, which a folder may name."""
 

@@ -21,10 +21,11 @@ from secateur.tasks.corpora import Characters, Tokenizer, from_path, from_text, 
 from secateur.tasks.divided import federated, forgetting
 from secateur.tasks.grammar import reber
 from secateur.tasks.images import Images, cifar10, digits, fashion_mnist
-from secateur.tasks.labelled import Labelled
+from secateur.tasks.labelled import Labelled, device_of, evaluating
 from secateur.tasks.learners import Adam, AdamW, Learner, Sgd
 from secateur.tasks.prompts import Prompts, fashion_prompts, prompts
 from secateur.tasks.speech import Speech, spoken_digits
+from secateur.tasks.super_resolution import SuperResolution, super_resolution
 from secateur.tasks.text import Text
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "Prompts",
     "Sgd",
     "Speech",
+    "SuperResolution",
     "Text",
     "Tokenizer",
     "cifar10",
@@ -55,6 +57,7 @@ __all__ = [
     "python_docs",
     "reber",
     "spoken_digits",
+    "super_resolution",
     "wikitext2",
 ]
 
@@ -79,12 +82,15 @@ KINDS: dict[str, type[Labelled]] = {"reber": Labelled, "spoken-digits": Speech}
 PAIRED: dict[str, Callable[..., Captioned]] = {"captions": fashion_pairs}
 
 
+ENLARGED: dict[str, Callable[..., SuperResolution]] = {"super-resolution": super_resolution}
+
+
 DRAWN: dict[str, Callable[..., Prompts]] = {"fashion-prompts": fashion_prompts, "prompts": prompts}
 
 
 def names() -> list[str]:
     """Every ready-made task by name, sorted."""
-    return sorted([*TEXTS, *LABELLED, *PAIRED, *DRAWN])
+    return sorted([*TEXTS, *LABELLED, *PAIRED, *ENLARGED, *DRAWN])
 
 
 def open_task(
@@ -94,13 +100,13 @@ def open_task(
     model: nn.Module | None = None,
     seed: int = 0,
     **settings: Any,
-) -> Text | Labelled | Captioned | Prompts:
+) -> Text | Labelled | Captioned | SuperResolution | Prompts:
     """A ready-made task by name, or one over a text file or folder by path.
 
     `settings` are the scalars of the task (window, batch, windows, samples; train_size, val_size, test_size, flat,
-    augment) and `learning_rate`; numbers may come as text. With a `model`, the window is cut to what it can take
-    and the data is checked against it. Raises TaskError for an unknown name or data that does not fit, SettingError
-    for an unknown setting.
+    augment; scale, patch, side) and `learning_rate`; numbers may come as text. With a `model`, the window is cut to
+    what it can take, the scale is the model's, and the data is checked against it. Raises TaskError for an unknown
+    name or data that does not fit, SettingError for an unknown setting.
     """
     given = {key: _scalar(value) for key, value in settings.items()}
     if name in DRAWN or isinstance(model, Pipeline):
@@ -109,7 +115,12 @@ def open_task(
     if name in LABELLED:
         _check(name, given, LABELLED[name], KINDS.get(name, Images))
         _refuse(name, model, text=name == "reber")
-        task: Text | Labelled | Captioned = LABELLED[name](seed=seed, **given)
+        task: Text | Labelled | Captioned | SuperResolution = LABELLED[name](seed=seed, **given)
+    elif name in ENLARGED:
+        _check(name, given, ENLARGED[name], SuperResolution)
+        _refuse(name, model, text=False)
+        scale = getattr(model, "scale", None)
+        task = ENLARGED[name](seed=seed, **{**({"scale": scale} if isinstance(scale, int) else {}), **given})
     elif name in PAIRED:
         _check(name, given, PAIRED[name], Captioned)
         size = _sides(name, model)
@@ -177,7 +188,10 @@ def _scalar(value: Any) -> Any:
 
 
 def _check(
-    name: str, given: dict[str, Any], make: Callable[..., Any], kind: type[Text] | type[Labelled] | type[Captioned]
+    name: str,
+    given: dict[str, Any],
+    make: Callable[..., Any],
+    kind: type[Text] | type[Labelled] | type[Captioned] | type[SuperResolution],
 ) -> None:
     """Raise SettingError for a setting that a task does not have."""
     inner = {"name", "ids", "mask", "size", "splits", "clients", "scale", "mean", "std", "seed"}
@@ -237,8 +251,12 @@ def _refuse(name: str, model: nn.Module | None, *, text: bool) -> None:
         )
 
 
-def _fits(task: Text | Labelled | Captioned, model: nn.Module) -> None:
+def _fits(task: Text | Labelled | Captioned | SuperResolution, model: nn.Module) -> None:
     """Raise TaskError when a model has no room for the task's tokens, classes or pixels."""
+    if isinstance(task, SuperResolution):
+        with evaluating(model):
+            task.drawn(model, task.example.to(device_of(model)))
+        return
     if isinstance(task, Captioned):
         text = _config(model, "text_config")
         words, most = getattr(text, "vocab_size", None), int(task.ids.max())
