@@ -1,4 +1,4 @@
-"""BiP (paper 45): the mask's gradient against exact bi-level ones, levels kept apart, units of four kinds, the claim."""
+"""BiP (paper 45): the mask's gradient against exact bi-level ones, levels kept apart, units of four kinds, a claim."""
 
 import copy
 import itertools
