@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from secateur.axes import Global, Gradient, PerMatrix
-from secateur.axes.rewinding import Stay
+from secateur.axes.rewinding import Course, Stay
 from secateur.axes.rules import everything
 from secateur.cut import weights
 from secateur.edit import Mask, apply_
@@ -408,3 +408,44 @@ def test_units_fire_more_often_with_it_than_without():
         accuracy[q] = task.measure(model, "test")["accuracy"]
     assert rates[0.1] < rates[0.0] - 0.01, rates
     assert accuracy[0.1] > accuracy[0.0] - 0.01, accuracy
+
+
+def test_norms_and_biases_are_left_alone_and_weights_that_are_zero_may_grow():
+    model, task = tiny.cnn(), tiny.toy_images()
+    with torch.no_grad():
+        model.conv.weight[0, 0, 0, 0] = 0.0
+    sites = weights(model)
+    Course(5).train(model, task, sites, everything(sites))
+    assert float(model.conv.weight.detach()[0, 0, 0, 0]) != 0.0  # held by the mask, not by being zero
+    assert {mask.site.name for mask in Activating(rounds=1, steps=3, probe=0).run(model, task).edits} == {
+        name for name, value in model.named_parameters() if value.dim() > 1
+    }
+
+
+def test_it_goes_around_a_method_from_the_command_line_and_what_is_saved_loads(tmp_path):
+    from click.testing import CliRunner
+    from safetensors.torch import load_file
+
+    from secateur.cli import main
+
+    settings = [
+        "--around",
+        "snip(samples=32)",
+        "--rounds",
+        "2",
+        "--steps",
+        "8",
+        "--probe",
+        "32",
+        "--order",
+        "most-moved",
+    ]
+    args = ["prune", "tiny:mlp", "activating", "--task", "tiny:toy_vectors", *settings, "--out", str(tmp_path / "out")]
+    found = CliRunner().invoke(main, args, terminal_width=200)
+    assert found.exit_code == 0, found.output
+    assert "went by snip" in found.stderr
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    model = tiny.mlp()
+    model.load_state_dict(saved)
+    gone = sum(int((value == 0).sum()) for name, value in saved.items() if name.endswith("weight"))
+    assert gone == 597  # floor(0.18 n) and floor(0.02 n) of 1,664, and again of what was left

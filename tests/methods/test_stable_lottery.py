@@ -412,3 +412,28 @@ def test_twins_of_a_ticket_are_closer_than_those_of_a_random_mask():
     good = task.measure(model, "test")["accuracy"]
     chance.ends[0].restore_(model)
     assert good > task.measure(model, "test")["accuracy"]
+
+
+def test_it_runs_from_the_command_line_and_what_is_saved_loads(tmp_path):
+    from click.testing import CliRunner
+    from safetensors.torch import load_file
+
+    from secateur.cli import main
+
+    settings = ["--rounds", "2", "--fraction", "0.5", "--steps", "8", "--rewind.step", "2", "--curve", "steps"]
+    args = [
+        "prune",
+        "tiny:mlp",
+        "stable_lottery",
+        "--task",
+        "tiny:toy_vectors",
+        *settings,
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    found = CliRunner().invoke(main, [*args, "--probe", "twins"], terminal_width=200)
+    assert found.exit_code == 0, found.output
+    assert "stability to data order of a random mask" in found.stderr
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    tiny.mlp().load_state_dict(saved)
+    assert sum(int(torch.count_nonzero(v)) for n, v in saved.items() if n.endswith("weight")) == 1664 // 4
