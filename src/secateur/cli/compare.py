@@ -6,7 +6,7 @@ import math
 import re
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,12 +56,16 @@ class Cell:
     metavar="A,B,...",
     help="Names, or name(key=value, ...). Random, magnitude, fewer layers and 8-bit weights are always added.",
 )
+@click.option("--sparsity", metavar="S,...", help="Fractions removed, such as 0.3,50%. [default: 0.5; five to train]")
 @click.option(
-    "--sparsity", default="0.5", show_default=True, metavar="S,...", help="Fractions removed, such as 0.3,50%."
+    "--seeds", type=click.IntRange(1), metavar="N", help="Runs of each, seeded 0 to N-1. [default: 1; 3 to train]"
 )
 @click.option(
-    "--seeds", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Runs of each, seeded 0 to N-1."
+    "--epochs", type=click.FloatRange(0, min_open=True), metavar="N", help="Train from new weights, all for as long."
 )
+@click.option("--jobs", type=click.IntRange(1), default=1, metavar="N", help="Training runs at a time, in processes.")
+@click.option("--ray", metavar="ADDRESS", help="Train on a Ray cluster: auto, local, or an address.")
+@click.option("--curves", metavar="WHERE", help="Send curves of training to tensorboard, wandb or mlflow.")
 @click.option("--out", required=True, metavar="FILE.html", help="The page. Records go to a folder beside it.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A setting of every method that has it.")
 @click.option(
@@ -77,8 +81,12 @@ def command(
     /,
     model: str,
     methods: str,
-    sparsity: str,
-    seeds: int,
+    sparsity: str | None,
+    seeds: int | None,
+    epochs: float | None,
+    jobs: int,
+    ray: str | None,
+    curves: str | None,
     out: str,
     overrides: tuple[str, ...],
     timing: bool,
@@ -99,6 +107,10 @@ def command(
     Each run leaves a record; those that are there already are not run again. A run that fails is shown and does not
     stop the others. The dense model, random and magnitude pruning, fewer layers and 8-bit weights are always in the
     comparison, and all methods are calibrated on equally many examples.
+
+    With --epochs, methods that train are compared: each from the same new weights, for equally many epochs of the same
+    data in the same order. Random masks with ERK shares, gradual magnitude pruning, the dense network and dense ones of
+    the same size are then always there, and the page adds what training cost and how full each layer was.
     """
     from secateur.cli.measuring import look_from
     from secateur.cli.opening import model_from, set_threads, task_from
@@ -108,6 +120,15 @@ def command(
 
     speaker = terminal(spoken)
     set_threads(threads)
+    if epochs is not None:
+        from secateur.cli.training import LEVELS, SEEDS, Job
+
+        blank = Job(model, None, task, ctx.meta[TASK], seed or 0, eval_split, command_line(ctx), threads, dtype, device)  # type: ignore[arg-type]
+        places = (sparsity or LEVELS, seeds or SEEDS)
+        _trained(speaker, blank, methods, places, overrides, epochs, (jobs, ray, curves), Path(out))
+        return
+    _only_training({"--jobs": jobs != 1, "--ray": ray is not None, "--curves": curves is not None})
+    sparsity, seeds = sparsity or "0.5", seeds or 1
     wanted, always = asked(methods, sparsity, overrides)
     look = look_from(eval_split, zero_shot, limit, damage)
     first = seed or 0
@@ -161,6 +182,89 @@ def command(
             error.add_note(f"{out} shows the {done} runs of {len(cells)} that are there.")
         raise
     _finish(speaker, cells, out, "")
+
+
+def _only_training(given: dict[str, bool]) -> None:
+    """Raise SettingError for options that need --epochs."""
+    from secateur.errors import SettingError
+
+    for name, was in given.items():
+        if was:
+            raise SettingError(f"{name} was given", "it is for comparisons of training", "Add --epochs, such as 10.")
+
+
+def _trained(
+    speaker: "Terminal",
+    blank: Any,
+    methods: str,
+    grid: tuple[str, int],
+    overrides: Sequence[str],
+    epochs: float,
+    where: tuple[int, str | None, str | None],
+    page: Path,
+) -> None:
+    """The grid of a comparison of training: what its hash says is done is not done again."""
+    import os
+    import sys
+
+    from secateur.cli import training
+    from secateur.cli.opening import model_from, task_from
+    from secateur.outcome import write_text
+
+    levels, seeds = grid
+    workers, ray, log_to = where
+    log = None if log_to is None else training.writer(log_to)
+    with speaker.busy(f"opening {blank.model}"):
+        opened = model_from(blank.model, dtype=blank.dtype, device=blank.device, online=False)
+        numbers = [blank.seed + i for i in range(seeds)]
+        tasks = {number: task_from(opened, blank.task, blank.given, number) for number in numbers}
+        steps = training.steps_of(tasks[numbers[0]], epochs)
+        asked = training.asked(methods, levels, overrides, steps)
+    folder = page.with_name(page.stem + "-records")
+    folder.mkdir(parents=True, exist_ok=True)
+    shapes = sorted((name, tuple(p.shape)) for name, p in opened.model.named_parameters())
+    marks = {number: ["training", blank.split, shapes, task.fingerprint()] for number, task in tasks.items()}
+    cells = [Cell(m, number, folder / _name(m, number, marks[number])) for m in asked for number in numbers]
+    todo = [cell for cell in cells if not cell.record.exists()]
+    if workers > 1 and blank.threads is None:  # the processors are shared out
+        blank = replace(blank, threads=max(1, (os.cpu_count() or 1) // workers))
+    here = {"folder": os.getcwd(), "paths": tuple(path or os.getcwd() for path in sys.path)}
+    jobs = [replace(blank, method=cell.method, seed=cell.seed, **here) for cell in todo]
+    speaker.say(f"{len(cells)} runs of {steps:,} steps, {len(cells) - len(todo)} of them done before; in {folder}")
+    stopped = ""
+    try:
+        with _stopped_by_term():
+            for number, (place, text) in enumerate(training.results(jobs, workers, ray), 1):
+                cell, found = todo[place], json.loads(text)
+                if "error" in found:
+                    about = {"method": cell.method.name, "seed": cell.seed, "left_out": False, **found}
+                    write_text(cell.failure, json.dumps(about, indent=1, sort_keys=True) + "\n")
+                    speaker.say(f"{number} of {len(todo)}  {_said(cell)}  failed: {found['error']}", "red")
+                    continue
+                write_text(cell.record, text + "\n")
+                cell.failure.unlink(missing_ok=True)
+                if log is not None:
+                    log(_read(cell.record), folder / "curves" / cell.record.name)
+                speaker.say(f"{number} of {len(todo)}  {_said(cell)}")
+    except KeyboardInterrupt as error:
+        done = sum(cell.record.exists() for cell in cells)
+        error.add_note(f"What was done is kept in {folder}: run the same command again to go on.")
+        stopped = f"stopped after {done} of {len(cells)} runs: this page holds those that were done"
+        if done:
+            _finish(speaker, cells, str(page), stopped, training.with_dense)
+        raise
+    _finish(speaker, cells, str(page), stopped, training.with_dense)
+
+
+def _read(path: Path) -> "Record":
+    from secateur.outcome import Record
+
+    return Record.read(path)
+
+
+def _said(cell: Cell) -> str:
+    level = getattr(cell.method, "sparsity", None)
+    return f"{cell.method.name}{'' if level is None else f' at {level:g}'}, seed {cell.seed}"
 
 
 @contextmanager
@@ -350,14 +454,23 @@ def _gathered(cells: Sequence[Cell]) -> "tuple[list[Record], list[dict[str, Any]
 
     records = [Record.read(cell.record) for cell in cells if cell.record.exists()]
     failures = [
-        {"run": _label(cell), **json.loads(cell.failure.read_text(encoding="utf-8"))}
+        {
+            "run": _label(cell) if cell.method.name != "dense" else _said(cell),
+            **json.loads(cell.failure.read_text(encoding="utf-8")),
+        }
         for cell in cells
         if cell.failure.exists() and not cell.record.exists()
     ]
     return records, failures
 
 
-def _finish(speaker: "Terminal", cells: Sequence[Cell], out: str, stopped: str) -> None:
+def _finish(
+    speaker: "Terminal",
+    cells: Sequence[Cell],
+    out: str,
+    stopped: str,
+    completed: "Callable[[Sequence[Record]], list[Record]] | None" = None,
+) -> None:
     from secateur.cli.report import claims_of
     from secateur.errors import EvidenceError
     from secateur.report import compare_table, headline, write
@@ -371,6 +484,7 @@ def _finish(speaker: "Terminal", cells: Sequence[Cell], out: str, stopped: str) 
             f"all of them failed, the first with: {gathered[0]['error'].splitlines()[0]}",
             gathered[0]["do"],
         )
+    records = records if completed is None else completed(records)
     told = [stopped] if stopped else []
     told += [_calibration(records), *left_out]
     told += [f"{f['run']} failed: {f['error'].splitlines()[0]}" for f in failures]

@@ -22,6 +22,9 @@ POINTS_PER_CURVE = 400
 BARS = 60
 CELLS = 3000
 SECONDS = "seconds"  # the curve that says when each step was reached
+COMPUTE = "training compute"  # the curve of operations spent in training up to a step, zeros counted as free
+DENSITY = "density of "  # begins the name of the curve of a site's density over training
+MOMENTS = 24  # of training, at which densities are drawn
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,56 @@ def quality_against_size(records: Sequence[Record]) -> Drawing | None:
         "Quality against parameters left",
         "Further left, fewer parameters are not zero. No run was saved, so that stored sizes are not known.",
     )
+
+
+def quality_against_compute(records: Sequence[Record]) -> Drawing | None:
+    """The quality against the operations spent in training; None where runs did not say what they spent."""
+
+    def spent(p: Point) -> float | None:
+        each = [r.curves[COMPUTE][-1][1] for r in p.records if r.curves.get(COMPUTE)]
+        return sum(each) / len(each) if each else None
+
+    found = points(records)
+    if all(spent(p) is None for p in found):
+        return None
+    return _quality_chart(
+        records,
+        spent,
+        None,
+        alt.X("x:Q", title="operations in training", axis=alt.Axis(format=".2~s", tickCount=6), scale=_near()),
+        "Quality against training compute",
+        "Further left, training was cheaper: forward and backward, as if zeros cost nothing, "
+        "which dense kernels do not achieve.",
+    )
+
+
+def densities(found: Sequence[Point]) -> list[Drawing]:
+    """How full each site was over training, a chart for each series whose runs logged it."""
+    drawings = []
+    for p in found:
+        logged = {n.removeprefix(DENSITY): c for n, c in p.records[0].curves.items() if n.startswith(DENSITY) and c}
+        if not logged:
+            continue
+        order = [row.site for row in p.records[0].sites if row.site in logged] or list(logged)
+        short = shorten(order)
+        last = max(step for name in order for step, _ in logged[name])
+        last = max([last, *(step for step, _ in p.records[0].curves.get(COMPUTE, []))])
+        moments = sorted({round(last * i / (MOMENTS - 1)) for i in range(MOMENTS)})
+        cells = [
+            {"x": str(moment), "y": short[name], "kept": _at_step(logged[name], moment), "site": name}
+            for name in order[: CELLS // len(moments)]
+            for moment in moments
+        ]
+        drawn = _heat(cells, [str(m) for m in moments], [short[n] for n in order], "step", "", ("site",))
+        drawings.append(
+            Drawing(drawn.spec, f"Layer densities over training: {p.series}", "Yellow: all of the layer is there.")
+        )
+    return drawings
+
+
+def _at_step(curve: Sequence[tuple[int, float]], moment: int) -> float:
+    """The value of a curve that stays as it is until its next point; all there before its first."""
+    return next((value for step, value in reversed(curve) if step <= moment), 1.0)
 
 
 def kept_by_site(rows: Sequence[SiteRow]) -> Drawing | None:
@@ -124,7 +177,8 @@ def curves(found: Sequence[Point], most: int = 12) -> list[Drawing]:
 
     A run that logs a curve "seconds" says how long it had taken at each of its steps.
     """
-    names = sorted({name for p in found for name in p.records[0].curves} - {SECONDS})
+    own = {SECONDS, COMPUTE}
+    names = sorted(n for n in {n for p in found for n in p.records[0].curves} - own if not n.startswith(DENSITY))
     drawings = []
     for name in names[:most]:
         lines = {p.series: p.records[0].curves.get(name, []) for p in found}

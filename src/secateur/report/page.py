@@ -62,7 +62,10 @@ def page(records: Sequence[Record], title: str = "", extra: Sequence[Claim] = ()
     single = len(newest) == 1
     at = shown(found)
     first = newest[0]
-    drawings = [charts.quality_against_sparsity(newest), charts.quality_against_size(newest)]
+    drawings = [
+        charts.quality_against_sparsity(newest),
+        charts.quality_against_compute(newest) or charts.quality_against_size(newest),
+    ]
     cut = charts.kept_by_site(at[0].records[0].sites) if len(at) == 1 else charts.kept_by_block(at)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("secateur.report", "templates"),
@@ -85,7 +88,7 @@ def page(records: Sequence[Record], title: str = "", extra: Sequence[Claim] = ()
         drawings=[_figure(d) for d in drawings if d is not None],
         cut=None if cut is None else _figure(cut),
         pictures=grids([(p.series, p.records[0]) for p in at]),
-        curves=[_figure(d) for d in charts.curves(at)],
+        curves=[_figure(d) for d in (*charts.curves(at), *charts.densities(at))],
         metric=metric(first),
         dense=dense(newest),
         table=compare_table(newest),
