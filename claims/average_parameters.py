@@ -15,7 +15,7 @@ from secateur.axes.rules import LearningRate
 from secateur.cut import weights
 from secateur.methods.average_parameters import AverageParameters, window
 from secateur.site import total_units
-from secateur.studies.scaling_law import Run, fit_law, relative_error, twin
+from secateur.studies.scaling_law import Run, fit_law, pair, relative_error
 from secateur.task import Task
 from secateur.tasks.corpora import Characters, c4
 from secateur.tasks.learners import AdamW
@@ -44,11 +44,12 @@ def network(width: int, inner: int, settings: Settings) -> LlamaForCausalLM:
 
 
 def sizes(settings: Settings, widest: int) -> list[tuple[int, int]]:
-    """Widths and the MLPs' inner widths: as wide as the heads divide, the inner within a tenth of its usual share."""
+    """Widths and the MLPs' inner widths: as wide as the heads divide, the inner within a quarter of its usual share."""
     step, found = 2 * settings["heads"], list[tuple[int, int]]()
     for width in range(step, widest + 1, step):
         usual = width * settings["inner"] / settings["width"]
-        found += [(width, inner) for inner in range(round(0.9 * usual) // 4 * 4, round(1.1 * usual) + 1, 4) if inner]
+        fine = max(round(usual / 40), 1) * 2
+        found += [(width, inner) for inner in range(round(0.8 * usual), round(1.25 * usual) + 1, fine) if inner]
     return found
 
 
@@ -98,8 +99,9 @@ def cell(condition: str, seed: int, settings: Settings) -> dict[str, float]:
         return dense(round(width * share), round(inner * share), round(budget * length), seed, settings)
     if kind == "twin":
         plan = window(budget, float(rest), every=settings["every"])
-        whole = total_units(weights(network(width, inner, settings)))
-        (small, within), _ = twin(lambda size: network(*size, settings), sizes(settings, width), plan.average * whole)
+        made = pair(lambda size: network(*size, settings), (width, inner), sizes(settings, width), plan)
+        assert made.mismatch < 0.02
+        small, within = made.size
         return dense(small, within, plan.steps, seed, settings)
     begin, until = WINDOWS.get(kind, (0.25, 0.75))
     model, task = drawn(width, inner, seed, settings), task_of(seed, settings)

@@ -14,7 +14,7 @@ from secateur.errors import BudgetError, EvidenceError, SettingError
 from secateur.method import load, prune
 from secateur.methods.average_parameters import Accountant, AverageParameters, Window, window
 from secateur.site import tensors, total_units
-from secateur.studies.scaling_law import Law, Run, fit_law, interval, relative_error, twin
+from secateur.studies.scaling_law import Law, Run, fit_law, interval, pair, relative_error, twin
 from secateur.train import Rule, Snapshot, attach, fit
 
 RELEASED = {0.2: (2500, 8100, 11200), 0.4: (2500, 8875, 13050), 0.6: (2500, 10100, 16375), 0.8: (2500, 12600, 25050)}
@@ -254,3 +254,18 @@ def test_a_twin_is_the_dense_network_nearest_in_prunable_weights():
     assert count == total_units(weights(make(32)))
     with pytest.raises(SettingError, match="no sizes"):
         twin(make, (), 15_000)
+
+
+def test_a_pair_has_equal_tokens_and_nearly_equal_parameters_and_so_equal_compute():
+    def make(size):
+        width, inner = size
+        return tiny.decoder(hidden_size=width, intermediate_size=inner)
+
+    plan = window(1000, 0.8, every=10)
+    found = pair(make, (32, 64), [(w, i) for w in (16, 24, 32) for i in range(24, 65, 4)], plan)
+    whole = total_units(weights(make((32, 64))))
+    assert found.average == pytest.approx(plan.average * whole)
+    assert found.mismatch < 0.03
+    dense, sparse = found.parameters * plan.steps, sum(plan.density(t) * whole for t in range(plan.steps))
+    assert dense == pytest.approx(sparse, rel=0.03)
+    assert 0.2 * whole < 0.6 * found.parameters  # in the end the sparse one is much the smaller

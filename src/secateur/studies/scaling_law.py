@@ -7,6 +7,7 @@ log L, minimised from a grid of starts. Jin et al. 2025 (arXiv:2501.12486) put t
 N, and sparse and dense runs lie on one law. Needs scipy.
 
     law = fit_law(runs); law.loss(N, D); interval(runs); relative_error(law, others)
+    pair(make, whole, sizes, window(10_000, 0.8))      # a sparse training, and the dense one to hold it against
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from math import exp, inf, log
 from statistics import fmean
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from torch import nn
 
 from secateur.cut import DEFAULT_EXCLUDE, weights
 from secateur.errors import EvidenceError, SettingError, did_you_mean
+from secateur.methods.average_parameters import Window
 from secateur.site import total_units
 
 NAMES = ("A", "alpha", "B", "beta", "E")
@@ -164,6 +166,36 @@ def twin(
         )
     _, _, size, count = min(found, key=lambda entry: entry[:2])
     return size, count
+
+
+@dataclass(frozen=True)
+class Pair(Generic[Size]):
+    """A sparse training and a dense one of equal tokens, equal compute and equal parameters on average."""
+
+    plan: Window  # of the sparse training; the dense one takes as many steps
+    size: Size  # of the dense network
+    parameters: int  # the dense network's prunable weights
+    average: float  # the sparse network's over training, in the mean
+
+    @property
+    def mismatch(self) -> float:
+        """How far the two counts are apart, as a share of the sparse network's."""
+        return abs(self.parameters - self.average) / self.average
+
+
+def pair(
+    make: Callable[[Size], nn.Module],
+    whole: Size,
+    sizes: Iterable[Size],
+    plan: Window,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = DEFAULT_EXCLUDE,
+) -> Pair[Size]:
+    """The dense network to hold a sparse training against: that of `sizes` nearest to its mean count of weights."""
+    with torch.device("meta"):
+        average = plan.average * total_units(weights(make(whole), include, exclude))
+    size, count = twin(make, sizes, average, include, exclude)
+    return Pair(plan, size, count, average)
 
 
 def _inside(name: str, value: float) -> float:
