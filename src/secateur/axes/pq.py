@@ -193,7 +193,7 @@ class Fraction:
 
     def gone(self, values: Tensor, live: Tensor) -> Tensor:
         """floor(fraction * left)."""
-        return _floor(live.sum(-1).double() * self.fraction)
+        return _some(live.sum(-1), self.fraction)
 
 
 @dataclass(frozen=True)
@@ -229,12 +229,13 @@ class Adaptive:
 
     def gone(self, values: Tensor, live: Tensor) -> Tensor:
         """floor(share * left)."""
-        count = live.sum(-1)
-        return torch.minimum(_floor(count * self.share(values, live)), (count - 1).clamp(min=0))
+        return _some(live.sum(-1), self.share(values, live))
 
 
-def _floor(exact: Tensor) -> Tensor:
-    return torch.floor(exact + 1e-9).long()  # 0.3 * 10 is 3 less a rounding error
+def _some(count: Tensor, share: Tensor | float) -> Tensor:
+    """floor(share * count), one at least being left of any."""
+    gone = torch.floor(count.double() * share + 1e-9).long()  # 0.3 * 10 is 3 less a rounding error
+    return torch.minimum(gone, (count - 1).clamp(min=0))
 
 
 def drop_smallest(
