@@ -133,5 +133,12 @@ CLAIM = Claim(
         "frozen score rate": 0.05,
         "epochs": 2,
     },
-    large={"network": "resnet20", "images": 45_000, "batch": 128, "epochs": 50, "score rate": 0.1, "frozen score rate": 0.1},
+    large={
+        "network": "resnet20",
+        "images": 45_000,
+        "batch": 128,
+        "epochs": 50,
+        "score rate": 0.1,
+        "frozen score rate": 0.1,
+    },
 )  # fmt: skip
