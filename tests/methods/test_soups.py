@@ -1,6 +1,7 @@
 """Sparse model soups (paper 06): exact zeros, what varies, greedy choice, batch norms, processes, the claim."""
 
 import copy
+import json
 import os
 import subprocess
 import sys
@@ -11,12 +12,14 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from click.testing import CliRunner
 from test_distributed import ALONE, PLACE, free_port
 from torch import nn
 
 from secateur.axes import NM, Uniform
 from secateur.axes.rules import Gradual, LearningRate
 from secateur.axes.schedules import Schedule
+from secateur.cli import main
 from secateur.cut import weights
 from secateur.edit import Mask
 from secateur.errors import ModelError, ResumeError, SettingError, SiteError, TaskError
@@ -316,6 +319,7 @@ import sys
 from pathlib import Path
 import tiny
 from test_soups import PARALLEL
+from secateur.cli import main
 from secateur.cut import weights
 from secateur.distributed import together
 from secateur.train import Snapshot
@@ -463,6 +467,17 @@ def test_weight_decay_cannot_vary_where_there_is_none():
 
     with pytest.raises(SettingError, match="Plain has none"):
         replace(SMALL, vary=Decays((0.0, 0.1))).run(tiny.mlp(), Bare(tiny.toy_vectors()))
+
+
+def test_from_the_command_line_with_settings_as_text(tmp_path):
+    verb = ["prune", "tiny:mlp", "soups", "--task", "tiny:toy_vectors", "--steps", "3", "--phases", "2", "--json"]
+    more = ["--merge", "greedy-soup", "--vary", "decays(values=(0, 1e-4, 1e-3))", "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(main, [*verb, *more])
+    assert done.exit_code == 0, done.output
+    record = json.loads(done.stdout)
+    assert record["settings"]["vary"] == "decays(values=(0, 0.0001, 0.001))"
+    assert record["ledger"]["removed"] == int(0.95 * 1664)
+    assert "candidates in the soup" in record["curves"]
 
 
 # The claim
