@@ -74,6 +74,7 @@ def cell(condition: str, seed: int, settings: Settings) -> dict[str, float]:
     else:
         arm = {
             "iss-p": {"softening": Shrinkage(settings["factor"])},
+            "gentle": {"softening": Shrinkage(0.95)},
             "hard": {"softening": Shrinkage(0.0)},
             "penalty": {"softening": GrowingPenalty(0.5)},
             "fixed penalty": {"softening": GrowingPenalty(0.5), "every": 0},
@@ -109,7 +110,8 @@ CLAIM = Claim(
     here="An EDSR of 124,000 weights (6 blocks of 32 channels) on 5,000 pictures of CIFAR-10 (JPEG copy), 500 to test: "
     "PSNR and SSIM of luma, borders of the scale left out; the same 600 steps of 16 for all, the learning rate "
     "constant for half of them, where L1 after half of the steps (`l1`) and ISS-P cut. `l1 of dense` has twice as "
-    "many steps. The shrinking factor and the rate were chosen on another seed.",
+    "many steps. A weight that Adam pushes and shrinking pulls rests near rate / (1 - factor): the factor is 0.5, as "
+    "the rate is ten times the paper's, and `gentle` has the paper's 0.95. The rate was chosen on another seed.",
     conditions=(
         "bicubic x2",
         "bicubic x3",
@@ -117,7 +119,7 @@ CLAIM = Claim(
         "dense x2",
         "dense x4",
         *(f"{kind} x2@{s}" for s in ("0.9", "0.95", "0.99") for kind in ("scratch", "iss-p")),
-        *(f"{kind} x2@0.95" for kind in ("l1", "l1 of dense", "hard", "penalty", "fixed penalty")),
+        *(f"{kind} x2@0.95" for kind in ("l1", "l1 of dense", "gentle", "hard", "penalty", "fixed penalty")),
         *(f"{kind} x3@0.95" for kind in ("scratch", "iss-p", "l1")),
         *(f"{kind} x4@0.95" for kind in ("scratch", "iss-p", "l1", "l1 of dense")),
     ),
@@ -136,6 +138,7 @@ CLAIM = Claim(
         ahead(
             "iss-p x2@0.95", "l1 of dense x2@0.95", "ahead of L1 of a dense network, in half the steps", central=False
         ),
+        ahead("gentle x2@0.95", "scratch x2@0.95", "the paper's factor is ahead of random weights too", central=False),
         ahead("iss-p x2@0.95", "bicubic x2", "ahead of interpolation, at 95 %", central=False),
         Expectation("SSIM says the same at 95 %", "iss-p x2@0.95", "scratch x2@0.95", "ssim", "higher", central=False),
         Expectation("the choice settles", "late", "early", "churn", "lower", central=False),
@@ -144,12 +147,12 @@ CLAIM = Claim(
         "images": 5000,
         "test": 500,
         "batch": 16,
-        "rate": 1e-3,
+        "rate": 2e-3,
         "steps": 600,
-        "factor": 0.95,
+        "factor": 0.5,
         "width": 32,
         "blocks": 6,
     },
-    large={"images": 45_000, "test": 5000, "width": 64, "blocks": 16, "steps": 40_000, "rate": 2e-4},
+    large={"images": 45_000, "test": 5000, "width": 64, "blocks": 16, "steps": 40_000, "rate": 2e-4, "factor": 0.95},
     derive=derive,
 )

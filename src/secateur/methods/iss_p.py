@@ -272,7 +272,7 @@ class SoftShrink(Rule):
         if self.mass > 0.01 and self.cut.until > 0:
             loop.note(
                 f"the cut took {self.mass:.1%} of all weights' size, more than the 1 % that passes unnoticed: shrink "
-                "for longer, or harder"
+                "for longer, or by a smaller factor (under Adam such weights rest near rate / (1 - factor))"
             )
 
     def finish(self, loop: Loop) -> None:
