@@ -175,10 +175,10 @@ CLAIM = Claim(
     settings={
         "train": 3000,
         "test": 1000,
-        "longest": 30,
+        "longest": 26,
         "batch": 32,
         "width": 50,
-        "epochs": 15,
+        "epochs": 14,
         "retrain": 1,
         "whole_inputs": False,
         "graphs": 10,
