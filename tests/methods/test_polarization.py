@@ -382,6 +382,8 @@ polarization(found).backward()
 gradient = mine.grad.clone()
 dist.all_reduce(gradient)  # the mean that DistributedDataParallel takes
 print(found.tolist(), (gradient / 2).tolist())
+dist.barrier()  # so that neither leaves while the other still waits for it
+dist.destroy_process_group()
 """
 
 
