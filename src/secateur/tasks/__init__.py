@@ -18,6 +18,7 @@ from secateur.models.pipelines import Pipeline
 from secateur.tasks import corpora, images, speech
 from secateur.tasks.captioned import Captioned, fashion_pairs
 from secateur.tasks.corpora import Characters, Tokenizer, from_path, from_text, python_docs, wikitext2
+from secateur.tasks.detection import Detection, bccd
 from secateur.tasks.divided import federated, forgetting
 from secateur.tasks.grammar import reber
 from secateur.tasks.images import Images, cifar10, digits, fashion_mnist
@@ -33,6 +34,7 @@ __all__ = [
     "AdamW",
     "Captioned",
     "Characters",
+    "Detection",
     "Images",
     "Labelled",
     "Learner",
@@ -42,6 +44,7 @@ __all__ = [
     "SuperResolution",
     "Text",
     "Tokenizer",
+    "bccd",
     "cifar10",
     "digits",
     "fashion_mnist",
@@ -85,12 +88,15 @@ PAIRED: dict[str, Callable[..., Captioned]] = {"captions": fashion_pairs}
 ENLARGED: dict[str, Callable[..., SuperResolution]] = {"super-resolution": super_resolution}
 
 
+FOUND: dict[str, Callable[..., Detection]] = {"bccd": bccd}
+
+
 DRAWN: dict[str, Callable[..., Prompts]] = {"fashion-prompts": fashion_prompts, "prompts": prompts}
 
 
 def names() -> list[str]:
     """Every ready-made task by name, sorted."""
-    return sorted([*TEXTS, *LABELLED, *PAIRED, *ENLARGED, *DRAWN])
+    return sorted([*TEXTS, *LABELLED, *PAIRED, *ENLARGED, *FOUND, *DRAWN])
 
 
 def open_task(
@@ -100,7 +106,7 @@ def open_task(
     model: nn.Module | None = None,
     seed: int = 0,
     **settings: Any,
-) -> Text | Labelled | Captioned | SuperResolution | Prompts:
+) -> Text | Labelled | Captioned | SuperResolution | Detection | Prompts:
     """A ready-made task by name, or one over a text file or folder by path.
 
     `settings` are the scalars of the task (window, batch, windows, samples; train_size, val_size, test_size, flat,
@@ -115,12 +121,16 @@ def open_task(
     if name in LABELLED:
         _check(name, given, LABELLED[name], KINDS.get(name, Images))
         _refuse(name, model, text=name == "reber")
-        task: Text | Labelled | Captioned | SuperResolution = LABELLED[name](seed=seed, **given)
+        task: Text | Labelled | Captioned | SuperResolution | Detection = LABELLED[name](seed=seed, **given)
     elif name in ENLARGED:
         _check(name, given, ENLARGED[name], SuperResolution)
         _refuse(name, model, text=False)
         scale = getattr(model, "scale", None)
         task = ENLARGED[name](seed=seed, **{**({"scale": scale} if isinstance(scale, int) else {}), **given})
+    elif name in FOUND:
+        _check(name, given, FOUND[name], Detection)
+        _refuse(name, model, text=False)
+        task = FOUND[name](seed=seed, **given)
     elif name in PAIRED:
         _check(name, given, PAIRED[name], Captioned)
         size = _sides(name, model)
@@ -191,10 +201,10 @@ def _check(
     name: str,
     given: dict[str, Any],
     make: Callable[..., Any],
-    kind: type[Text] | type[Labelled] | type[Captioned] | type[SuperResolution],
+    kind: type[Text] | type[Labelled] | type[Captioned] | type[SuperResolution] | type[Detection],
 ) -> None:
     """Raise SettingError for a setting that a task does not have."""
-    inner = {"name", "ids", "mask", "size", "splits", "clients", "scale", "mean", "std", "seed"}
+    inner = {"name", "ids", "mask", "size", "splits", "clients", "scale", "mean", "std", "seed", "classes", "taken"}
     known = {f.name for f in fields(kind) if f.init} - inner
     own = inspect.signature(make).parameters.values()
     known |= {p.name for p in own if p.kind is p.KEYWORD_ONLY}
@@ -251,8 +261,12 @@ def _refuse(name: str, model: nn.Module | None, *, text: bool) -> None:
         )
 
 
-def _fits(task: Text | Labelled | Captioned | SuperResolution, model: nn.Module) -> None:
+def _fits(task: Text | Labelled | Captioned | SuperResolution | Detection, model: nn.Module) -> None:
     """Raise TaskError when a model has no room for the task's tokens, classes or pixels."""
+    if isinstance(task, Detection):
+        with evaluating(model):
+            task.answered(model, task.example.to(device_of(model)))
+        return
     if isinstance(task, SuperResolution):
         with evaluating(model):
             task.drawn(model, task.example.to(device_of(model)))
