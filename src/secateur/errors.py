@@ -9,6 +9,8 @@ SecateurError
 ├── TaskError         data that is missing or unusable
 ├── ModelError        a model that cannot be opened, saved or understood
 ├── GraphError        a network whose coupling cannot be followed
+├── FormatError       a weight that a format cannot hold, or a packed one that is not whole
+├── KernelError       compiled kernels that cannot be built, loaded or called
 └── ResumeError       a run that cannot be taken up again
 """
 
@@ -57,6 +59,14 @@ class ModelError(SecateurError, ValueError):
 
 class GraphError(SecateurError, ValueError):
     """A network whose coupling cannot be followed."""
+
+
+class FormatError(SecateurError, ValueError):
+    """A weight that a format cannot hold, or a packed one that is not whole."""
+
+
+class KernelError(SecateurError, RuntimeError):
+    """Compiled kernels that cannot be built, loaded or called."""
 
 
 class ResumeError(SecateurError, ValueError):

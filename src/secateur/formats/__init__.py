@@ -1,0 +1,43 @@
+"""How what survives is stored and multiplied: formats of plain tensors, exact inverses of the dense weight.
+
+packed = Bitmap().pack(weight, mask)     # weight [out, in]; Packed has matmul, dense, nbytes, tensors
+unpack({"header": packed.header, **packed.tensors})   # the same, from a file
+"""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from secateur.errors import FormatError
+from secateur.formats.bitmap import Bitmap
+from secateur.formats.packed import Format, Packed
+
+FORMATS: dict[int, type[Format]] = {kind.code: kind for kind in (Bitmap,)}
+"""Every format by the number that stands first in its header."""
+
+
+def unpack(tensors: Mapping[str, Tensor]) -> Packed:
+    """A packed weight from its header and tensors, as they come from a file.
+
+    Raises FormatError for a format or version that is not known here, and when the tensors do not fit together.
+    """
+    header = tensors.get("header")
+    if header is None or header.dim() != 1 or len(header) < 4 or header.is_floating_point():
+        raise FormatError(
+            "a packed weight was to be read",
+            f"{', '.join(sorted(tensors)) or 'nothing'} is there and no header",
+            "Give the tensors of one layer, the header among them.",
+        )
+    code, version, outputs, inputs, *settings = (int(n) for n in header)
+    kind = FORMATS.get(code)
+    if kind is None or version != kind.version:
+        known = f"format {code} is not known" if kind is None else f"{kind().name} is of version {kind.version} here"
+        raise FormatError(
+            f"a packed weight of format {code}, version {version}, was to be read",
+            known,
+            "Read it with the secateur that wrote it, or pack the dense weight again.",
+        )
+    return Packed(kind(*settings), (outputs, inputs), {k: v for k, v in tensors.items() if k != "header"})
+
+
+__all__ = ["FORMATS", "Bitmap", "Format", "Packed", "unpack"]

@@ -1,0 +1,201 @@
+"""What every format shares: a packed weight, made of plain tensors, that multiplies and turns back into a dense one."""
+
+import ctypes
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from secateur import kernels
+from secateur.errors import FormatError
+
+VALUES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+"""The dtypes of weights that formats hold, and what kernels call them."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the kernels of a format need: the name of one, the struct it reads, and how many items there are."""
+
+    kernel: str
+    weight: ctypes.Structure
+    items: int
+
+
+class Format(Protocol):
+    """A way to keep what survives of a weight matrix. A frozen dataclass: its fields are its settings."""
+
+    code: ClassVar[int]  # its number in a header; never given to another
+    version: ClassVar[int]  # raised when the layout of the tensors changes
+
+    @property
+    def name(self) -> str:
+        """What a table calls it: `bitmap`, `2:4`."""
+        ...
+
+    @property
+    def settings(self) -> tuple[int, ...]:
+        """What stands in the header after the shape."""
+        ...
+
+    def why_not(self, weight: Tensor, mask: Tensor | None = None) -> str | None:
+        """Why this format cannot hold a weight [out, in] that keeps what its mask says; None when it can."""
+        ...
+
+    def pack(self, weight: Tensor, mask: Tensor | None = None) -> "Packed":
+        """The weight in this format. Without a mask all that is not zero is kept. Raises FormatError on `why_not`."""
+        ...
+
+    def dense(self, packed: "Packed") -> Tensor:
+        """The dense weight [out, in] that was packed, in torch alone."""
+        ...
+
+    def check(self, packed: "Packed") -> None:
+        """Raise FormatError unless the tensors fit the shape and one another."""
+        ...
+
+    def call(self, packed: "Packed") -> Call:
+        """What its kernels are called with."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A weight matrix in a format: multiplies, and turns back into the dense one.
+
+    Raises FormatError where the tensors do not fit together.
+    """
+
+    format: Format
+    shape: tuple[int, int]  # outputs, inputs
+    tensors: Mapping[str, Tensor]  # contiguous, on the CPU; "values" among them
+
+    def __post_init__(self) -> None:
+        for name, tensor in self.tensors.items():
+            if tensor.device.type != "cpu" or not tensor.is_contiguous():
+                where = f"on {tensor.device}" if tensor.device.type != "cpu" else f"of strides {tensor.stride()}"
+                raise FormatError(
+                    f"{self._said} was to be read", f"its {name} are {where}", "Give contiguous tensors on the CPU."
+                )
+        self.format.check(self)
+        _ = self._versions
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weight, and so of what it multiplies."""
+        return self.tensors["values"].dtype
+
+    @property
+    def nbytes(self) -> int:
+        """What the packed weight takes in memory."""
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+    @property
+    def header(self) -> Tensor:
+        """Which format this is, to be saved beside the tensors: code, version, outputs, inputs, settings."""
+        return torch.tensor([self.format.code, self.format.version, *self.shape, *self.format.settings])
+
+    def dense(self) -> Tensor:
+        """The weight [out, in] as it was packed; what was not kept is zero."""
+        return self.format.dense(self)
+
+    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x W^T + bias, for x [..., inputs] of the weight's dtype.
+
+        Where no kernel is compiled, or a gradient is asked for, it goes through the dense weight, which is then kept.
+        Raises FormatError for another dtype, shape or device, and when the tensors were changed after packing.
+        """
+        outputs, inputs = self.shape
+        if x.dtype is not self.dtype or x.shape[-1:] != (inputs,) or x.device.type != "cpu":
+            raise FormatError(
+                f"{self._said} was to multiply {x.dtype} {list(x.shape)} on {x.device}",
+                f"it takes {self.dtype} [..., {inputs}] on the CPU",
+                "Convert what is given, or pack the layer again in its dtype.",
+            )
+        if bias is not None and (bias.dtype is not self.dtype or bias.shape != (outputs,)):
+            raise FormatError(
+                f"{self._said} was to add a bias {bias.dtype} {list(bias.shape)}",
+                f"it takes {self.dtype} [{outputs}]",
+                "Convert the bias.",
+            )
+        if self._versions != tuple(_version(t) for t in self.tensors.values()):
+            raise FormatError(
+                f"{self._said} was to multiply",
+                "its tensors were changed after packing",
+                "Change the dense weight and pack it again.",
+            )
+        call = self._call
+        kernel = kernels.find(call.kernel)
+        if kernel is None or (torch.is_grad_enabled() and (x.requires_grad or _learns(bias))):
+            return F.linear(x, self._kept_dense, bias)
+        flat = x.reshape(-1, inputs).contiguous()
+        y = x.new_empty(flat.shape[0], outputs)
+        kernels.matmul(kernel, call.weight, flat, y, None if bias is None else bias.contiguous(), call.items)
+        return y.view(*x.shape[:-1], outputs)
+
+    @cached_property
+    def _call(self) -> Call:
+        return self.format.call(self)
+
+    @cached_property
+    def _kept_dense(self) -> Tensor:
+        return self.dense()
+
+    @cached_property
+    def _versions(self) -> tuple[int, ...]:
+        return tuple(_version(t) for t in self.tensors.values())
+
+    @property
+    def _said(self) -> str:
+        return f"a {self.format.name} weight {list(self.shape)}"
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _learns(bias: Tensor | None) -> bool:
+    return bias is not None and bias.requires_grad
+
+
+def unsuited(weight: Tensor, mask: Tensor | None) -> str | None:
+    """Why no format could hold a weight: not a matrix, of another dtype, or with a mask of another shape."""
+    if weight.dim() != 2 or not weight.numel():
+        return f"it is {list(weight.shape)}, not a matrix"
+    if weight.dtype not in VALUES:
+        return f"its dtype is {weight.dtype}, and there is one of {', '.join(map(str, VALUES))}"
+    if mask is not None and (mask.dtype is not torch.bool or mask.shape != weight.shape):
+        return f"its mask is {mask.dtype} {list(mask.shape)}, not bool {list(weight.shape)}"
+    return None
+
+
+def refuse(format: Format, weight: Tensor, mask: Tensor | None) -> None:
+    """Raise FormatError when a format cannot hold a weight."""
+    reason = format.why_not(weight, mask)
+    if reason is not None:
+        raise FormatError(
+            f"a weight was to be packed as {format.name}", reason, "Keep it dense, or take another format."
+        )
+
+
+def kept(weight: Tensor, mask: Tensor | None) -> Tensor:
+    """What is kept of a weight: where its mask says so, or all that is not zero."""
+    return weight != 0 if mask is None else mask
+
+
+def pointer(tensor: Tensor) -> int:
+    """Where a tensor's data begin, for a struct."""
+    return tensor.data_ptr()
+
+
+def broken(packed: Packed, found: str) -> FormatError:
+    """The error for a packed weight that is not whole."""
+    return FormatError(
+        f"a {packed.format.name} weight {list(packed.shape)} was to be read",
+        found,
+        "The file is damaged or was made by something else: pack the dense weight again.",
+    )

@@ -1,0 +1,105 @@
+// The C interface: which kernel serves a name on this processor, and a kernel run over its items by several threads.
+#include <cstring>
+
+#include "kernels.h"
+#include "pool.h"
+
+#ifdef SECATEUR_X86
+#include <cpuid.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
+#define KERNEL(name, level) extern "C" Kernel name##_##level;
+#ifdef SECATEUR_X86
+#define X86(name, level) KERNEL(name, level)
+#else
+#define X86(name, level)
+#endif
+#include "table.inc"
+#undef KERNEL
+
+namespace {
+
+enum Level { base, avx2, avx512, amx };  // each holds those before it
+
+struct Entry {
+  const char* name;
+  Level level;
+  Kernel* kernel;
+};
+
+const Entry table[] = {
+#define KERNEL(name, level) {#name, level, name##_##level},
+#include "table.inc"
+#undef KERNEL
+};
+
+#ifdef SECATEUR_X86
+bool bit(unsigned word, int at) { return (word >> at) & 1; }
+
+uint64_t saved_by_the_system() {  // XCR0: the registers that the operating system keeps between threads
+  uint32_t low, high;
+  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (uint64_t(high) << 32) | low;
+}
+
+bool tiles_allowed() {  // Linux gives the tile registers to a process that asks
+#ifdef __linux__
+  const int request = 0x1023, tile_data = 18;
+  return syscall(SYS_arch_prctl, request, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+
+Level detect() {
+  unsigned a, b, c, d, b7, c7, d7, a71 = 0, unused;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !bit(c, 27)) return base;  // OSXSAVE
+  const bool fma = bit(c, 12) && bit(c, 28) && bit(c, 29) && bit(c, 23);  // and AVX, F16C, POPCNT
+  if (!__get_cpuid_count(7, 0, &unused, &b7, &c7, &d7)) return base;
+  const uint64_t saved = saved_by_the_system();
+  if (!fma || !bit(b7, 5) || !bit(b7, 8) || !bit(b7, 3) || (saved & 0x6) != 0x6) return base;  // AVX2, BMI2, BMI1
+  const bool wide = bit(b7, 16) && bit(b7, 17) && bit(b7, 30) && bit(b7, 31);  // F, DQ, BW, VL
+  if (!wide || !bit(c7, 1) || !bit(c7, 6) || (saved & 0xe6) != 0xe6) return avx2;  // VBMI, VBMI2
+  __get_cpuid_count(7, 1, &a71, &unused, &unused, &unused);
+  const bool tiles = bit(d7, 22) && bit(d7, 24) && bit(d7, 25);  // AMX-BF16, AMX-TILE, AMX-INT8
+  if (!tiles || !bit(a71, 5) || !bit(c7, 11) || (saved & 0x60000) != 0x60000) return avx512;  // AVX512-BF16, VNNI
+  return tiles_allowed() ? amx : avx512;
+}
+#else
+Level detect() { return base; }
+#endif
+
+}  // namespace
+
+// Raised when a struct that Python fills in changes: a library of other sources is then refused.
+SECATEUR_API int secateur_version() { return 1; }
+
+// The highest level that this processor and its system can run.
+SECATEUR_API int secateur_machine() {
+  static const Level found = detect();
+  return found;
+}
+
+// The kernel of a name for the highest level up to `level` that it was written for, or null; `found` says which.
+SECATEUR_API void* secateur_find(const char* name, int level, int* found) {
+  const Entry* best = nullptr;
+  for (const Entry& entry : table)
+    if (!std::strcmp(entry.name, name) && entry.level <= level && (!best || entry.level > best->level)) best = &entry;
+  if (best) *found = best->level;
+  return best ? reinterpret_cast<void*>(best->kernel) : nullptr;
+}
+
+// Items [0, items) of any kernel.
+SECATEUR_API void secateur_run(void* kernel, const void* call, int64_t items, int threads) {
+  parallel(reinterpret_cast<Kernel*>(kernel), call, items, threads);
+}
+
+SECATEUR_API void secateur_matmul(void* kernel, const void* weight, const void* x, void* y, const void* bias,
+                                  int64_t rows, int64_t items, int threads) {
+  const Matmul call = {weight, x, y, bias, rows};
+  parallel(reinterpret_cast<Kernel*>(kernel), &call, items, threads);
+}
