@@ -11,6 +11,7 @@ SecateurError
 ├── GraphError        a network whose coupling cannot be followed
 ├── FormatError       a weight that a format cannot hold, or a packed one that is not whole
 ├── KernelError       compiled kernels that cannot be built, loaded or called
+├── ExportError       a form that a run-time does not take, or answers differently in
 └── ResumeError       a run that cannot be taken up again
 """
 
@@ -67,6 +68,10 @@ class FormatError(SecateurError, ValueError):
 
 class KernelError(SecateurError, RuntimeError):
     """Compiled kernels that cannot be built, loaded or called."""
+
+
+class ExportError(SecateurError, ValueError):
+    """A form that a run-time does not take, or answers differently in."""
 
 
 class ResumeError(SecateurError, ValueError):

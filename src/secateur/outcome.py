@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib import metadata
 from math import prod
 from pathlib import Path
@@ -198,6 +199,21 @@ class Shows(Protocol):
 
 
 @dataclass(frozen=True)
+class Exported:
+    """A model in the form of another run-time, and how it was tried there."""
+
+    target: str  # "gguf"
+    path: str
+    bytes: int  # of all its files
+    dense_bytes: int  # of the model's tensors, each number written out
+    dtype: str  # the model was in
+    difference: float | None  # of the run-time's answers from the model's, as a share of their length; None: not tried
+    runtime: str  # with its version; empty where it was not tried
+    created: str
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class Record:
     """One run, whole: reports, comparisons, studies and claims read this and nothing else."""
 
@@ -222,6 +238,7 @@ class Record:
     files: dict[str, str] = field(default_factory=dict)  # saved file -> sha256
     pictures: list[Pictures] = field(default_factory=list)  # of models that draw
     damage: Damage | None = None  # None where it was not looked at
+    exports: list[Exported] = field(default_factory=list)  # made of the saved model since
 
     def measured(self, when: str) -> dict[str, float]:
         """All values measured before or after, in one dictionary."""
@@ -234,10 +251,10 @@ class Record:
     @classmethod
     def read(cls, path: str | Path) -> "Record":
         """Read and check a record. Raises ModelError when it is not one."""
-        from pydantic import TypeAdapter, ValidationError
+        from pydantic import ValidationError
 
         try:
-            return TypeAdapter(cls).validate_json(Path(path).read_bytes())
+            return _adapter().validate_json(Path(path).read_bytes())
         except (ValidationError, OSError) as error:
             raise ModelError(
                 f"a run record was to be read from {path}",
@@ -246,11 +263,16 @@ class Record:
             ) from error
 
 
-def record_schema() -> dict[str, Any]:
-    """The JSON schema of a run record."""
+@cache
+def _adapter() -> Any:
     from pydantic import TypeAdapter
 
-    return TypeAdapter(Record).json_schema()
+    return TypeAdapter(Record)
+
+
+def record_schema() -> dict[str, Any]:
+    """The JSON schema of a run record."""
+    return _adapter().json_schema()
 
 
 @dataclass

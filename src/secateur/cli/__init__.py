@@ -20,6 +20,8 @@ VERBS = {
     "eval": "Measure how good a model is.",
     "compare": "Several methods side by side, at equal sparsity and over seeds, on one page.",
     "report": "Runs that were saved, as one page.",
+    "export": "Take a model to where it is to run: transformers, llama.cpp, ONNX Runtime, OpenVINO, a sparse file.",
+    "densify": "Write the tensors of a sparse file as a plain one.",
     "inspect": "What a file of weights holds: shapes, bytes, zeros.",
 }
 

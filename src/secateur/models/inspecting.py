@@ -96,11 +96,17 @@ def _gguf(path: Path) -> dict[str, Any]:
             f"{path} was to be inspected", "the gguf package is not installed", "pip install 'secateur[gguf]'"
         ) from error
     try:
-        reader = gguf.GGUFReader(str(path))
-    except Exception as error:  # whatever gguf raises for a file that is cut off
+        rows, about = _read_gguf(gguf, gguf.GGUFReader(str(path)))
+    except Exception as error:  # whatever gguf raises for a file that is cut off, or was never one
         raise ModelError(
-            f"{path} was to be inspected", f"it is not a whole GGUF file: {error}", "Get it again."
+            f"{path} was to be inspected",
+            f"it is not a whole GGUF file: {error or type(error).__name__}",
+            "Get it again.",
         ) from error
+    return _summed("gguf", path, rows, about)
+
+
+def _read_gguf(gguf: Any, reader: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     rows = []
     for tensor in reader.tensors:
         values = gguf.dequantize(tensor.data, tensor.tensor_type)
@@ -118,4 +124,4 @@ def _gguf(path: Path) -> dict[str, Any]:
     for name, field in reader.fields.items():
         value = field.contents()
         about[name] = f"({len(value):,} entries)" if isinstance(value, list) and len(value) > 16 else value
-    return _summed("gguf", path, rows, about)
+    return rows, about

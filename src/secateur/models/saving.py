@@ -139,7 +139,7 @@ def _write(folder: Path, outcome: Outcome, opened: Opened, recipe: Mapping[str, 
     ledger = replace(record.ledger, after=replace(record.ledger.after, stored_bytes=size))
     files = {p.relative_to(folder).as_posix(): sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
     record = replace(record, ledger=ledger, files=files)
-    _write_json(folder / RECORD, {**asdict(record), "saved": said})
+    write_json(folder / RECORD, {**asdict(record), "saved": said})
 
 
 # Hugging Face
@@ -150,7 +150,7 @@ def _write_hf(folder: Path, model: nn.Module, opened: Opened, edits: Sequence[Ed
     kind = type(model)
     if opened.resting is not None and opened.resting.holds(model):
         return _write_resting(folder, model, base, opened.resting)
-    config, why, difference = _stock(folder, model, base)
+    config, why, difference = stock(folder, model, opened)
     said: dict[str, Any] = {"kind": "hf", "class": kind.__name__, "build": None, "aliases": {}}
     if config is not None:
         return said | {"stock": True, "why_not": None, "difference": difference}
@@ -160,9 +160,9 @@ def _write_hf(folder: Path, model: nn.Module, opened: Opened, edits: Sequence[Ed
     base.dtype = next(v.dtype for v in values.values() if v.is_floating_point())
     _write_tensors(values, folder / "model.safetensors")
     written = base.to_dict()
-    _write_json(folder / "base_config.json", written)
+    write_json(folder / "base_config.json", written)
     # A type no stock loader knows: one that it knows would be filled with random weights where names differ.
-    _write_json(folder / "config.json", {**written, "model_type": f"secateur-{base.model_type}", "why_not_stock": why})
+    write_json(folder / "config.json", {**written, "model_type": f"secateur-{base.model_type}", "why_not_stock": why})
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(str(folder))  # type: ignore[union-attr,operator]
     return said | {"stock": False, "why_not": why, "difference": None, "aliases": aliases}
@@ -202,9 +202,9 @@ def _base_config(model: nn.Module, opened: Opened) -> Any:
     return config
 
 
-def _stock(folder: Path, model: nn.Module, base: Any) -> tuple[Any | None, str, float | None]:
+def stock(folder: Path, model: nn.Module, opened: Opened) -> tuple[Any | None, str, float | None]:
     """Write the model as the stock class of a fitted config, if its answers are the same; else say why not."""
-    kind = type(model)
+    kind, base = type(model), _base_config(model, opened)
     values = hf.stored(model)
     dtypes = {v.dtype for v in values.values() if v.is_floating_point()}
     if len(dtypes) > 1:
@@ -361,7 +361,8 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object, sorted, whole or not at all."""
     import json
 
     write_text(path, json.dumps(value, indent=1, sort_keys=True, default=str) + "\n")

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from secateur.outcome import Record, Timing
+from secateur.outcome import Exported, Record, Timing
 from secateur.report import figures
 from secateur.report.compare import shrank, speed_up
 
@@ -34,6 +34,8 @@ def lines(record: Record) -> list[Line]:
              change(before.memory_bytes, after.memory_bytes), "of all parameters and buffers, zeros included"),
         Line("stored bytes", figures.size(before.stored_bytes), figures.size(after.stored_bytes),
              change(before.stored_bytes, after.stored_bytes), "of the weights in a file, saved or as it would be"),
+        *(Line(f"bytes as {made.target}", figures.size(made.dense_bytes), figures.size(made.bytes),
+               change(made.dense_bytes, made.bytes), _how_tried(made)) for made in record.exports),
         Line("work per forward pass", figures.work(before.flops), figures.work(after.flops),
              change(before.flops, after.flops), "counted as if dense, over the task's example"),
         Line("time per forward pass", _time(ledger.timing_before), _time(ledger.timing_after), _faster(record),
@@ -59,6 +61,13 @@ def change(before: float | None, after: float | None) -> str:
         return "the same"
     less = figures.percent(abs(before - after) / before)
     return f"{less} {'less' if after < before else 'more'}"
+
+
+def _how_tried(made: Exported) -> str:
+    whole = f"all of its files, beside each number of the pruned model written out in {made.dtype}"
+    if made.difference is None:
+        return f"{whole}; not tried in a run-time"
+    return f"{whole}; {made.runtime} answers alike (difference {made.difference:.2g})"
 
 
 def _time(timing: Timing | None) -> str:
