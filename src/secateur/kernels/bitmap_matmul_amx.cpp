@@ -1,0 +1,219 @@
+// Sixteen steps of a bitmap expand into a tile of the matrix unit as they stand: row r holds, for sixteen outputs, the
+// two inputs 2r and 2r + 1, which is what the unit takes as its second operand. x is the first operand where it lies.
+//
+// Up to 32 rows of x, tiles are expanded into two buffers in turn, so that the unit works on one while the other is
+// filled, and the weight streams past once. For more rows a few panels are expanded whole and used for all rows.
+#include "bitmap.h"
+#include "wide.h"
+
+namespace {
+
+enum { TILE_STEPS = 16, TILE_INPUTS = 32, TILE_VALUES = 512, AHEAD = 2048, MOST_BUFFER = 1 << 20 };
+
+struct alignas(64) Shape {  // what _tile_loadconfig reads
+  uint8_t palette, start, reserved[14];
+  uint16_t bytes[16];
+  uint8_t rows[16];
+};
+
+// Tiles 0 to 3 hold sums, 4 and 5 rows of x, 6 and 7 weights; even ones the first 16 rows of x, odd ones the rest.
+void configure(int rows) {
+  Shape shape = {};
+  shape.palette = 1;
+  const int low = rows < 16 ? rows : 16, high = rows > 16 ? rows - 16 : 1;
+  for (int tile = 0; tile < 8; tile++) {
+    shape.bytes[tile] = 64;
+    shape.rows[tile] = tile > 5 ? 16 : tile % 2 ? high : low;
+  }
+  _tile_loadconfig(&shape);
+}
+
+// The steps of consecutive panels, expanded a tile at a time.
+struct Stream {
+  const uint32_t* masks;
+  const bf16* values;
+  int64_t steps, left;  // of a panel, and of this one
+
+  Stream(const Bitmap& weight, int64_t panel) {
+    steps = left = (weight.inputs + 1) / 2;
+    masks = reinterpret_cast<const uint32_t*>(weight.masks) + panel * steps;
+    values = static_cast<const bf16*>(weight.values) + weight.offsets[panel];
+  }
+
+  void expand(bf16* to) {
+    const char* const ahead = reinterpret_cast<const char*>(values) + AHEAD;
+    const int count = left < TILE_STEPS ? int(left) : TILE_STEPS;
+    if (count == TILE_STEPS) {
+      for (int step = 0; step < TILE_STEPS; step++) {
+        _mm_prefetch(ahead + 64 * step, _MM_HINT_T0);
+        one(to + 32 * step, masks[step]);
+      }
+    } else {
+      for (int step = 0; step < count; step++) one(to + 32 * step, masks[step]);
+      for (int step = count; step < TILE_STEPS; step++) _mm512_store_si512(to + 32 * step, _mm512_setzero_si512());
+    }
+    masks += count;
+    left -= count;
+    if (!left) left = steps;
+  }
+
+  void one(bf16* to, uint32_t mask) {
+    _mm512_store_si512(to, _mm512_maskz_expandloadu_epi16(mask, values));
+    values += __builtin_popcount(mask);
+  }
+};
+
+// x, whose last columns are copied into a tile of their own where they do not fill one: what lies beyond a row must
+// not be read, and zero times what lies there could be NaN.
+struct Inputs {
+  const bf16* x;
+  const bf16* last;  // [rows, 32], or null when every tile is full
+  int64_t inputs, tiles;
+
+  Inputs(const Matmul& call, const Bitmap& weight, bf16* room)
+      : x(static_cast<const bf16*>(call.x)),
+        last(nullptr),
+        inputs(weight.inputs),
+        tiles((weight.inputs + TILE_INPUTS - 1) / TILE_INPUTS) {
+    const int64_t over = inputs % TILE_INPUTS, whole = inputs - over;
+    if (!over) return;
+    for (int64_t row = 0; row < call.rows; row++)
+      _mm512_storeu_si512(room + row * TILE_INPUTS,
+                          _mm512_maskz_loadu_epi16((1u << over) - 1, x + row * inputs + whole));
+    last = room;
+  }
+
+  const bf16* at(int64_t row, int64_t tile) const {
+    return last && tile == tiles - 1 ? last + row * TILE_INPUTS : x + row * inputs + tile * TILE_INPUTS;
+  }
+
+  int64_t stride(int64_t tile) const { return 2 * (last && tile == tiles - 1 ? int64_t(TILE_INPUTS) : inputs); }
+};
+
+// Sums of sixteen rows of x, as a tile stores them, to y with the bias added.
+void write(const Matmul& call, const Bitmap& weight, const float* sums, int64_t panel, int64_t row, int64_t rows) {
+  const int64_t at = panel * LANES;
+  const __mmask16 lanes = first(weight.outputs - at);
+  const __m512 bias = call.bias ? load(static_cast<const bf16*>(call.bias) + at, lanes) : _mm512_setzero_ps();
+  bf16* y = static_cast<bf16*>(call.y) + row * weight.outputs + at;
+  for (int64_t r = 0; r < rows; r++, y += weight.outputs)
+    store(y, lanes, _mm512_add_ps(_mm512_load_ps(sums + 16 * r), bias));
+}
+
+template <int HALVES>  // of 16 rows of x: 1 or 2
+void stream(const Matmul& call, const Bitmap& weight, const Inputs& x, int64_t begin, int64_t end) {
+  alignas(64) bf16 buffer[2][TILE_VALUES];
+  alignas(64) float sums[256];
+  Stream weights(weight, begin);
+  configure(int(call.rows));
+  int64_t left = (end - begin) * x.tiles;
+  int turn = 0;
+  weights.expand(buffer[0]);
+  for (int64_t panel = begin; panel < end; panel++) {
+    _tile_zero(0);
+    _tile_zero(1);
+    for (int64_t tile = 0; tile < x.tiles; tile++, turn ^= 1) {
+      _tile_loadd(4, x.at(0, tile), x.stride(tile));
+      if (HALVES == 2) _tile_loadd(5, x.at(16, tile), x.stride(tile));
+      _tile_loadd(6, buffer[turn], 64);
+      if (--left) weights.expand(buffer[turn ^ 1]);
+      _tile_dpbf16ps(0, 4, 6);
+      if (HALVES == 2) _tile_dpbf16ps(1, 5, 6);
+    }
+    _tile_stored(0, sums, 64);
+    write(call, weight, sums, panel, 0, call.rows < 16 ? call.rows : 16);
+    if (HALVES == 2) {
+      _tile_stored(1, sums, 64);
+      write(call, weight, sums, panel, 16, call.rows - 16);
+    }
+  }
+}
+
+// 32 rows of x or what is left of them, times two panels (or one), expanded one after the other.
+template <int HALVES, int PANELS>
+void block(const Matmul& call, const Bitmap& weight, const Inputs& x, const bf16* first, const bf16* second,
+           int64_t panel, int64_t row, int64_t rows) {
+  alignas(64) float sums[256];
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t tile = 0; tile < x.tiles; tile++) {
+    _tile_loadd(4, x.at(row, tile), x.stride(tile));
+    _tile_loadd(6, first + tile * TILE_VALUES, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    if (HALVES == 2) {
+      _tile_loadd(5, x.at(row + 16, tile), x.stride(tile));
+      _tile_dpbf16ps(1, 5, 6);
+    }
+    if (PANELS == 2) {
+      _tile_loadd(7, second + tile * TILE_VALUES, 64);
+      _tile_dpbf16ps(2, 4, 7);
+      if (HALVES == 2) _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  const int64_t low = rows < 16 ? rows : 16;
+  _tile_stored(0, sums, 64);
+  write(call, weight, sums, panel, row, low);
+  if (HALVES == 2) {
+    _tile_stored(1, sums, 64);
+    write(call, weight, sums, panel, row + 16, rows - 16);
+  }
+  if (PANELS == 2) {
+    _tile_stored(2, sums, 64);
+    write(call, weight, sums, panel + 1, row, low);
+    if (HALVES == 2) {
+      _tile_stored(3, sums, 64);
+      write(call, weight, sums, panel + 1, row + 16, rows - 16);
+    }
+  }
+}
+
+template <int HALVES>
+void rows(const Matmul& call, const Bitmap& weight, const Inputs& x, const bf16* buffer, int64_t panel, int64_t panels,
+          int64_t row, int64_t count) {
+  const int64_t size = x.tiles * TILE_VALUES;
+  int64_t p = 0;
+  for (; p + 2 <= panels; p += 2)
+    block<HALVES, 2>(call, weight, x, buffer + p * size, buffer + (p + 1) * size, panel + p, row, count);
+  if (p < panels) block<HALVES, 1>(call, weight, x, buffer + p * size, nullptr, panel + p, row, count);
+}
+
+void whole_panels(const Matmul& call, const Bitmap& weight, const Inputs& x, bf16* buffer, int64_t together,
+                  int64_t begin, int64_t end) {
+  const int64_t full = call.rows / 32 * 32, over = call.rows - full;
+  Stream weights(weight, begin);
+  for (int64_t panel = begin; panel < end; panel += together) {
+    const int64_t panels = end - panel < together ? end - panel : together;
+    for (int64_t tile = 0; tile < panels * x.tiles; tile++) weights.expand(buffer + tile * TILE_VALUES);
+    configure(32);
+    for (int64_t row = 0; row < full; row += 32) rows<2>(call, weight, x, buffer, panel, panels, row, 32);
+    if (!over) continue;
+    configure(int(over));
+    if (over > 16)
+      rows<2>(call, weight, x, buffer, panel, panels, full, over);
+    else
+      rows<1>(call, weight, x, buffer, panel, panels, full, over);
+  }
+}
+
+}  // namespace
+
+extern "C" void bitmap_matmul_bf16_amx(const void* pointer, int64_t begin, int64_t end) {
+  const Matmul& call = *static_cast<const Matmul*>(pointer);
+  const Bitmap& weight = *static_cast<const Bitmap*>(call.weight);
+  if (!call.rows) return;
+  // As many panels as leave room for x in the second cache: four where there are up to 8192 inputs.
+  const int64_t tiles = (weight.inputs + TILE_INPUTS - 1) / TILE_INPUTS, size = tiles * TILE_VALUES;
+  int64_t together = call.rows > 32 ? MOST_BUFFER / (2 * size) : 0;
+  together = together > 4 ? 4 : together < 1 && call.rows > 32 ? 1 : together;
+  bf16* const room = static_cast<bf16*>(scratch(2 * (together * size + call.rows * TILE_INPUTS)));
+  const Inputs x(call, weight, room + together * size);
+  if (call.rows > 32)
+    whole_panels(call, weight, x, room, together, begin, end);
+  else if (call.rows > 16)
+    stream<2>(call, weight, x, begin, end);
+  else
+    stream<1>(call, weight, x, begin, end);
+  _tile_release();
+}
