@@ -5,9 +5,9 @@ import torch
 
 from secateur import kernels
 from secateur.errors import FormatError
-from secateur.formats import Bitmap, unpack
+from secateur.formats import Bitmap, Sell16, unpack
 
-FORMATS = [Bitmap()]
+FORMATS = [Bitmap(), Sell16()]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # One, primes, whole panels and tiles, and what is left over of them.
 SHAPES = [(1, 1), (17, 31), (7, 101), (48, 64), (64, 97), (131, 257)]
@@ -182,7 +182,7 @@ def test_a_packed_weight_that_is_not_whole_is_refused(format):
         with pytest.raises(FormatError):
             unpack({**whole, name: packed.tensors[name][:-1]})
         with pytest.raises(FormatError):
-            unpack({**whole, name: packed.tensors[name].to(torch.int16)})
+            unpack({**whole, name: packed.tensors[name].to(torch.int32)})
 
 
 @pytest.mark.parametrize("format", FORMATS, **names)

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from secateur.errors import FormatError
 from secateur.formats.bitmap import Bitmap
-from secateur.formats.packed import Format, Packed
+from secateur.formats.packed import Format, Packed, whole
+from secateur.formats.sell import Sell16
 
-FORMATS: dict[int, type[Format]] = {kind.code: kind for kind in (Bitmap,)}
+FORMATS: dict[int, type[Format]] = {kind.code: kind for kind in (Bitmap, Sell16)}
 """Every format by the number that stands first in its header."""
 
 
@@ -37,7 +38,7 @@ def unpack(tensors: Mapping[str, Tensor]) -> Packed:
             known,
             "Read it with the secateur that wrote it, or pack the dense weight again.",
         )
-    return Packed(kind(*settings), (outputs, inputs), {k: v for k, v in tensors.items() if k != "header"})
+    return whole(Packed(kind(*settings), (outputs, inputs), {k: v for k, v in tensors.items() if k != "header"}))
 
 
-__all__ = ["FORMATS", "Bitmap", "Format", "Packed", "unpack"]
+__all__ = ["FORMATS", "Bitmap", "Format", "Packed", "Sell16", "unpack"]

@@ -29,6 +29,7 @@ class Call:
 class Format(Protocol):
     """A way to keep what survives of a weight matrix. A frozen dataclass: its fields are its settings."""
 
+    names: ClassVar[tuple[str, ...]]  # of its tensors, in the order in which they are passed on
     code: ClassVar[int]  # its number in a header; never given to another
     version: ClassVar[int]  # raised when the layout of the tensors changes
 
@@ -65,24 +66,18 @@ class Format(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """A weight matrix in a format: multiplies, and turns back into the dense one.
-
-    Raises FormatError where the tensors do not fit together.
-    """
+    """A weight matrix in a format: multiplies, and turns back into the dense one."""
 
     format: Format
     shape: tuple[int, int]  # outputs, inputs
     tensors: Mapping[str, Tensor]  # contiguous, on the CPU; "values" among them
 
     def __post_init__(self) -> None:
-        for name, tensor in self.tensors.items():
-            if tensor.device.type != "cpu" or not tensor.is_contiguous():
-                where = f"on {tensor.device}" if tensor.device.type != "cpu" else f"of strides {tensor.stride()}"
-                raise FormatError(
-                    f"{self._said} was to be read", f"its {name} are {where}", "Give contiguous tensors on the CPU."
-                )
-        self.format.check(self)
-        _ = self._versions
+        _ = self._versions  # as they are now
+
+    def __reduce__(self) -> tuple[type["Packed"], tuple[Format, tuple[int, int], dict[str, Tensor]]]:
+        # What is kept for calls points to the tensors of this one, so a copy makes its own.
+        return Packed, (self.format, self.shape, dict(self.tensors))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -190,6 +185,25 @@ def kept(weight: Tensor, mask: Tensor | None) -> Tensor:
 def pointer(tensor: Tensor) -> int:
     """Where a tensor's data begin, for a struct."""
     return tensor.data_ptr()
+
+
+def whole(packed: Packed) -> Packed:
+    """A packed weight whose tensors, come from somewhere else, fit together. Raises FormatError when they do not."""
+    format, given = packed.format, packed.tensors
+    if set(given) != set(format.names):
+        raise broken(packed, f"it has {', '.join(sorted(given))} where {', '.join(format.names)} belong")
+    for name, tensor in given.items():
+        if tensor.device.type != "cpu" or not tensor.is_contiguous():
+            where = f"on {tensor.device}" if tensor.device.type != "cpu" else f"of strides {tensor.stride()}"
+            raise FormatError(
+                f"a {format.name} weight {list(packed.shape)} was to be read",
+                f"its {name} are {where}",
+                "Give contiguous tensors on the CPU.",
+            )
+    if given["values"].dtype not in VALUES:
+        raise broken(packed, f"its values are {given['values'].dtype}")
+    format.check(packed)
+    return packed
 
 
 def broken(packed: Packed, found: str) -> FormatError:

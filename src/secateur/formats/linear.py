@@ -1,0 +1,98 @@
+"""A linear layer that holds its weight packed, and the operator through which torch.compile and torch.export see it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import FormatError
+from secateur.formats import FORMATS, unpack
+from secateur.formats.packed import Format, Packed
+
+
+class SparseLinear(nn.Module):
+    """A linear layer on a packed weight: for inference, on the CPU, in the dtype it was packed in.
+
+    Its state holds the packed tensors and their header, so it is saved and loaded like any other. A gradient flows to
+    its input and its bias, through the dense weight, but not to what is packed.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, packed: Packed, bias: Tensor | None = None) -> None:
+        """A layer of a packed weight [out, in] and a bias [out]. Raises FormatError when they do not fit."""
+        super().__init__()
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
+        self._hold(packed)
+
+    @classmethod
+    def of(cls, linear: nn.Linear, format: Format, mask: Tensor | None = None) -> "SparseLinear":
+        """A linear layer in a format; without a mask all that is not zero is kept. Raises FormatError on `why_not`."""
+        return cls(format.pack(linear.weight, mask), linear.bias)
+
+    @property
+    def packed(self) -> Packed:
+        """The weight, as it is held. Raises FormatError when a tensor of it was replaced by one that does not fit."""
+        names = self._packed.format.names
+        if any(getattr(self, name) is not self._packed.tensors[name] for name in names):
+            self._hold(unpack({name: self.get_buffer(name) for name in ("header", *names)}))
+        return self._packed
+
+    def dense(self) -> nn.Linear:
+        """The dense layer that this one stands for."""
+        outputs, inputs = self.packed.shape
+        made = nn.Linear(inputs, outputs, bias=self.bias is not None, dtype=self.packed.dtype, device="meta")
+        made.weight = nn.Parameter(self.packed.dense())
+        made.register_parameter("bias", self.bias)
+        return made
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x W^T + bias. Raises FormatError for another dtype, shape or device."""
+        if torch.compiler.is_compiling():
+            tensors = [getattr(self, name) for name in self._packed.format.names]
+            return packed_linear(x, self.bias, tensors, self._header)
+        return self.packed.matmul(x, self.bias)
+
+    def extra_repr(self) -> str:
+        """Shape and format."""
+        outputs, inputs = self._packed.shape
+        return f"in_features={inputs}, out_features={outputs}, bias={self.bias is not None}, {self._packed.format.name}"
+
+    def _hold(self, packed: Packed) -> None:
+        outputs = packed.shape[0]
+        if self.bias is not None and (self.bias.dtype is not packed.dtype or self.bias.shape != (outputs,)):
+            raise FormatError(
+                f"a layer was to be made of a {packed.format.name} weight {packed.dtype} {list(packed.shape)}",
+                f"its bias is {self.bias.dtype} {list(self.bias.shape)}",
+                f"Give one of {packed.dtype} [{outputs}].",
+            )
+        self._packed = packed
+        self._header = packed.header.tolist()
+        for name, tensor in {"header": packed.header, **packed.tensors}.items():
+            self.register_buffer(name, tensor)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        # Another mask has another number of values, so what is there is replaced and not filled.
+        given = {
+            name: state_dict[prefix + name]
+            for name in ("header", *self._packed.format.names)
+            if prefix + name in state_dict
+        }
+        if given:
+            self._hold(unpack({name: tensor.detach().clone() for name, tensor in given.items()}))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._hold(Packed(self._packed.format, self._packed.shape, self._packed.tensors))  # copied onto itself
+
+
+@torch.library.custom_op("secateur::packed_linear", mutates_args=())
+def packed_linear(x: Tensor, bias: Tensor | None, tensors: Sequence[Tensor], header: Sequence[int]) -> Tensor:
+    """x W^T + bias for a weight given by the tensors of its format, in the order of its names, and its header."""
+    code, _, outputs, inputs, *settings = header
+    kind = FORMATS[code](*settings)
+    return Packed(kind, (outputs, inputs), dict(zip(kind.names, tensors, strict=True))).matmul(x, bias)
+
+
+@packed_linear.register_fake
+def _(x: Tensor, bias: Tensor | None, tensors: Sequence[Tensor], header: Sequence[int]) -> Tensor:
+    return x.new_empty(*x.shape[:-1], header[2])

@@ -1,0 +1,101 @@
+"""The packed linear layer: state, safetensors, compile, export, and what it refuses."""
+
+import copy
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from secateur.errors import FormatError
+from secateur.formats import Bitmap, Sell16
+from secateur.formats.linear import SparseLinear
+
+FORMATS = [Bitmap(), Sell16()]
+each = pytest.mark.parametrize("format", FORMATS, ids=lambda f: f.name)
+
+
+def layer(seed=0, keep=0.5, bias=True):
+    made = torch.Generator().manual_seed(seed)
+    linear = nn.Linear(40, 24, bias=bias)
+    mask = torch.rand(24, 40, generator=made) < keep
+    linear.weight = nn.Parameter(torch.randn(24, 40, generator=made) * mask)
+    if bias:
+        linear.bias = nn.Parameter(torch.randn(24, generator=made))
+    return linear
+
+
+X = torch.randn(3, 40, generator=torch.Generator().manual_seed(9))
+
+
+@each
+def test_a_layer_does_what_the_dense_one_does(format):
+    for linear in (layer(), layer(bias=False)):
+        sparse = SparseLinear.of(linear, format)
+        torch.testing.assert_close(sparse(X), linear(X))
+        assert torch.equal(sparse.dense().weight, linear.weight)
+        assert torch.equal(sparse.dense()(X), linear(X))
+
+
+@each
+def test_state_goes_through_a_file_to_a_layer_of_another_mask(format, tmp_path):
+    saved = SparseLinear.of(layer(0), format)
+    save_file(saved.state_dict(), tmp_path / "layer.safetensors")
+    other = SparseLinear.of(layer(1, keep=0.2), format)
+    other.load_state_dict(load_file(tmp_path / "layer.safetensors"))
+    with torch.no_grad():
+        assert torch.equal(other(X), saved(X))
+    with torch.no_grad():
+        assert torch.equal(copy.deepcopy(other)(X), saved(X))
+
+
+@each
+def test_state_of_another_version_is_refused(format):
+    sparse = SparseLinear.of(layer(), format)
+    state = {name: value.clone() for name, value in sparse.state_dict().items()}
+    state["header"][1] = 77
+    with pytest.raises(FormatError, match=f"{format.name} is of version 1 here"):
+        sparse.load_state_dict(state)
+
+
+@each
+def test_a_layer_that_was_changed_is_refused(format):
+    sparse = SparseLinear.of(layer(), format)
+    sparse.values.zero_()
+    with pytest.raises(FormatError, match="its tensors were changed after packing"), torch.no_grad():
+        sparse(X)
+    with pytest.raises(FormatError):
+        SparseLinear.of(layer(), Bitmap()).bfloat16()(X.bfloat16())
+    with pytest.raises(FormatError, match=r"its bias is torch.float32 \[23\]"):
+        SparseLinear(format.pack(layer().weight), torch.zeros(23))
+
+
+@each
+def test_gradients_reach_the_input_and_the_bias(format):
+    linear = layer()
+    sparse = SparseLinear.of(linear, format)
+    sparse.bias.requires_grad_()
+    x, y = X.clone().requires_grad_(), X.clone().requires_grad_()
+    sparse(x).square().sum().backward()
+    linear(y).square().sum().backward()
+    torch.testing.assert_close(x.grad, y.grad)
+    torch.testing.assert_close(sparse.bias.grad, linear.bias.grad)
+
+
+@each
+def test_compile_and_export_see_one_operator(format):
+    linear = layer()
+    model = nn.Sequential(SparseLinear.of(linear, format), nn.ReLU())
+    wanted = linear(X).relu()
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(X), wanted)
+        exported = torch.export.export(model, (X,), dynamic_shapes=({0: torch.export.Dim("rows")},))
+        found = [node.target for node in exported.graph.nodes if "secateur" in str(node.target)]
+        assert found == [torch.ops.secateur.packed_linear.default]
+        torch.testing.assert_close(exported.module()(torch.cat([X, X])), torch.cat([wanted, wanted]))
+    torch.library.opcheck(
+        torch.ops.secateur.packed_linear.default,
+        (X, None, [getattr(model[0], name) for name in format.names], model[0]._header),
+        test_utils=("test_schema", "test_faketensor"),
+    )
