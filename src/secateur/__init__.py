@@ -6,6 +6,7 @@ from secateur.methods.wanda import Wanda
 outcome = prune(model, Wanda(sparsity=0.5), task)      # a copy; outcome.model, outcome.edits, outcome.ledger
 """
 
+from secateur.accelerate import accelerate
 from secateur.cut import blocks, layers, weights
 from secateur.edit import Edit, Gate, Mask, Merge, Remove, Replace, Rotate, Update, apply_, harden
 from secateur.errors import SecateurError
@@ -43,6 +44,7 @@ __all__ = [
     "Snapshot",
     "Task",
     "Update",
+    "accelerate",
     "apply_",
     "attach",
     "blocks",

@@ -19,6 +19,7 @@ VERBS = {
     "recover": "Train a pruned model back towards what it was, its zeros in place, and save it.",
     "eval": "Measure how good a model is.",
     "compare": "Several methods side by side, at equal sparsity and over seeds, on one page.",
+    "bench": "How fast a model is here, each layer dense or packed as measured; --explain says why.",
     "report": "Runs that were saved, as one page.",
     "export": "Take a model to where it is to run: transformers, llama.cpp, ONNX Runtime, OpenVINO, a sparse file.",
     "densify": "Write the tensors of a sparse file as a plain one.",

@@ -202,6 +202,17 @@ def matmul(kernel: Kernel, weight: ctypes.Structure, x: Tensor, y: Tensor, bias:
     )
 
 
+class Memory(ctypes.Structure):
+    """`Memory` of kernels/memory.h: what memory_read reads."""
+
+    _fields_ = (("data", ctypes.c_void_p), ("bytes", ctypes.c_int64))
+
+    @staticmethod
+    def items(nbytes: int) -> int:
+        """Its pieces are pages of 4096 bytes."""
+        return -(-nbytes // 4096)
+
+
 def run(kernel: Kernel, call: ctypes.Structure, items: int) -> None:
     """Run a kernel of any other signature over its items, `call` being the struct it takes."""
     have = library()

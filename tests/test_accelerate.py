@@ -1,0 +1,143 @@
+"""Layers chosen by what was measured: the same answers, dense where sparse loses, and a table that says why."""
+
+import json
+import sys
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import nn
+
+from secateur import accelerate as front
+from secateur import kernels
+from secateur.accelerate import Trial, accelerate, break_even, memory_speed
+from secateur.cli import main
+from secateur.errors import SettingError
+from secateur.formats import Bitmap
+from secateur.formats.linear import SparseLinear
+
+MODULE = sys.modules[accelerate.__module__]  # the package's name of it is the function
+X = torch.randn(1, 256, generator=torch.Generator().manual_seed(0))
+
+
+class Slow(nn.Module):
+    """Layers of which one is dense, one has many zeros, one is not reached, and one stands in two places."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.full, self.thin, self.idle = nn.Linear(256, 256), nn.Linear(256, 512, bias=False), nn.Linear(4, 4)
+        self.again = self.thin
+        with torch.no_grad():
+            self.thin.weight[torch.rand(512, 256, generator=torch.Generator().manual_seed(1)) < 0.97] = 0
+            self.idle.weight.zero_()
+
+    def forward(self, x):
+        return self.again(self.full(x)) + self.thin(x)
+
+
+class Clock:
+    """Time as it is told: each call takes what its storage costs. A packed one carries its weight, a default more."""
+
+    def __init__(self, cost):
+        self.cost = cost
+
+    def __call__(self, calls, rounds):
+        return [self.cost[len(call.__defaults__) - 2] for call in calls]
+
+
+@pytest.fixture
+def cost(monkeypatch):
+    """Decides the race: seconds of a dense call, and of a packed one."""
+
+    def decide(dense, packed):
+        monkeypatch.setattr(MODULE, "_medians", Clock([dense, packed]))
+
+    return decide
+
+
+def test_what_wins_is_packed_and_answers_the_same(cost, monkeypatch):
+    cost(2.0, 1.0)
+    model = Slow()
+    monkeypatch.setattr(MODULE, "time_pair", lambda *_: (timing(2.0), timing(1.0)))
+    found = accelerate(model, X)
+    assert {c.layer: c.chosen for c in found.choices} == {"full": "dense", "thin": "bitmap", "idle": "dense"}
+    assert {c.layer: c.why for c in found.choices} == {
+        "full": "0% of it is zero, and below 30% no format is faster",
+        "thin": "2.00 times as fast as dense",
+        "idle": "the example does not reach it",
+    }
+    assert found.choices[1].trials[0] == Trial("dense", 2000.0, 512 * 256 * 4)
+    assert isinstance(found.model.thin, SparseLinear)
+    assert found.model.again is found.model.thin
+    assert isinstance(model.thin, nn.Linear)  # the caller's is as it was
+    assert not any(p.requires_grad for p in found.model.parameters())
+    torch.testing.assert_close(found.model(X), model(X))
+    assert found.error < 1e-5
+    assert found.chosen == {"bitmap": 1, "dense": 2}
+
+
+def timing(milliseconds):
+    from secateur.outcome import Timing
+
+    return Timing(milliseconds, 0.0, 20, 1, 1, "float32")
+
+
+def test_what_loses_stays_dense(cost):
+    cost(1.0, 0.97)  # less than noise
+    found = accelerate(Slow(), X)
+    assert found.chosen == {"dense": 3}
+    assert found.choices[1].why == "bitmap takes 970 ms, dense 1e+03"
+
+
+def test_a_model_that_is_slower_as_a_whole_stays_dense(cost, monkeypatch):
+    cost(2.0, 1.0)
+    monkeypatch.setattr(MODULE, "time_pair", lambda *_: (timing(2.0), timing(2.5)))
+    found = accelerate(Slow(), X)
+    assert found.chosen == {"dense": 3}
+    assert found.choices[1].why == "the whole model was slower with it: 2.5 ms, dense 2"
+    assert found.now is found.dense
+    assert isinstance(found.model.thin, nn.Linear)
+
+
+def test_a_real_race_in_another_dtype_gives_back_the_threads():
+    before = torch.get_num_threads()
+    found = front(Slow(), (X,), dtype=torch.bfloat16, threads=2)
+    assert torch.get_num_threads() == before
+    assert found.now.threads == 2
+    assert found.error < 2e-2
+    assert [t.name for t in found.choices[1].trials] == ["dense", "bitmap", "sell16"]
+    assert found.level == kernels.level()
+
+
+def test_what_cannot_be_accelerated_is_refused():
+    with pytest.raises(SettingError, match="Sequential has no linear layer"):
+        accelerate(nn.Sequential(nn.ReLU()), X)
+    with pytest.raises(SettingError, match="threads are 0"):
+        accelerate(Slow(), X, threads=0)
+    with pytest.raises(SettingError, match="it lies on meta"):
+        accelerate(Slow().to("meta"), X)
+
+
+def test_the_break_even_lies_where_the_lines_cross(monkeypatch):
+    ask = iter([(1.0, 1.3), (1.0, 1.1), (1.0, 0.9)])  # seconds dense and packed, at 10, 30 and 50 %
+    monkeypatch.setattr(MODULE, "_medians", lambda *_: next(ask))
+    assert break_even((32, 32), 1, torch.float32, Bitmap()) == pytest.approx(0.4)
+
+
+def test_memory_is_read_whole():
+    assert memory_speed(2**20 + 100) > 1e8
+
+
+def test_bench_says_what_was_chosen_and_why(monkeypatch):
+    monkeypatch.setattr(MODULE, "memory_speed", lambda: 1e10)
+    args = ["bench", "tiny:decoder", "--task", "tiny:toy_text", "--explain"]
+    shown = CliRunner().invoke(main, args, terminal_width=200)
+    assert shown.exit_code == 0, shown.output
+    assert "no format is faster" in " ".join(shown.stdout.split())
+    asked = CliRunner().invoke(main, [*args, "--json"])
+    told = json.loads(asked.stdout)
+    assert told["level"] == kernels.level()
+    assert told["layers"][0]["chosen"] == "dense"
+    assert set(told) >= {"dense", "now", "error", "memory_bytes_per_second", "break_even"}
