@@ -14,7 +14,7 @@ from secateur.cli.options import spoken, terminal
 def command(file: str, every: bool, **spoken: Any) -> None:
     """What a file of weights holds: shapes, bytes, zeros.
 
-    FILE is safetensors, GGUF, or a folder of them; nothing in it is run.
+    FILE is safetensors, GGUF, ONNX, or a folder of them; nothing in it is run.
     """
     from secateur.models import inspect_file
 

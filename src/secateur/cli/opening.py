@@ -14,6 +14,7 @@ import torch
 from secateur.errors import SettingError, TaskError, did_you_mean
 from secateur.method import check_fits, load, names
 from secateur.models import Opened, open_model
+from secateur.models.onnx import Network
 from secateur.recipe import Recipe, build, is_recipe, read
 from secateur.task import Around, Batch, Task
 from secateur.tasks import names as task_names
@@ -109,6 +110,8 @@ def usual_task(opened: Opened) -> str:
         return "captions"
     if opened.kind == "pipeline":
         return "prompts"
+    if isinstance(opened.model, Network):
+        return "answers"
     if opened.tokenizer is not None:
         return "python-docs"
     advice = f"Give --task: {', '.join(task_names())}, a text file, or module:function."

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,7 +29,7 @@ BEFORE = "before.json"  # in the journal: the quality before, so that it is meas
 @click.command("prune", cls=Verb)
 @click.argument("model")
 @click.argument("method")
-@click.option("--out", required=True, metavar="DIR", help="Where the pruned model is saved.")
+@click.option("--out", required=True, metavar="DIR", help="Where the pruned model is saved: a folder, or FILE.onnx.")
 @click.option("--overwrite", is_flag=True, help="Replace a model that secateur saved there before.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting of a recipe.")
 @click.option(
@@ -66,8 +67,9 @@ def command(
 ) -> int:
     """Prune a model and save it, with its record, its recipe and a card.
 
-    MODEL is a Hugging Face folder, a GGUF file, module:function, a folder saved here, or a name such as smollm2. METHOD
-    is a method or a recipe (.yaml); `secateur prune MODEL METHOD --help` lists its settings. A run that was cut off is
+    MODEL is a Hugging Face folder, a GGUF or ONNX file, module:function, a folder saved here, or a name such as
+    smollm2. METHOD is a method or a recipe (.yaml); `secateur prune MODEL METHOD --help` lists its settings. The
+    network of an ONNX file can be saved as one: --out FILE.onnx. A run that was cut off is
     taken up again by the same command. Ends with 2 for bad input, and with 3 when the target was missed.
     """
     from secateur.distributed import together
@@ -142,6 +144,7 @@ def _command(
         dtype=dtype or recipe.dtype or "float32",
         device=device or recipe.device,
     )
+    _refuse_kind(target, opened)
     planned = _announce(speaker, recipe.method, opened, chosen)
     if ours.first:
         speaker.log_to(target.with_name(target.name + ".log"), command_line(ctx))
@@ -154,12 +157,18 @@ def _command(
     if not ours.first:
         return 0
     with speaker.busy("saving"):
-        from secateur.models import save
+        from secateur.models import save, save_onnx
+        from secateur.models.folder import RECORD
 
-        folder = save(outcome, opened, target, recipe=recipe.plain(), overwrite=overwrite)
+        if target.suffix.lower() == ".onnx":
+            record = save_onnx(outcome, opened, target, overwrite=overwrite)
+            files = [Path(os.path.abspath(target)), record]
+        else:
+            folder = save(outcome, opened, target, recipe=recipe.plain(), overwrite=overwrite)
+            record, files = folder / RECORD, [*folder.iterdir()]
     if journal.exists():
         _forget(journal)
-    return _finish(speaker, recipe.method, outcome, folder, str(target), planned)
+    return _finish(speaker, recipe.method, record, files, str(target), planned)
 
 
 def _refuse_journal(ours: "Processes", resume: str | None) -> None:
@@ -186,10 +195,28 @@ def _refuse_folder(target: Path, overwrite: bool) -> None:
     if not target.exists():
         return
     asked = f"a model was to be saved to {target}"
+    if target.suffix.lower() == ".onnx":
+        from secateur.models.saving import refuse_onnx
+
+        refuse_onnx(target, asked, overwrite)
+        return
     if not is_ours(target):
         raise ModelError(asked, "it exists and secateur did not write it", "Give a folder that does not exist yet.")
     if not overwrite:
         raise ModelError(asked, "a saved model is there", "Give another folder, or --overwrite.")
+
+
+def _refuse_kind(target: Path, opened: "Opened") -> None:
+    """Raise ModelError where an ONNX file is to be written of a network that was not read from one."""
+    from secateur.errors import ModelError
+    from secateur.models.onnx import Network
+
+    if target.suffix.lower() == ".onnx" and not isinstance(opened.model, Network):
+        raise ModelError(
+            f"a model was to be saved to {target}",
+            f"{opened.name} was not read from an ONNX file",
+            "Give a folder, and export that.",
+        )
 
 
 def _announce(speaker: "Terminal", method: "Method", opened: "Opened", task: "Task") -> "Plan":
@@ -299,21 +326,20 @@ def _forget(journal: Path) -> None:
         shutil.rmtree(journal, ignore_errors=True)
 
 
-def _finish(speaker: "Terminal", method: "Method", outcome: "Outcome", folder: Path, out: str, planned: "Plan") -> int:
-    from secateur.models.folder import RECORD
+def _finish(speaker: "Terminal", method: "Method", written: Path, saved: list[Path], out: str, planned: "Plan") -> int:
     from secateur.outcome import Record
     from secateur.report import summary
 
-    record = Record.read(folder / RECORD)
+    record = Record.read(written)
     missed = _missed(record, method, planned)
-    speaker.emit(asdict(record) | {"out": str(folder), "missed": missed})
+    speaker.emit(asdict(record) | {"out": os.path.abspath(out), "missed": missed})
     if not speaker.as_json:
         _show_ledger(speaker, record)
         speaker.show("")
         speaker.show(summary(record))
     for note in record.notes:
         speaker.say(f"note   {note}", "dim")
-    files = ", ".join(sorted(p.name for p in folder.iterdir()))
+    files = ", ".join(sorted(p.name for p in saved))
     speaker.say(f"saved  {out}   {record.seconds:.1f} s   ({files})")
     if missed:
         from secateur.cli.terminal import explain_error

@@ -8,6 +8,7 @@ does a rule whose result has another shape than the trace saw.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from secateur.graph.positions import Ints, Positions
@@ -95,9 +96,31 @@ class Tracing:
                     self.positions.freeze(d)
                 found += [self.stay(s) for s in want[first:j]]
             else:
-                found += self.positions.split(self.positions.join(have[start:i]), want[first:j])
+                found += self._regrouped(have[start:i], want[first:j])
         wide = iter(found)
         return tuple(next(wide) if s != 1 else self.positions.fresh(1) for s in sizes)
+
+    def _regrouped(self, have: Sequence[Ints], want: Sequence[int]) -> list[Ints]:
+        """The dimensions that others of the same product are reshaped to."""
+        lengths = [len(d) for d in have]
+        strides = {math.prod(sizes[k:]) for sizes in (lengths, want) for k in range(len(sizes) + 1)}
+        cuts = sorted(strides)
+        if any(b % a for a, b in pairwise(cuts)):
+            return self.positions.split(self.positions.join(have), want)
+        # Each is split where any of the others ends, so that no product need be compared with another.
+        pieces = [self.positions.split(d, n) for d, n in zip(have, _atoms(lengths, cuts), strict=True)]
+        atoms = iter([piece for each in pieces for piece in each])
+        return [self.positions.join([next(atoms) for _ in n]) for n in _atoms(want, cuts)]
+
+
+def _atoms(sizes: Sequence[int], cuts: Sequence[int]) -> list[list[int]]:
+    """The lengths of what each dimension is made of, outermost first, when all are cut at some strides."""
+    found, right = [], 1
+    for size in reversed(sizes):
+        within = [c for c in cuts if right <= c <= right * size]
+        found.append([b // a for a, b in pairwise(within)][::-1])
+        right *= size
+    return found[::-1]
 
 
 Rule = Callable[..., Any]

@@ -4,7 +4,7 @@ from secateur.models.folder import fingerprint
 from secateur.models.inspecting import inspect_file
 from secateur.models.loading import load, load_edits
 from secateur.models.opening import NAMES, Opened, load_checkpoint_, open_model
-from secateur.models.saving import index_maps, save
+from secateur.models.saving import index_maps, save, save_onnx
 
 __all__ = [
     "NAMES",
@@ -17,4 +17,5 @@ __all__ = [
     "load_edits",
     "open_model",
     "save",
+    "save_onnx",
 ]

@@ -96,6 +96,9 @@ def _settings(record: Record) -> list[str]:
 
 def _loading(saved: Mapping[str, Any]) -> list[str]:
     lines = ["## Loading", "", "```python"]
+    if saved["kind"] == "onnx":
+        lines += ["import onnxruntime", "", 'session = onnxruntime.InferenceSession("model.onnx")', "```", ""]
+        return [*lines, f"ONNX Runtime answers as the pruned model did (difference {saved['difference']:.2g}).", ""]
     if saved["stock"]:
         lines += [f"from {saved.get('library', 'transformers')} import {saved['class']}", ""]
         lines += [f'model = {saved["class"]}.from_pretrained("this folder")', "```", ""]

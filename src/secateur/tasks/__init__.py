@@ -14,8 +14,10 @@ from typing import Any, cast
 from torch import nn
 
 from secateur.errors import SettingError, TaskError, did_you_mean
+from secateur.models.onnx import Network
 from secateur.models.pipelines import Pipeline
 from secateur.tasks import corpora, images, speech
+from secateur.tasks.answers import Answers, answers
 from secateur.tasks.captioned import Captioned, fashion_pairs
 from secateur.tasks.corpora import Characters, Tokenizer, from_path, from_text, python_docs, wikitext2
 from secateur.tasks.detection import Detection, bccd
@@ -32,6 +34,7 @@ from secateur.tasks.text import Text
 __all__ = [
     "Adam",
     "AdamW",
+    "Answers",
     "Captioned",
     "Characters",
     "Detection",
@@ -44,6 +47,7 @@ __all__ = [
     "SuperResolution",
     "Text",
     "Tokenizer",
+    "answers",
     "bccd",
     "cifar10",
     "digits",
@@ -96,7 +100,7 @@ DRAWN: dict[str, Callable[..., Prompts]] = {"fashion-prompts": fashion_prompts, 
 
 def names() -> list[str]:
     """Every ready-made task by name, sorted."""
-    return sorted([*TEXTS, *LABELLED, *PAIRED, *ENLARGED, *FOUND, *DRAWN])
+    return sorted([*TEXTS, *LABELLED, *PAIRED, *ENLARGED, *FOUND, *DRAWN, "answers"])
 
 
 def open_task(
@@ -106,7 +110,7 @@ def open_task(
     model: nn.Module | None = None,
     seed: int = 0,
     **settings: Any,
-) -> Text | Labelled | Captioned | SuperResolution | Detection | Prompts:
+) -> Text | Labelled | Captioned | SuperResolution | Detection | Prompts | Answers:
     """A ready-made task by name, or one over a text file or folder by path.
 
     `settings` are the scalars of the task (window, batch, windows, samples; train_size, val_size, test_size, flat,
@@ -115,6 +119,8 @@ def open_task(
     name or data that does not fit, SettingError for an unknown setting.
     """
     given = {key: _scalar(value) for key, value in settings.items()}
+    if name == "answers":
+        return _answered(model, seed, given)
     if name in DRAWN or isinstance(model, Pipeline):
         return _drawn(name, model, seed, given)
     rate = given.pop("learning_rate", None)
@@ -153,6 +159,26 @@ def open_task(
     if rate is not None:
         task = replace(task, learner=replace(task.learner, rate=float(rate)))  # type: ignore[type-var]
     return task
+
+
+def _answered(model: nn.Module | None, seed: int, given: dict[str, Any]) -> Answers:
+    """The answers of the network of an ONNX file."""
+    if not isinstance(model, Network):
+        raise TaskError(
+            "task 'answers' was asked for",
+            "it asks the network of an ONNX file for answers",
+            f"Give such a file, or one of: {', '.join(names())}.",
+        )
+    rate = given.pop("learning_rate", None)
+    for key in given:
+        if key not in ("inputs", "samples"):
+            raise SettingError(
+                f"setting {key!r} of task 'answers' was given",
+                "it has none of that name",
+                did_you_mean(key, ["inputs", "samples", "learning_rate"]),
+            )
+    task = answers(model, seed=seed, **given)
+    return task if rate is None else replace(task, learner=replace(cast(Any, task.learner), rate=float(rate)))
 
 
 def _drawn(name: str, model: nn.Module | None, seed: int, given: dict[str, Any]) -> Prompts:
