@@ -299,6 +299,18 @@ class FusedAttention(nn.Module):
         return self.out(x + self.proj((a @ v).transpose(1, 2).flatten(2)))
 
 
+class Lstm(nn.Module):
+    """Two layers, both ways, with projections."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.LSTM(6, 8, num_layers=2, batch_first=True, bidirectional=True, proj_size=4)
+        self.fc = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.fc(self.rnn(x)[0][:, -1])
+
+
 def gpt2():
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -330,6 +342,8 @@ NETWORKS = {
     "grouped": (Grouped, images, {"stem": 8, "a": 4, "b": 4}),
     "upsampler": (Upsampler, images, {"a": 8, "up": 6, "b": 5}),
     "fused": (FusedAttention, lambda: Batch((torch.randn(2, 6, 5),)), {"embed": 16, "qkv": 4}),
+    "rnn": (tiny.rnn, lambda: Batch((torch.randn(2, 5, 8),)), {"gru": 24}),
+    "lstm": (Lstm, lambda: Batch((torch.randn(2, 5, 6),)), {"rnn": 8, "rnn.channel": 4}),
     "vit": (
         tiny.vision_transformer,
         lambda: Batch({"pixel_values": torch.randn(2, 3, 8, 8)}),
@@ -707,11 +721,151 @@ def test_a_count_that_stands_in_the_code_is_no_unit(split):
     assert coupling.frozen == ()
 
 
-def test_a_recurrent_layer_is_named():
-    coupling = couple(tiny.make_model("rnn"), tiny.make_task("rnn").example)
-    assert [f.what for f in coupling.frozen] == ["aten.gru"]
-    with pytest.raises(GraphError, match=r"sites of kind channel were asked for(.|\n)*aten.gru at gru"):
+def test_without_a_site_the_operators_that_froze_the_rest_are_named():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.b(torch.linalg.matrix_exp(self.a(x)))
+
+    coupling = couple(Odd().eval(), Batch((torch.randn(6, 5),)))
+    with pytest.raises(GraphError, match=r"sites of kind channel were asked for(.|\n)*aten.linalg_matrix_exp at the"):
         coupling.need("channel")
+
+
+# Recurrent layers
+
+
+def test_a_unit_of_a_recurrent_layer_goes_from_every_gate_layer_and_direction(networks):
+    model, _, coupling = networks("lstm")
+    site = next(s for s in coupling.sites if s.name == "rnn")
+    owner = {part.key.removeprefix("rnn."): part.owner.flatten().tolist() for part in site.parts if part.axis == 0}
+    assert owner["weight_ih_l0"] == owner["bias_hh_l1_reverse"] == list(range(8)) * 4  # four gates, one under another
+    cut = removed(model, [site], {site.name: torch.arange(8) != 2})
+    assert (cut.rnn.hidden_size, cut.rnn.proj_size, cut.rnn.input_size) == (7, 4, 6)
+    assert cut.rnn.weight_hh_l1_reverse.shape == (28, 4)
+    told = next(s for s in coupling.sites if s.name == "rnn.channel")  # what the projections tell: both directions
+    (read,) = (part for part in told.parts if part.name == "fc.weight")
+    assert read.owner.flatten().tolist() == [0, 1, 2, 3] * 2
+    cut = removed(model, [told], {told.name: torch.arange(4) != 0})
+    assert (cut.rnn.hidden_size, cut.rnn.proj_size, cut.fc.in_features) == (8, 3, 6)
+
+
+def test_a_cut_recurrent_layer_trains_and_is_copied_whole(networks):
+    model, batch, coupling = networks("rnn")
+    cut = removed(model, coupling.sites, {"gru": some(24)})
+    copy.deepcopy(cut)(*batch.inputs).sum().backward()  # computes with weights of its own
+    assert all(p.grad is None for p in cut.parameters())
+    cut(*batch.inputs).sum().backward()
+    assert cut.gru.weight_hh_l1.grad.shape == (3 * 17, 17)
+    assert all(a is b for a, b in zip(cut.gru._flat_weights, cut.gru.parameters(), strict=True))
+    assert all(a is b for a, b in zip(model.gru._flat_weights, model.gru.parameters(), strict=True))
+
+
+def test_a_first_state_of_zeros_is_made_as_wide_as_what_is_left():
+    class Own(nn.Module):
+        """The width is in an attribute that nobody knows."""
+
+        def __init__(self):
+            super().__init__()
+            self.wide, self.gru, self.cell, self.fc = 8, nn.GRU(5, 8), nn.LSTMCell(8, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            x = self.gru(x, torch.zeros(1, x.shape[1], self.wide))[0]
+            state = None
+            for step in x:
+                state = self.cell(step, state)
+            return self.fc(state[0])
+
+    model, batch = lively(Own()), Batch((torch.randn(3, 2, 5),))
+    coupling = couple(model, batch)
+    assert {s.name: s.units for s in coupling.sites} == {"gru": 8, "cell": 6}
+    assert [(n.attribute, n.per_unit) for n in coupling.sites[0].numbers] == [("wide", 1.0)]
+    keep = {s.name: some(s.units) for s in coupling.sites}
+    cut = removed(model, coupling.sites, keep)
+    assert (cut.cell.input_size, cut.cell.hidden_size) == (6, 5)
+    close(answer(masked(model, coupling.sites, keep), batch), answer(cut, batch))
+
+
+def test_a_state_that_is_given_stays():
+    class Given(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gru, self.fc = nn.GRU(5, 8), nn.Linear(8, 3)
+
+        def forward(self, x, state):
+            return self.fc(self.gru(x, state)[0])
+
+    assert couple(Given().eval(), Batch((torch.randn(3, 2, 5), torch.randn(1, 2, 8)))).sites == ()
+
+
+# Particulars of modules
+
+
+def test_a_norm_without_weights_is_told_its_shape():
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.norm, self.b = nn.Linear(5, 8), nn.LayerNorm(8, elementwise_affine=False), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.b(self.norm(self.a(x)))
+
+    model, batch = lively(Plain()), Batch((torch.randn(3, 5),))
+    (site,) = couple(model, batch).sites
+    assert [(n.module, n.attribute, n.per_unit) for n in site.numbers] == [("norm", "normalized_shape", 1.0)]
+    assert removed(model, [site], {site.name: some(8)}).norm.normalized_shape == (6,)
+
+
+def test_a_module_without_weights_that_counts_is_found_by_its_failure():
+    class Back(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wide = 8
+
+        def forward(self, x):
+            return x.transpose(1, 2).reshape(len(x), self.wide, 2, 2)
+
+    class Patches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.back, self.b = nn.Linear(5, 8), Back(), nn.Conv2d(8, 2, 1)
+
+        def forward(self, x):
+            return self.b(self.back(self.a(x)))
+
+    (site,) = couple(Patches().eval(), Batch((torch.randn(3, 4, 5),))).sites
+    assert [(n.module, n.attribute, n.per_unit) for n in site.numbers] == [("back", "wide", 1.0)]
+
+
+def test_sites_that_look_alike_but_for_their_width_are_each_tried():
+    class Heads(nn.Module):
+        def __init__(self, each):
+            super().__init__()
+            self.heads, self.total = 4, 4 * each
+            self.a, self.mix, self.b = nn.Linear(6, 4 * each), nn.Linear(each, each), nn.Linear(4 * each, 6)
+
+        def forward(self, x):
+            return self.b(self.mix(self.a(x).view(len(x), self.heads, -1)).reshape(len(x), self.total))
+
+    coupling = couple(nn.Sequential(Heads(2), Heads(3)).eval(), Batch((torch.randn(3, 6),)))
+    totals = {(n.module, n.per_unit) for s in coupling.sites for n in s.numbers if n.attribute == "total"}
+    assert totals == {("0", 2.0), ("1", 3.0)}
+
+
+def test_a_weight_behind_a_weight_norm_is_cut():
+    from torch.nn.utils.parametrizations import weight_norm
+
+    model = lively(nn.Sequential(weight_norm(nn.Conv1d(3, 8, 3), dim=2), nn.ReLU(), nn.Conv1d(8, 2, 1)))
+    batch = Batch((torch.randn(2, 3, 9),))
+    (site,) = couple(model, batch).sites
+    assert [part.name for part in site.parts] == ["0.weight.original1", "0.bias", "2.weight"]
+    keep = {site.name: some(8)}
+    cut = removed(model, [site], keep)
+    assert cut[0].out_channels == 6
+    close(answer(masked(model, [site], keep), batch), answer(cut, batch))
 
 
 def test_a_width_written_into_the_code_is_not_offered():

@@ -25,7 +25,7 @@ from torch.nn.utils import parametrize
 
 from secateur import stored
 from secateur.errors import ModelError, SiteError, did_you_mean
-from secateur.site import Number, Part, Site, Tensors, tensors
+from secateur.site import Number, Part, Site, Tensors, module_of, tensors
 
 VERSION = 1
 
@@ -304,6 +304,8 @@ def _set_tensor(model: nn.Module, name: str, value: Tensor) -> Tensor:
             for attribute, parameter in list(module._parameters.items()):
                 if parameter is old:
                     module._parameters[attribute] = new  # type: ignore[assignment]
+                    if isinstance(module, nn.RNNBase):  # it computes with a list of its own, made anew so that a copy
+                        module._flat_weights = [getattr(module, n) for n in module._flat_weights_names]  # keeps its own
         return new
     owner, attribute = _holder(model, name)
     owner._buffers[attribute] = new = value.to(old.dtype)
@@ -336,7 +338,7 @@ def _contract(model: nn.Module, named: dict[str, Tensor], part: Part, matrix: Te
 
 def _refit(model: nn.Module, site: Site, left: int) -> None:
     """Set the numbers that modules keep about their own shapes to what the tensors now are."""
-    for path in dict.fromkeys(part.name.rpartition(".")[0] for part in site.parts):
+    for path in dict.fromkeys(module_of(model, part.name) for part in site.parts):
         module = model.get_submodule(path)
         weight = getattr(module, "weight", None)
         if isinstance(module, nn.Linear):
@@ -351,19 +353,30 @@ def _refit(model: nn.Module, site: Site, left: int) -> None:
             module.in_channels = shape[into] * (1 if module.transposed else module.groups)
         elif isinstance(module, nn.modules.batchnorm._NormBase) and weight is not None:
             module.num_features = len(weight)
-        elif isinstance(module, nn.LayerNorm) and weight is not None:
+        elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and weight is not None:
             module.normalized_shape = tuple(weight.shape)
         elif isinstance(module, nn.GroupNorm) and weight is not None:
             module.num_channels = len(weight)
         elif isinstance(module, nn.Embedding):
             module.num_embeddings, module.embedding_dim = module.weight.shape
+        elif isinstance(module, nn.RNNBase):
+            layer: Any = module
+            layer.input_size, told = layer.weight_ih_l0.shape[1], layer.weight_hh_l0.shape[1]
+            layer.hidden_size = layer.weight_hr_l0.shape[1] if layer.proj_size else told
+            layer.proj_size = told if layer.proj_size else 0
+        elif isinstance(module, nn.RNNCellBase):
+            module.input_size, module.hidden_size = module.weight_ih.shape[1], module.weight_hh.shape[1]
         elif type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # GPT-2 stores inputs first
             module.nx, module.nf = tuple(weight.shape)  # type: ignore[union-attr]
     gone = site.units - left
     for number in site.numbers:
         module = model.get_submodule(number.module)
         old = getattr(module, number.attribute)
-        setattr(module, number.attribute, type(old)(old - round(gone * number.per_unit)))
+        left_over = round(gone * number.per_unit)
+        if isinstance(old, tuple):  # the shape a norm without weights goes by: its last length
+            setattr(module, number.attribute, (*old[:-1], old[-1] - left_over))
+        else:
+            setattr(module, number.attribute, type(old)(old - left_over))
 
 
 # Keeping edits

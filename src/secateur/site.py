@@ -194,6 +194,19 @@ def plain(name: str) -> str:
     return name.replace("parametrizations.", "").removesuffix(".original") if "parametrizations." in name else name
 
 
+def module_of(model: nn.Module, name: str) -> str:
+    """The path of the module that a tensor belongs to: the convolution's, where a weight norm holds the tensor."""
+    path = name.rpartition(".")[0]
+    while path:
+        here: object = model
+        for piece in path.split("."):
+            here = here._modules.get(piece) if isinstance(here, nn.Module) else None
+        if here is not None:
+            return path
+        path = path.rpartition(".")[0]
+    return ""
+
+
 def total_units(sites: Sequence[Site]) -> int:
     """How many units the sites have together."""
     return sum(site.units for site in sites)

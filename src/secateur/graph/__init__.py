@@ -21,7 +21,7 @@ from secateur.graph.fit import fit
 from secateur.graph.positions import Ints, Positions
 from secateur.graph.rules import ATTENTION, STATISTIC
 from secateur.graph.trace import Frozen, Network, follow
-from secateur.site import Kind, Part, Site, tensors
+from secateur.site import Kind, Number, Part, Site, module_of, tensors
 from secateur.task import Batch
 
 __all__ = ["Coupling", "Frozen", "channels", "couple", "heads", "left_of", "removals"]
@@ -158,6 +158,7 @@ def _sites(model: nn.Module, network: Network) -> tuple[list[Site], frozenset[st
     leaves = [p.leaves(d) for _, _, d in dims]
     group_of, unit_of, groups = _groups(p, dims, leaves)
     owners = _owners(leaves, group_of, unit_of, groups)
+    lengths = {path: group_of[p.leaves(d)] for path, d in network.shapes.items()}  # [length, k]
     found: list[tuple[Site, bool]] = []
     claimed: dict[int, np.ndarray] = {}
 
@@ -177,7 +178,12 @@ def _sites(model: nn.Module, network: Network) -> tuple[list[Site], frozenset[st
         block = _block(model, [part.name for part in parts])
         wide = statistic and not block and len({b for part in parts if (b := _block(model, [part.name]))}) > 1
         kind = "head" if p.marked(units, ATTENTION).all() else "stream" if wide else "channel"
-        found.append((Site("", cast(Kind, kind), (len(units),), tuple(parts), block=block), statistic))
+        numbers = tuple(
+            Number(path, "normalized_shape", float((at == group).sum() / len(units)))
+            for path, at in lengths.items()
+            if (at == group).any()
+        )
+        found.append((Site("", cast(Kind, kind), (len(units),), tuple(parts), numbers, block), statistic))
     order = {name: i for i, name in enumerate(network.own)}
     found.sort(key=lambda pair: (order[pair[0].parts[0].name], -pair[0].units))
     names = _names(model, [site for site, _ in found])
@@ -255,7 +261,7 @@ def _block(model: nn.Module, names: Sequence[str]) -> str:
     """The path of the repeated block that all these tensors are in, or ""."""
     found = set()
     for name in names:
-        pieces = name.split(".")[:-1]
+        pieces = module_of(model, name).split(".")
         found.add("")
         for i in range(1, len(pieces) + 1):
             if not pieces[i - 1].isdigit():
@@ -279,7 +285,7 @@ def _names(model: nn.Module, sites: Sequence[Site]) -> list[str]:
     """The module in a block that holds a whole site, where it holds one only; else the module that makes its units."""
     whole = []
     for site in sites:
-        paths = [part.name.split(".")[:-1] for part in site.parts]
+        paths = [module_of(model, part.name).split(".") for part in site.parts]
         shared = []
         for pieces in zip(*paths, strict=False):
             if len(set(pieces)) > 1:
@@ -288,7 +294,7 @@ def _names(model: nn.Module, sites: Sequence[Site]) -> list[str]:
         path = ".".join(shared)
         inside = site.block and (path == site.block or path.startswith(site.block + "."))
         whole.append(path if inside and not isinstance(model.get_submodule(path), _CONTAINERS) else "")
-    makers = [_maker(site) for site in sites]
+    makers = [_maker(model, site) for site in sites]
     names: list[str] = []
     for site, path, maker in zip(sites, whole, makers, strict=True):
         name = path if path and whole.count(path) == 1 else maker
@@ -298,8 +304,8 @@ def _names(model: nn.Module, sites: Sequence[Site]) -> list[str]:
     return names
 
 
-def _maker(site: Site) -> str:
+def _maker(model: nn.Module, site: Site) -> str:
     for part in site.parts:
         if site.kind != "stream" and part.axis == 0 and len(part.shape) > 1:
-            return part.name.rpartition(".")[0]
-    return site.parts[0].name.rpartition(".")[0]
+            return module_of(model, part.name)
+    return module_of(model, site.parts[0].name)

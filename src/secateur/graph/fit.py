@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from secateur.edit import Mask, _set_tensor
 from secateur.graph.trace import Frozen, answer, plain
-from secateur.site import Number, Site, tensors
+from secateur.site import Number, Part, Site, module_of, tensors
 from secateur.task import Batch
 
 # Attributes that count units by their very name: tried first, and together.
@@ -34,9 +34,10 @@ def fit(
     failed: dict[str, str] = {}
     learned: dict[tuple, _Learned | str] = {}
     for site in sites:
-        root = _root(site)
+        root = _root(model, site)
         # Sites that look alike in modules of one class are tried once.
-        alike = (site.kind, type(model.get_submodule(root)), site.units, tuple(p.name[len(root) :] for p in site.parts))
+        looks = tuple((part.name[len(root) :], _width(part)) for part in site.parts)
+        alike = (site.kind, type(model.get_submodule(root)), site.units, looks)
         if alike not in learned:
             learned[alike] = _learn(model, trial, site, root)
             if isinstance(learned[alike], str) and site.units > _MULTIPLE and site.units % _MULTIPLE == 0:
@@ -48,9 +49,8 @@ def fit(
         if isinstance(rule, str):
             failed[site.name] = rule
         else:
-            found.append(
-                replace(site, numbers=tuple(Number(_under(root, path), a, per) for path, a, per in rule.numbers))
-            )
+            more = tuple(Number(_under(root, path), a, per) for path, a, per in rule.numbers)
+            found.append(replace(site, numbers=(*site.numbers, *more)))
             trial.multiples[site.name] = rule.multiple
     good = list(found)
     if good and trial.complaint(good):
@@ -80,14 +80,20 @@ class _Learned:
     multiple: int = 1
 
 
-def _root(site: Site) -> str:
+def _root(model: nn.Module, site: Site) -> str:
     """The module that holds every part."""
     shared = []
-    for pieces in zip(*(part.name.split(".")[:-1] for part in site.parts), strict=False):
+    for pieces in zip(*(module_of(model, part.name).split(".") for part in site.parts), strict=False):
         if len(set(pieces)) > 1:
             break
         shared.append(pieces[0])
     return ".".join(shared)
+
+
+def _width(part: Part) -> int:
+    """How many entries of a part a unit owns."""
+    assert part.owner is not None, "graph sites are removable"
+    return int((part.owner == 0).sum())
 
 
 def _under(root: str, path: str) -> str:
@@ -96,7 +102,9 @@ def _under(root: str, path: str) -> str:
 
 def _learn(model: nn.Module, trial: "_Trial", site: Site, root: str) -> _Learned | str:
     """Numbers with which a cut is right, or why there are none."""
-    candidates = _candidates(model, site, root)
+    paths = _around(model, site, root)
+    asked = {_under(root, path) for path in paths}
+    candidates = _counts(model, site, root, paths)
     named = [c for c in candidates if _COUNTS[site.kind].fullmatch(c[1])]
     others = [c for c in candidates if c not in named]
     tries = [named, []] if named else [[]]
@@ -104,25 +112,36 @@ def _learn(model: nn.Module, trial: "_Trial", site: Site, root: str) -> _Learned
     tries += [list(pair) for pair in combinations(candidates, 2)]
     tries += [[*named, c] for c in others] if len(named) > 1 else []
     first = ""
-    for numbers in tries[:40]:
+    tries = tries[:40]
+    for numbers in tries:
         made = tuple(Number(_under(root, path), attribute, per) for path, attribute, per in numbers)
-        why = trial.complaint([replace(site, numbers=made)])
+        why = trial.complaint([replace(site, numbers=(*site.numbers, *made))])
         if not why:
             return _Learned(tuple(numbers), trial.multiples.get(site.name, 1))
         first = first or why
+        if trial.raised is not None and trial.raised not in asked and _inside(trial.raised, root):
+            # A module without weights counts the units too: it was its code that failed.
+            asked.add(trial.raised)
+            tries += [[*numbers, c] for c in _counts(model, site, root, {trial.raised[len(root) :].strip(".")})]
     return first
 
 
-def _candidates(model: nn.Module, site: Site, root: str) -> list[tuple[str, str, float]]:
-    """Whole numbers that the modules around a site's parts keep, and that some of its widths could be."""
-    widths = set()
-    for part in site.parts:
-        assert part.owner is not None
-        widths.add(int((part.owner == 0).sum()))
+def _inside(path: str, root: str) -> bool:
+    return not root or path == root or path.startswith(root + ".")
+
+
+def _around(model: nn.Module, site: Site, root: str) -> set[str]:
+    """The paths below the root of the modules around a site's parts."""
     paths = {""}
     for part in site.parts:
-        pieces = part.name[len(root) :].strip(".").split(".")[:-1]
+        pieces = module_of(model, part.name)[len(root) :].strip(".").split(".")
         paths |= {".".join(pieces[:i]) for i in range(1, len(pieces) + 1)}
+    return paths
+
+
+def _counts(model: nn.Module, site: Site, root: str, paths: Iterable[str]) -> list[tuple[str, str, float]]:
+    """Whole numbers that some modules keep, and that some of a site's widths could be."""
+    widths = {_width(part) for part in site.parts}
     found = []
     for path in sorted(paths):
         module = model.get_submodule(_under(root, path))
@@ -142,11 +161,13 @@ class _Trial:
     def __init__(self, model: nn.Module, example: Batch, inexact: frozenset[str]) -> None:
         self.model, self.example, self.inexact = model, example, inexact
         self.multiples: dict[str, int] = {}
+        self.raised: str | None = None  # the module whose own code failed, when the last complaint was of a failure
 
     def complaint(self, sites: Sequence[Site]) -> str:
         """What is wrong with cutting these, or "" when nothing is."""
         from secateur.graph import removals
 
+        self.raised = None
         keep = {site.name: _some(site.units, self.multiples.get(site.name, 1)) for site in sites}
         exact = not any(site.name in self.inexact for site in sites)
         with plain(self.model):
@@ -160,6 +181,7 @@ class _Trial:
                         edit.apply_(self.model)
                     cut = answer(self.model, self.example)
                 except Exception as error:  # whatever the model's own code raises becomes the reason
+                    self.raised = culprit(self.model, error)
                     line = next((s for s in str(error).splitlines() if s.strip()), type(error).__name__)
                     return f"without some of its units the forward pass fails: {line.strip()[:200]}"
         if [v.shape for v in masked] != [v.shape for v in cut]:
@@ -175,6 +197,19 @@ class _Trial:
             _set_tensor(self.model, name, named[name].detach().clone())
         for site in sites:
             Mask(site, keep[site.name]).apply_(self.model)
+
+
+def culprit(model: nn.Module, error: BaseException) -> str | None:
+    """The path of the innermost module of the model in whose own code an error arose, or None."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    found = None
+    frame = error.__traceback__
+    while frame is not None:
+        here = frame.tb_frame.f_locals.get("self")
+        if isinstance(here, nn.Module) and id(here) in paths and not type(here).__module__.startswith("torch.nn."):
+            found = paths[id(here)]
+        frame = frame.tb_next
+    return found
 
 
 def _some(units: int, multiple: int) -> Tensor:

@@ -41,6 +41,7 @@ class Tracing:
         self.uses: dict[str, float] = {}
         self.turned: set[str] = set()
         self.outputs: tuple[tuple[int, ...], ...] = ()  # shapes of what comes out of the present operator
+        self.blank: set[int] = set()  # first positions along the last dimension of tensors made of nothing but zeros
 
     @property
     def output(self) -> tuple[int, ...]:
@@ -341,6 +342,77 @@ def _softmax(t: Tracing, a: dict[str, Any]) -> Traced:
     return Traced(x.dims)
 
 
+# Recurrent layers
+
+
+def _cell(t: Tracing, x: Ints, tensors: Sequence[Traced], times: float, projected: bool) -> tuple[Ints, Ints]:
+    """One cell: the positions of what it tells the next step, and of its units, which every gate has a row of."""
+    p = t.positions
+    into, back = tensors[:2]
+    told = back.dims[1]
+    units = tensors[-1].dims[1] if projected else told
+    p.unify(into.dims[1], x)
+    if projected:
+        p.unify(tensors[-1].dims[0], told)
+    for tensor in tensors[: -1 if projected else None]:
+        gate, unit = p.split(tensor.dims[0], [len(tensor.dims[0]) // len(units), len(units)])
+        p.freeze(gate)
+        p.unify(unit, units)
+    for tensor in tensors:
+        t.used(tensor, times if len(tensor.dims) > 1 else 0.0)
+    return told, units
+
+
+def _starts(t: Tracing, state: Traced, units: Ints) -> None:
+    """The state before the first step; zeros are made as wide as the layer says it is, so they hold nothing fast."""
+    if int(state.dims[-1][0]) not in t.blank:
+        t.positions.unify(state.dims[-1], units)
+
+
+@rule("gru", "lstm", "rnn_tanh", "rnn_relu")
+def _recurrent(t: Tracing, a: dict[str, Any]) -> list[Traced]:
+    """Layers and directions share their units, since the module has one number for all: a unit goes from each."""
+    import numpy as np
+
+    p = t.positions
+    x = a["data"] if "data" in a else a["input"]
+    states = a["hx"] if isinstance(a["hx"], list) else [a["hx"]]
+    cells = int(a["num_layers"]) * (1 + bool(a["bidirectional"]))
+    each = len(a["params"]) // cells
+    projected = each % 2 == 1
+    params = [a["params"][i * each : (i + 1) * each] for i in range(cells)]
+    below, rows = x.dims[-1], math.prod(x.shape[:-1])
+    told: Ints | None = None
+    units: Ints | None = None
+    for layer in range(int(a["num_layers"])):
+        out = []
+        for cell in params[layer * cells // int(a["num_layers"]) : (layer + 1) * cells // int(a["num_layers"])]:
+            one, its = _cell(t, below, cell, rows, projected)
+            if told is not None and units is not None:
+                p.unify(told, one)
+                p.unify(units, its)
+            told, units = one, its
+            out.append(one)
+        below = np.concatenate(out)
+    assert told is not None and units is not None, "a recurrent layer has a cell at least"
+    for state, end in zip(states, (told, units), strict=False):
+        _starts(t, state, end)
+    last = [told, units][: len(states)]
+    rest = [Traced((*(t.stay(n) for n in shape[:-1]), d)) for shape, d in zip(t.outputs[1:], last, strict=True)]
+    return [Traced((*x.dims[:-1], below)), *rest]
+
+
+@rule("gru_cell", "lstm_cell", "rnn_tanh_cell", "rnn_relu_cell")
+def _recurrent_cell(t: Tracing, a: dict[str, Any]) -> Any:
+    x, states = a["input"], a["hx"] if isinstance(a["hx"], list) else [a["hx"]]
+    tensors = [a[name] for name in ("w_ih", "w_hh", "b_ih", "b_hh") if a.get(name) is not None]
+    units, _ = _cell(t, x.dims[-1], tensors, math.prod(x.shape[:-1]), False)
+    for state in states:
+        _starts(t, state, units)
+    out = [Traced((*x.dims[:-1], units)) for _ in t.outputs]
+    return out if len(out) > 1 else out[0]
+
+
 # Element by element
 
 _ELEMENTWISE = """
@@ -352,7 +424,7 @@ hardshrink hardsigmoid hardswish hardtanh hypot identity int isinf isnan le leak
 log log10 log1p log2 log_sigmoid logaddexp logical_and logical_not logical_or logical_xor logit long lt masked_fill
 maximum minimum mish mul multiply nan_to_num native_dropout ne neg ones_like positive pow rand_like randn_like
 reciprocal relu relu6 remainder round rrelu rsqrt rsub selu sgn sigmoid sign silu sin sinh softmax_backward softplus
-softshrink sqrt square sub subtract tan tanh tanh_shrink tanhshrink threshold to true_divide trunc type_as where xlogy
+softshrink sqrt square sub subtract tan tanh tanh_shrink tanhshrink threshold true_divide trunc where xlogy
 zeros_like
 """
 
@@ -364,6 +436,17 @@ def _elementwise(t: Tracing, a: dict[str, Any]) -> Any:
     dims = t.broadcast(*tensors)
     out = Traced(dims, source)
     return out if len(t.outputs) == 1 else [Traced(dims) for _ in t.outputs]
+
+
+@rule("to", "type_as")
+def _converted(t: Tracing, a: dict[str, Any]) -> Traced:
+    return Traced(a["self"].dims, a["self"].source)  # what it is converted like has a shape of its own
+
+
+@rule("_weight_norm")
+def _weight_norm(t: Tracing, a: dict[str, Any]) -> Traced:
+    """A weight is its direction v times its length g: zeros of v have no length, so that they may go."""
+    return Traced(t.broadcast(a["v"], a["g"]), a["v"].source)
 
 
 @rule("prelu", "_prelu_kernel")
@@ -385,9 +468,16 @@ def _glu(t: Tracing, a: dict[str, Any]) -> Traced:
     return Traced((*x.dims[:dim], within, *x.dims[dim + 1 :]))
 
 
-@rule("new_ones", "new_zeros", "new_full", "new_empty")
+@rule("new_ones", "new_full", "new_empty")
 def _new(t: Tracing, a: dict[str, Any]) -> Traced:
     return Traced(tuple(t.stay(s) for s in t.output))
+
+
+@rule("zeros", "new_zeros")
+def _zeros(t: Tracing, a: dict[str, Any]) -> Traced:
+    dims = tuple(t.stay(s) for s in t.output)
+    t.blank |= {int(dims[-1][0])} if dims and len(dims[-1]) else set()
+    return Traced(dims)
 
 
 # Shapes
@@ -619,6 +709,37 @@ def _index(t: Tracing, a: dict[str, Any]) -> Traced:
     together = indexed == list(range(indexed[0], indexed[-1] + 1))
     at = indexed[0] if together else 0
     return Traced((*rest[:at], *(t.stay(s) for s in t.output[at : at + new]), *rest[at:]))
+
+
+@rule("gather")
+def _gather(t: Tracing, a: dict[str, Any]) -> Traced:
+    x, index, dim = a["self"], a["index"], int(a["dim"]) % max(1, len(a["self"].dims))
+    dims = []
+    for i, (d, n) in enumerate(zip(x.dims, index.dims, strict=True)):
+        if i != dim and len(d) == len(n):
+            t.positions.unify(d, n)
+        else:
+            t.positions.freeze(d)
+        dims.append(n if i == dim else d[: len(n)])
+    return Traced(tuple(dims))
+
+
+@rule("im2col")
+def _im2col(t: Tracing, a: dict[str, Any]) -> Traced:
+    """Patches: a channel's run of kernel places beside each other."""
+    x = a["self"]
+    channel = t.positions.join([x.dims[-3], t.stay(math.prod(a["kernel_size"]))])
+    for d in x.dims[-2:]:
+        t.positions.freeze(d)
+    return Traced((*x.dims[:-3], channel, t.stay(t.output[-1])))
+
+
+@rule("col2im")
+def _col2im(t: Tracing, a: dict[str, Any]) -> Traced:
+    x, places = a["self"], math.prod(a["kernel_size"])
+    channel, place = t.positions.split(x.dims[-2], [len(x.dims[-2]) // places, places])
+    t.positions.freeze(place)
+    return Traced((*x.dims[:-2], channel, *(t.stay(n) for n in t.output[-2:])))
 
 
 # Reductions and pooling

@@ -7,7 +7,7 @@ import logging
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from secateur.errors import GraphError
+from secateur.graph.positions import Ints
 from secateur.graph.rules import Traced, Tracing, find
+from secateur.site import plain as plain_name
 from secateur.site import tensors
 from secateur.task import Batch
 
@@ -40,6 +42,7 @@ class Network:
     tracing: Tracing
     own: Mapping[str, Traced]
     frozen: tuple[Frozen, ...]
+    shapes: Mapping[str, Ints] = field(default_factory=dict)  # norms without weights: what their shape is a length of
 
 
 @contextlib.contextmanager
@@ -98,7 +101,7 @@ def follow(model: nn.Module, example: Batch) -> Network:
             ) from error
     run = _Interpreter(model, example.size)
     run.run_program(program)
-    return Network(run.tracing, run.own, tuple(dict.fromkeys(run.frozen)))
+    return Network(run.tracing, run.own, tuple(dict.fromkeys(run.frozen)), run.shapes)
 
 
 @contextlib.contextmanager
@@ -127,16 +130,25 @@ def _shape(value: Any) -> tuple[int, ...]:
     return tuple(n if isinstance(n, int) else 1 for n in value.shape) if isinstance(value, Tensor) else ()
 
 
+def _where(node: Any) -> str:
+    """The path of the module whose code a node is from; one that is called again has the call's number behind it."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return list(stack.values())[-1][0].partition("@")[0] if stack else ""
+
+
 class _Interpreter:
     def __init__(self, model: nn.Module, batch: int) -> None:
         self.tracing = Tracing(batch)
         self.own: dict[str, Traced] = {}
         self.frozen: list[Frozen] = []
+        self.shapes: dict[str, Ints] = {}
         self._named = tensors(model)
+        self._model = model
 
     def run_program(self, program: Any) -> None:
         signature = program.graph_signature
-        named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        given = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        named = {node: plain_name(name) for node, name in given.items()}  # without what parametrises a tensor
         by_tensor: dict[int, Traced] = {}
         inputs: list[Any] = []
         placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
@@ -202,7 +214,7 @@ class _Interpreter:
         shapes = tuple(_shape(v) for v in outs)
         self.tracing.outputs = shapes
         rule = find(name.rpartition(".")[2])
-        if rule is not None and touched and hasattr(node.target, "_schema"):
+        if rule is not None and (touched or name == "zeros") and hasattr(node.target, "_schema"):
             given = dict(zip((a.name for a in node.target._schema.arguments), args, strict=False)) | kwargs
             conflicts = self.tracing.positions.conflicts
             try:
@@ -211,6 +223,8 @@ class _Interpreter:
                 return self.give_up(node, name, touched, shapes, value, f"its rule failed: {error}")
             if self.tracing.positions.conflicts != conflicts:
                 self.say(node, name, "it splits a dimension where another operator splits it otherwise")
+            if name in ("layer_norm", "rms_norm"):
+                self.remember(node, given["input"])
             got = found if isinstance(found, list) else [found]
             if found is not None and tuple(v.shape for v in got) == shapes:
                 return found
@@ -228,7 +242,13 @@ class _Interpreter:
         found = [Traced(tuple(self.tracing.stay(n) for n in shape)) for shape in shapes]
         return found if isinstance(value, (list, tuple)) else found[0]
 
+    def remember(self, node: Any, x: Traced) -> None:
+        """A norm without weights belongs to no part of a site, and yet must be told the shape that is left."""
+        where = _where(node)
+        module = self._model.get_submodule(where) if where else self._model
+        if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and module.weight is None:
+            self.shapes[where] = x.dims[-1]
+
     def say(self, node: Any, name: str, why: str) -> None:
-        stack = node.meta.get("nn_module_stack") or {}
-        where = list(stack.values())[-1][0] if stack else ""
+        where = _where(node)
         self.frozen.append(Frozen(name if "." in name else f"aten.{name}", where, why))

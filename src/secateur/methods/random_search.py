@@ -196,7 +196,7 @@ class RandomSearch(Method):
         when="before training",
         granularity=("channel",),
         needs=("labels", "training"),
-        families=("mlp", "cnn", "decoder", "encoder", "vision transformer"),
+        families=("mlp", "cnn", "decoder", "encoder", "vision transformer", "rnn"),
         axes="draw judge",
         reports="Sub-networks found by random search neither perform better nor converge faster than random ones.",
         checked="tests/methods/test_random_search.py::test_the_winner_is_the_first_of_the_lowest",
