@@ -1,4 +1,4 @@
-"""Meta pruning (paper 32): graphs and back exactly, a metanetwork that does not mind the order of channels, its training."""
+"""Meta pruning (paper 32): graphs and back exactly, a metanetwork that minds no order of channels, its training."""
 
 import copy
 import math
