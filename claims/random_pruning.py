@@ -5,10 +5,11 @@ from torch import nn
 
 from claims.harness import Claim, Expectation, Measured, Settings
 from secateur.axes import Allocation, Erk, Uniform
+from secateur.axes.probes import Donor
 from secateur.axes.probes import Snip as Probe
 from secateur.axes.rewinding import reinitialize_
 from secateur.axes.rules import LearningRate
-from secateur.methods.random_pruning import Donor, RandomPruning
+from secateur.methods.random_pruning import RandomPruning
 from secateur.methods.snip import Snip
 from secateur.task import Task
 from secateur.tasks.images import fashion_mnist

@@ -10,13 +10,13 @@ from torch import nn
 from secateur.axes import ByName, Er, Erk, ErkPlus, Global, Uniform, UniformPlus, kept_of, part_of, text_of, words
 from secateur.axes.allocations import gaps, inhabited
 from secateur.axes.growth import random_masks
-from secateur.axes.probes import Grasp, Snip, Synflow, masks_by
+from secateur.axes.probes import Donor, Grasp, Snip, Synflow, masks_by
 from secateur.axes.rules import LearningRate
 from secateur.cut import weights
 from secateur.errors import BudgetError, SettingError
 from secateur.method import Budget, load, prune
 from secateur.methods import random_pruning
-from secateur.methods.random_pruning import Donor, RandomPruning
+from secateur.methods.random_pruning import RandomPruning
 from secateur.site import Part, Site, tensors
 from secateur.tasks.learners import Adam, Sgd
 from secateur.train import fit

@@ -343,6 +343,24 @@ def rounded(sites: Sequence[Site], exact: Mapping[str, float], keep: int) -> dic
 
 
 @dataclass(frozen=True)
+class SynExp:
+    """Every layer keeps the same number of weights, or all it has if that is fewer.
+
+    Cai, Hua, Chen, Suh, De Sa, Zhang 2022, arXiv:2203.02549: the synaptic flow to be expected of random masks over
+    random weights is, but for a constant, the product of the layers' densities; under a budget of weights it is
+    largest where all layers that are not full have as many.
+    """
+
+    needs_scores = False
+
+    def spread(self, sites: Sequence[Site], budget: Budget, scores: Scores | None = None) -> dict[str, int]:
+        """See Allocation."""
+        return rescaled(
+            sites, {site.name: 1 / site.units for site in sites}, kept_of(total_units(sites), budget.sparsity)
+        )
+
+
+@dataclass(frozen=True)
 class Owl:
     """Blocks with more outliers among their scores keep more.
 

@@ -5,7 +5,7 @@
     Synflow   |w dR/dw|, R the flow of ones through |w|: no data at all
 
 Each is read off a model at once, for all sites together, and the model is as it was afterwards. What a probe says can
-choose a mask, or lend its counts per layer to a choice made otherwise; as a `Given` criterion it goes wherever a
+choose a mask, or lend its counts per layer to a choice made otherwise (`Donor`); as a `Given` criterion it goes wherever a
 criterion of the weights does.
 """
 
@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from secateur.axes.allocations import Allocation
+from secateur.axes.allocations import Allocation, Global, Scores
 from secateur.axes.patterns import PerMatrix, keep_top
 from secateur.edit import Mask
 from secateur.errors import EvidenceError, ModelError, SettingError, SiteError, did_you_mean
@@ -236,6 +236,19 @@ class Synflow:
         score = score / max(float(score.max()), 1e-300)
         scores = {site.name: part.reshape(site.shape) for site, part in zip(sites, _apart(score, sites), strict=True)}
         return Reading(scores, tuple(_doubts(curved.seen, tokens)))
+
+
+@dataclass(frozen=True)
+class Donor:
+    """As many everywhere as the best mask by a probe's scores would keep: allocation without selection."""
+
+    probe: Probe = Snip()
+
+    needs_scores: ClassVar[bool] = True
+
+    def spread(self, sites: Sequence[Site], budget: Budget, scores: Scores | None = None) -> dict[str, int]:
+        """See Allocation; the scores are the probe's."""
+        return Global().spread(sites, budget, scores)
 
 
 def _apart(flat: Tensor, sites: Sequence[Site]) -> tuple[Tensor, ...]:

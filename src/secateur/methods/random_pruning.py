@@ -14,10 +14,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from secateur.axes import Allocation, Erk, Global
-from secateur.axes.allocations import Scores, check_scoreless, gaps, inhabited
+from secateur.axes import Allocation, Erk
+from secateur.axes.allocations import check_scoreless, gaps, inhabited
 from secateur.axes.growth import random_masks
-from secateur.axes.probes import Probe, Snip
+from secateur.axes.probes import Donor
 from secateur.axes.rules import Hold, LearningRate
 from secateur.cut import DEFAULT_EXCLUDE, weights
 from secateur.edit import Edit, Mask, apply_
@@ -27,19 +27,6 @@ from secateur.outcome import Outcome
 from secateur.site import Site, tensors
 from secateur.task import Task, generator
 from secateur.train import fit
-
-
-@dataclass(frozen=True)
-class Donor:
-    """As many everywhere as the best mask by a probe's scores would keep: allocation without selection."""
-
-    probe: Probe = Snip()
-
-    needs_scores: ClassVar[bool] = True
-
-    def spread(self, sites: Sequence[Site], budget: Budget, scores: Scores | None = None) -> dict[str, int]:
-        """See Allocation; the scores are the probe's."""
-        return Global().spread(sites, budget, scores)
 
 
 @dataclass(frozen=True, kw_only=True)
