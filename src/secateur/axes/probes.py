@@ -5,8 +5,8 @@
     Synflow   |w dR/dw|, R the flow of ones through |w|: no data at all
 
 Each is read off a model at once, for all sites together, and the model is as it was afterwards. What a probe says can
-choose a mask, or lend its counts per layer to a choice made otherwise (`Donor`); as a `Given` criterion it goes wherever a
-criterion of the weights does.
+choose a mask, or lend its counts per layer to a choice made otherwise (`Donor`); as a `Given` criterion it goes
+wherever a criterion of the weights does.
 """
 
 import copy
