@@ -8,8 +8,9 @@ from torch import nn
 from claims.harness import Claim, Expectation, Settings
 from secateur.axes import Global
 from secateur.axes.allocations import kept_of
-from secateur.axes.probes import Donor, masks_by
+from secateur.axes.donors import Donor
 from secateur.axes.probes import Snip as Probe
+from secateur.axes.probes import masks_by
 from secateur.axes.rewinding import reinitialize_, shuffled
 from secateur.axes.rules import Hold, LearningRate
 from secateur.cli.dense import Dense

@@ -5,7 +5,7 @@ from torch import nn
 
 from claims.harness import Claim, Expectation, Measured, Settings
 from secateur.axes import Allocation, Erk, Uniform
-from secateur.axes.probes import Donor
+from secateur.axes.donors import Donor
 from secateur.axes.probes import Snip as Probe
 from secateur.axes.rewinding import reinitialize_
 from secateur.axes.rules import LearningRate

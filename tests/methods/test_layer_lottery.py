@@ -7,7 +7,7 @@ import tiny
 import torch
 from torch import nn
 
-from secateur.axes.probes import Grasp, Signed, Snip
+from secateur.axes.probes import Grasp, Snip
 from secateur.axes.residual import goes_round, removable_blocks, run_blocks
 from secateur.axes.rewinding import Course
 from secateur.cut import Passing, passing
@@ -24,6 +24,7 @@ from secateur.methods.layer_lottery import (
     Projection,
     Redrawn,
     Rewound,
+    Signed,
     Size,
     SumOf,
     Unlikeness,

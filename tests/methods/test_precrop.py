@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from secateur.axes import Erk, SynExp
-from secateur.axes.probes import Donor, Snip
+from secateur.axes.donors import Donor
+from secateur.axes.probes import Snip
 from secateur.cut import weights
 from secateur.edit import Remove
 from secateur.errors import BudgetError, ModelError, SettingError

@@ -9,8 +9,9 @@ from torch import nn
 
 from secateur.axes import ByName, Er, Erk, ErkPlus, Global, Uniform, UniformPlus, kept_of, part_of, text_of, words
 from secateur.axes.allocations import gaps, inhabited
+from secateur.axes.donors import Donor
 from secateur.axes.growth import random_masks
-from secateur.axes.probes import Donor, Grasp, Snip, Synflow, masks_by
+from secateur.axes.probes import Grasp, Snip, Synflow, masks_by
 from secateur.axes.rules import LearningRate
 from secateur.cut import weights
 from secateur.errors import BudgetError, SettingError

@@ -15,6 +15,7 @@ from typing import Any
 from secateur.axes import (
     allocations,
     criteria,
+    donors,
     growth,
     influence,
     patterns,
@@ -111,6 +112,7 @@ __all__ = [
 PARTS = (
     allocations,
     criteria,
+    donors,
     growth,
     influence,
     patterns,

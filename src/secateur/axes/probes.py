@@ -1,12 +1,12 @@
 """Scores that take a pass of their own through the whole model, mostly before it is trained.
 
-    Snip      |w dL/dw|: how much the loss would notice; Signed keeps the sign
+    Snip      |w dL/dw|: how much the loss would notice
     Grasp     w (H g): how much the gradient's norm would suffer
     Synflow   |w dR/dw|, R the flow of ones through |w|: no data at all
 
 Each is read off a model at once, for all sites together, and the model is as it was afterwards. What a probe says can
-choose a mask, or lend its counts per layer to a choice made otherwise (`Donor`); as a `Given` criterion it goes
-wherever a criterion of the weights does.
+choose a mask, or lend its counts per layer to a choice made otherwise; as a `Given` criterion it goes wherever a
+criterion of the weights does.
 """
 
 import copy
@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from secateur.axes.allocations import Allocation, Global, Scores
+from secateur.axes.allocations import Allocation
 from secateur.axes.patterns import PerMatrix, keep_top
 from secateur.edit import Mask
 from secateur.errors import EvidenceError, ModelError, SettingError, SiteError, did_you_mean
@@ -87,37 +87,16 @@ class Snip:
 
     def read(self, model: nn.Module, sites: Sequence[Site], task: Task, sparsity: float) -> Reading:
         """See Probe. Raises EvidenceError, naming the site, for a gradient that is frozen or not finite."""
-        found = _times_gradient(model, sites, task, self.samples)
-        scores = {name: value.abs() for name, value in found.items()}
+        learnt = _learnt(model, sites)
+        total = [torch.zeros_like(p) for p in learnt.values()]
+        with as_in_training(model, task):
+            for batch in task.batches("calibration", _samples(self.samples)):
+                for sum_, found in zip(total, _gradients(task.loss(model, batch), learnt), strict=True):
+                    sum_ += found * batch.size
+        gradient = dict(zip(learnt, total, strict=True))
+        named = tensors(model)
+        scores = {s.name: (s.parts[0].read(named).detach() * s.parts[0].read(gradient)).abs().float() for s in sites}
         return Reading(_finite(scores, "connection sensitivity"))
-
-
-def _times_gradient(model: nn.Module, sites: Sequence[Site], task: Task, samples: int) -> dict[str, Tensor]:
-    """w dL/dw of every site, the gradient summed over so many labelled examples."""
-    learnt = _learnt(model, sites)
-    total = [torch.zeros_like(p) for p in learnt.values()]
-    with as_in_training(model, task):
-        for batch in task.batches("calibration", _samples(samples)):
-            for sum_, found in zip(total, _gradients(task.loss(model, batch), learnt), strict=True):
-                sum_ += found * batch.size
-    gradient = dict(zip(learnt, total, strict=True))
-    named = tensors(model)
-    return {s.name: (s.parts[0].read(named).detach() * s.parts[0].read(gradient)).float() for s in sites}
-
-
-@dataclass(frozen=True)
-class Signed:
-    """w dL/dw with its sign, larger stays: what goes first is what the loss, to first order, would rise most without.
-
-    Jordao et al. 2023, arXiv:2301.10835, section 3, call it GraSP. Weights that a batch norm follows can be scaled
-    without any effect, so that their terms add up to zero: over a whole layer they say nothing, and the norm's own do.
-    """
-
-    samples: int = 128  # examples in all
-
-    def read(self, model: nn.Module, sites: Sequence[Site], task: Task, sparsity: float) -> Reading:
-        """See Probe; raises as Snip does."""
-        return Reading(_finite(_times_gradient(model, sites, task, self.samples), "the weights times their gradients"))
 
 
 @dataclass(frozen=True)
@@ -257,19 +236,6 @@ class Synflow:
         score = score / max(float(score.max()), 1e-300)
         scores = {site.name: part.reshape(site.shape) for site, part in zip(sites, _apart(score, sites), strict=True)}
         return Reading(scores, tuple(_doubts(curved.seen, tokens)))
-
-
-@dataclass(frozen=True)
-class Donor:
-    """As many everywhere as the best mask by a probe's scores would keep: allocation without selection."""
-
-    probe: Probe = Snip()
-
-    needs_scores: ClassVar[bool] = True
-
-    def spread(self, sites: Sequence[Site], budget: Budget, scores: Scores | None = None) -> dict[str, int]:
-        """See Allocation; the scores are the probe's."""
-        return Global().spread(sites, budget, scores)
 
 
 def _apart(flat: Tensor, sites: Sequence[Site]) -> tuple[Tensor, ...]:

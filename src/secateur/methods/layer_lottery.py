@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.axes.allocations import kept_of
-from secateur.axes.probes import Probe, Signed, as_in_training
+from secateur.axes.probes import Probe, Reading, as_in_training
 from secateur.axes.recalibration import some
 from secateur.axes.residual import Ran, blocks_site, first_tensor, removable_blocks
 from secateur.axes.rewinding import Course, Rewind, reinitialize_, train_whole
@@ -29,6 +29,29 @@ from secateur.task import Task, generator
 from secateur.train import History, Snapshot
 
 # What makes a block worth keeping
+
+
+@dataclass(frozen=True)
+class Signed:
+    """w dL/dw with its sign, larger stays: what goes first is what the loss, to first order, would rise most without.
+
+    The paper, section 3, calls it GraSP. Weights that a batch norm follows can be scaled without any effect, so that
+    their terms add up to zero: over a whole layer they say nothing, and the norm's own do.
+    """
+
+    samples: int = 128  # examples in all
+
+    def read(self, model: nn.Module, sites: Sequence[Site], task: Task, sparsity: float) -> Reading:
+        """See Probe."""
+        learnt = [model.get_parameter(site.parts[0].name) for site in sites]
+        total = [torch.zeros_like(p) for p in learnt]
+        with as_in_training(model, task):
+            for batch in task.batches("calibration", self.samples):
+                found = torch.autograd.grad(task.loss(model, batch), learnt, allow_unused=True)
+                for sum_, slope in zip(total, found, strict=True):
+                    sum_ += 0 if slope is None else slope * batch.size
+        scores = [(p.detach() * slope).float() for p, slope in zip(learnt, total, strict=True)]
+        return Reading({site.name: score for site, score in zip(sites, scores, strict=True)})
 
 
 @runtime_checkable

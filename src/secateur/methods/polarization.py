@@ -29,7 +29,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.hooks import RemovableHandle
 
 from secateur.axes.recalibration import recalibrate_, some
-from secateur.axes.residual import blocks_of, blocks_site, first_tensor, run_blocks
 from secateur.axes.rules import LearningRate
 from secateur.axes.schedules import Linear, Schedule
 from secateur.cut import passing, selected
@@ -188,6 +187,15 @@ def _width(x: Tensor) -> int:
     return x.shape[1] if x.dim() == 4 else x.shape[-1]
 
 
+def _first(values: Iterable[Any]) -> Tensor | None:
+    for value in values:
+        if isinstance(value, Tensor):
+            return value
+        if isinstance(value, (tuple, list)) and (found := _first(value)) is not None:
+            return found
+    return None
+
+
 # Hooks are objects and no closures: a copy of the model takes copies of them, with the copies of the gates.
 
 
@@ -198,7 +206,7 @@ class _Bypass:
     gate: ConsensusGate
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, answer: Any) -> Any:
-        x = first_tensor([*args, *kwargs.values()])
+        x = _first([*args, *kwargs.values()])
         out = answer if isinstance(answer, Tensor) else answer[0]
         assert x is not None
         opened = self.gate(x).to(out.dtype)
@@ -214,7 +222,7 @@ class _Look:
     gate: ConsensusGate
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        x = first_tensor(args)
+        x = _first(args)
         assert x is not None
         self.gate(x)
 
@@ -343,6 +351,24 @@ def insert_(
 # What can be gated
 
 
+def blocks_of(model: nn.Module) -> list[str]:
+    """The dotted names of a model's like blocks: outermost modules, no containers, of a class met more than once."""
+    inner = {
+        name: module
+        for name, module in model.named_modules()
+        if name
+        and not isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
+        and any(True for _ in module.children())
+        and any(p.dim() > 1 for p in module.parameters())
+    }
+    found: list[str] = []
+    for name, module in inner.items():
+        alike = sum(type(other) is type(module) for other in inner.values())
+        if alike > 1 and not any(name.startswith(block + ".") for block in found):
+            found.append(name)
+    return found
+
+
 @torch.no_grad()
 def gated_blocks(model: nn.Module, example: Batch, include: Sequence[str] = ()) -> tuple[list[Guarded], list[str]]:
     """Blocks that hand on what they are given in the shape it has, to be gated whole; and why others are not.
@@ -356,21 +382,49 @@ def gated_blocks(model: nn.Module, example: Batch, include: Sequence[str] = ()) 
         if name not in modules:
             raise SettingError(f"a gate for {name!r} was asked for", "no module has that name",
                                did_you_mean(name, blocks_of(model)))  # fmt: skip
-    with FlopCounterMode(display=False) as counter:
-        ran = run_blocks(model, example, names)
+    calls: dict[str, list[tuple[Tensor | None, Any]]] = {name: [] for name in names}
+    was_training = model.training
+    hooks = [
+        modules[name].register_forward_hook(
+            lambda m, args, kwargs, out, name=name: calls[name].append((_first([*args, *kwargs.values()]), out)),
+            with_kwargs=True,
+        )
+        for name in names
+    ]
+    try:
+        with FlopCounterMode(display=False) as counter:
+            example.through(model.eval())
+    finally:
+        model.train(was_training)
+        for hook in hooks:
+            hook.remove()
     work = {key.partition(".")[2]: sum(ops.values()) for key, ops in counter.get_flop_counts().items()}
     found, notes = [], []
-    for each in sorted(ran, key=lambda each: names.index(each.name)):
-        name, why = each.name, each.why_not
+    for name in names:
+        why = ""
+        if len(calls[name]) != 1:
+            why = f"it runs {len(calls[name])} times in a forward pass"
+        else:
+            x, out = calls[name][0]
+            answer = _first([out])
+            if x is None or answer is None or x.shape != answer.shape:
+                shapes = [list(t.shape) if t is not None else None for t in (x, answer)]
+                why = f"it has no identity path: {shapes[0]} goes in and {shapes[1]} comes out"
         if why and include:
             raise GraphError(f"a gate for {name} was asked for", why, "Leave it out.")
         if why:
             notes.append(f"{name} is not gated: {why}")
             continue
-        assert each.given is not None
-        site = replace(blocks_site(model, [name], name), block=name)
+        assert x is not None
+        parts = tuple(
+            Part(f"{name}.{key}", tuple(p.shape), torch.zeros((1,) * p.dim(), dtype=torch.long),
+                 itemsize=p.element_size())
+            for key, p in modules[name].named_parameters()
+        )  # fmt: skip
+        site = Site(name, "layer", (1,), parts, block=name)
         cost = torch.tensor([float(work.get(name, 0))], dtype=torch.float64) / example.size
-        found.append(Guarded(name, site, cost, _width(each.given), each.given.device, _bypass(name), each.outputs))
+        outputs = len(out) if isinstance(out, (tuple, list)) else 0
+        found.append(Guarded(name, site, cost, _width(x), x.device, _bypass(name), outputs))
     return found, notes
 
 

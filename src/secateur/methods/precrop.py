@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.axes import Allocation, SynExp
-from secateur.axes.probes import Donor
+from secateur.axes.donors import Donor
 from secateur.axes.rewinding import reinitialize_
 from secateur.axes.rules import LearningRate
 from secateur.cut import weights

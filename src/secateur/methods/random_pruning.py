@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from secateur.axes import Allocation, Erk
 from secateur.axes.allocations import check_scoreless, gaps, inhabited
+from secateur.axes.donors import Donor
 from secateur.axes.growth import random_masks
-from secateur.axes.probes import Donor
 from secateur.axes.rules import Hold, LearningRate
 from secateur.cut import DEFAULT_EXCLUDE, weights
 from secateur.edit import Edit, Mask, apply_
