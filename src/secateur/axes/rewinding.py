@@ -353,10 +353,15 @@ def magnitudes(model: nn.Module, sites: Sequence[Site]) -> dict[str, Tensor]:
 def reinitialize_(model: nn.Module, draw: torch.Generator) -> None:
     """New initial weights from the distribution the modules themselves draw from; changes the model.
 
-    Raises ModelError where a parameter belongs to a module that cannot draw.
+    Models of transformers draw by their own rule. Raises ModelError where a parameter belongs to a module that cannot
+    draw.
     """
-    with seeded(model, int(torch.randint(1 << 62, (), generator=draw))):
+    own = getattr(model, "_init_weights", None)
+    with seeded(model, int(torch.randint(1 << 62, (), generator=draw))), torch.no_grad():
         for name, module in model.named_modules():
+            if callable(own):
+                own(module)
+                continue
             reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
             if callable(reset):
                 reset()

@@ -17,6 +17,7 @@ VERBS = {
     "plan": "A dry run: what would go, what it would cost, and how long it would take. Changes nothing.",
     "prune": "Prune a model and save it, with its record, its recipe and a card.",
     "recover": "Train a pruned model back towards what it was, its zeros in place, and save it.",
+    "scratch": "Train a pruned network from new weights, beside fine-tuning it, at equal work.",
     "eval": "Measure how good a model is.",
     "compare": "Several methods side by side, at equal sparsity and over seeds, on one page.",
     "bench": "How fast a model is here, each layer dense or packed as measured; --explain says why.",
