@@ -7,6 +7,7 @@ outcome = prune(model, Wanda(sparsity=0.5), task)      # a copy; outcome.model, 
 """
 
 from secateur.accelerate import accelerate
+from secateur.cache import sparse_cache
 from secateur.cut import blocks, layers, weights
 from secateur.edit import Edit, Gate, Mask, Merge, Remove, Replace, Rotate, Update, apply_, harden
 from secateur.errors import SecateurError
@@ -53,6 +54,7 @@ __all__ = [
     "layers",
     "observe",
     "prune",
+    "sparse_cache",
     "walk",
     "weights",
 ]

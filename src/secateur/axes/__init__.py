@@ -14,6 +14,7 @@ from typing import Any
 
 from secateur.axes import (
     allocations,
+    cached,
     criteria,
     donors,
     growth,
@@ -111,6 +112,7 @@ __all__ = [
 
 PARTS = (
     allocations,
+    cached,
     criteria,
     donors,
     growth,

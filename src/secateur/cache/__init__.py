@@ -1,0 +1,133 @@
+"""A key-value cache that is pruned as text grows: tokens behind a window keep their largest elements, packed.
+
+    with sparse_cache(model, 0.7):
+        model.generate(**inputs)
+
+`SparseCache` is the same as a module of the model, so that it can be an edit, saved and loaded.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from secateur.axes.cached import Anything, Channels, Choice, OutputAware, PerChannel, PerToken
+from secateur.cache.past import Past, Pruning
+from secateur.edit import replacement
+from secateur.errors import ModelError
+
+__all__ = [
+    "Anything",
+    "Channels",
+    "Choice",
+    "OutputAware",
+    "Past",
+    "PerChannel",
+    "PerToken",
+    "Pruning",
+    "SparseCache",
+    "sparse_cache",
+]
+
+
+@replacement
+class SparseCache(nn.Module):
+    """The pruning of a model's cache, as a module it carries: whatever cache a run begins with is pruned as it fills.
+
+    A forward pass that is given no cache is computed as if each of its tokens had been decoded with one, after the
+    first `prefill`, so that a perplexity is that of the pruned cache.
+    """
+
+    def __init__(self, prefill: int = 0, pruning: Pruning | None = None, **settings: Any) -> None:
+        super().__init__()
+        self.prefill = prefill
+        self.pruning = pruning or Pruning(**{k: _choice(v) for k, v in settings.items()})
+        self._joined: list[Any] = []
+        self._config: Any = None
+        self._before: str | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """What builds it again."""
+        from secateur.axes import text_of
+
+        rule = self.pruning
+        plain = {name: getattr(rule, name) for name in ("key_sparsity", "value_sparsity", "window", "chunk")}
+        return {"prefill": self.prefill, **plain, "keys": text_of(rule.keys), "values": text_of(rule.values)}
+
+    def join_(self, model: nn.Module) -> None:
+        """Begin to prune a model's cache. Raises ModelError for a model whose attention cannot read one."""
+        from secateur.cache.layers import ATTENTION
+
+        config: Any = getattr(model, "config", None)
+        text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else None
+        if text is None or not getattr(model, "_supports_attention_backend", False) or not _causal(model):
+            raise ModelError(
+                f"the cache of {type(model).__name__} was to be pruned",
+                "it is not a language model of transformers whose attention can be exchanged",
+                "Give a causal model such as Llama, Mistral or Qwen.",
+            )
+        self._config, self._before = text, text._attn_implementation
+        text._attn_implementation = ATTENTION
+        self._joined = [
+            model.register_forward_pre_hook(self._begin, with_kwargs=True),
+            model.register_forward_hook(self._end, always_call=True),
+        ]
+
+    def leave_(self) -> None:
+        """Let the model be as it was."""
+        for hook in self._joined:
+            hook.remove()
+        if self._config is not None:
+            self._config._attn_implementation = self._before
+        self._joined, self._config = [], None
+
+    def _begin(self, model: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        from transformers import DynamicCache
+
+        from secateur.cache.layers import AS_DECODED, prune_
+
+        cache = given.get("past_key_values")
+        if cache is None and given.get("use_cache"):
+            cache = given["past_key_values"] = DynamicCache(config=self._config)
+        if cache is None:
+            AS_DECODED.now = (self.pruning, self.prefill)
+            given["use_cache"] = False
+        else:
+            prune_(cache, self.pruning)
+        return args, given
+
+    def _end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        from secateur.cache.layers import AS_DECODED
+
+        AS_DECODED.now = None
+
+
+@contextmanager
+def sparse_cache(model: nn.Module, sparsity: float = 0.7, **settings: Any) -> Iterator[SparseCache]:
+    """While it lasts, tokens behind the window lose this share of each key and value.
+
+    `settings` are those of `Pruning`: another `key_sparsity` or `value_sparsity`, `window`, `chunk`, and what chooses,
+    `keys` and `values`. Raises ModelError for a model whose attention cannot read such a cache.
+    """
+    rule = replace(Pruning(key_sparsity=sparsity, value_sparsity=sparsity), **settings)
+    cache = SparseCache(pruning=rule)
+    cache.join_(model)
+    try:
+        yield cache
+    finally:
+        cache.leave_()
+
+
+def _choice(value: Any) -> Any:
+    """A choice by its text, as a saved edit has it."""
+    if not isinstance(value, str):
+        return value
+    from secateur.axes import part_of
+
+    return part_of(value)
+
+
+def _causal(model: nn.Module) -> bool:
+    return hasattr(model, "generate") and "CausalLM" in type(model).__name__

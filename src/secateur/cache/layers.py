@@ -1,0 +1,170 @@
+"""The cache of transformers with a pruned past in it: what `generate` fills and attention reads."""
+
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from secateur.cache.attention import attend, attend_as_decoded
+from secateur.cache.past import Past, Pruning
+from secateur.errors import ModelError
+
+ATTENTION = "secateur"  # the name under which transformers knows the attention below
+
+
+class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+    """One layer of a cache, whose tokens are pruned and packed as they leave the window."""
+
+    is_sliding = False
+
+    def __init__(self, pruning: Pruning) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.past = Past(pruning)
+        self.waiting = False  # what was handed out has not been attended to by the attention that can read it
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to be made in advance."""
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Take in new tokens [batch, heads, new, width]; what is returned is read by `attention` alone."""
+        if self.waiting:
+            raise ModelError(
+                "a pruned cache was to be read",
+                "this model computes attention itself, and would have seen the window alone",
+                "Use a model whose attention goes through transformers' attention interface.",
+            )
+        self.is_initialized, self.waiting = True, True
+        self.past.append_(key_states, value_states)
+        self.keys, self.values = keys, values = self.past.tail
+        shown = keys.view_as(keys)
+        shown.past = self  # type: ignore[attr-defined]
+        return shown, values
+
+    def attended(self, query: Tensor) -> None:
+        """The tokens handed out have been attended to."""
+        self.waiting = False
+        self.past.settle_(query)
+        self.keys, self.values = self.past.keys, self.past.values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """How many tokens there will be, and which is the first."""
+        return self.past.tokens + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """How many tokens there are, packed or not."""
+        return self.past.tokens
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.past, self.keys, self.values = Past(self.past.pruning), None, None
+        self.is_initialized = self.waiting = False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keep the beams that went on."""
+        self.past.select_(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows of the batch."""
+        self.past.select_(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row of the batch."""
+        if self.past.keys is not None:
+            self.past.select_(torch.arange(self.past.keys.shape[0]).repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the newest tokens. Raises ModelError for tokens that are packed."""
+        gone, tail = abs(tokens_to_remove), self.past.tokens - self.past.behind
+        if gone > tail:
+            raise ModelError(
+                f"the newest {gone} tokens of a pruned cache were to be taken back",
+                f"the newest {tail} are as they were, and the rest is packed",
+                "Give a window as long as what may be taken back.",
+            )
+        if gone:
+            self.past.keep_(self.past.tokens - gone)
+
+
+def prune_(cache: Cache, pruning: Pruning) -> None:
+    """Make the layers of an empty cache pruned ones; those of a sliding window, and of no attention, stay."""
+    if any(isinstance(layer, PrunedLayer) for layer in cache.layers):
+        return
+    if cache.get_seq_length() > 0:
+        raise ModelError(
+            "a cache was to be pruned",
+            f"it holds {cache.get_seq_length()} tokens that another run put there",
+            "Begin with an empty cache, or let generate make one.",
+        )
+    if getattr(cache, "offloading", False) or not (
+        cache.layer_class_to_replicate is DynamicLayer or any(type(layer) is DynamicLayer for layer in cache.layers)
+    ):
+        raise ModelError(
+            f"a {type(cache).__name__} was to be pruned",
+            "only layers that grow with the text can be (transformers' DynamicCache, not offloaded)",
+            "Leave cache_implementation out.",
+        )
+    cache.layers = [PrunedLayer(pruning) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    if cache.layer_class_to_replicate is DynamicLayer:
+        cache.layer_class_to_replicate = lambda: PrunedLayer(pruning)  # type: ignore[assignment]
+
+
+class AsDecoded(threading.local):
+    """What this thread's pass, given no cache, is to be computed as; None: as it is."""
+
+    now: tuple[Pruning, int] | None = None
+
+
+AS_DECODED = AsDecoded()
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **more: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention for transformers' interface: query [batch, heads, new, width] -> [batch, new, heads, width]."""
+    layer: PrunedLayer | None = getattr(key, "past", None)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    decoded = AS_DECODED.now
+    if layer is None and decoded is None:
+        found: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **more
+        )
+        return found
+    odd = [name for name in ("softcap", "s_aux", "position_bias") if more.get(name) is not None]
+    if odd or more.get("sliding_window"):
+        raise ModelError(
+            f"attention of {type(module).__name__} was to read a pruned cache",
+            f"it asks for {', '.join(odd) or 'a sliding window'}, which that cannot do",
+            "Leave the cache of this model as it is.",
+        )
+    if layer is None:
+        assert decoded is not None
+        out = attend_as_decoded(query, key, value, attention_mask, scale, *decoded)
+    elif layer.past.packed is None:  # the prompt sees itself as it is
+        out = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **more)[0]
+        layer.attended(query)
+        return out, None
+    else:
+        out = attend(query, layer.past, attention_mask, scale)
+    if layer is not None:
+        layer.attended(query)
+    return out.transpose(1, 2).contiguous(), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])

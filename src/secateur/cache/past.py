@@ -1,0 +1,155 @@
+"""The past of one attention layer: tokens packed, then a window of tokens as they are."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from secateur.axes.cached import Choice, PerToken
+from secateur.errors import SettingError
+from secateur.formats.bitmap_kv import TILE, BitmapKV, pack
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What is pruned of a cache, and when."""
+
+    key_sparsity: float = 0.7
+    value_sparsity: float = 0.7
+    window: int = 32  # the newest tokens, which stay as they are
+    chunk: int = 32  # tokens packed at a time, once as many have left the window
+    keys: Choice = field(default_factory=PerToken)
+    values: Choice = field(default_factory=PerToken)
+
+    def __post_init__(self) -> None:
+        for name in ("key_sparsity", "value_sparsity"):
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise SettingError(
+                    f"{name} {value} was asked for",
+                    "a sparsity is the fraction removed, in [0, 1)",
+                    "Give a fraction such as 0.7.",
+                )
+        if self.window < 0:
+            raise SettingError(f"a window of {self.window} was asked for", "it is negative", "Give 0 or more tokens.")
+        for choice in (self.keys, self.values):
+            step = max(TILE, choice.together)
+            if self.chunk < 1 or self.chunk % step:
+                raise SettingError(
+                    f"chunks of {self.chunk} tokens were asked for",
+                    f"{type(choice).__name__} is packed {step} tokens at a time",
+                    f"Give a multiple of {step}.",
+                )
+
+    def behind(self, tokens: Tensor) -> Tensor:
+        """How many tokens are packed once there are so many."""
+        return ((tokens - self.window) // self.chunk * self.chunk).clamp(min=0)
+
+
+class Past:
+    """Keys and values so far: `packed`, and `keys` and `values` [batch, heads, tail, width] as they are."""
+
+    def __init__(self, pruning: Pruning) -> None:
+        self.pruning = pruning
+        self.packed: BitmapKV | None = None
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+        self._heard: Tensor | None = None  # [batch, heads, tail, width], where a choice listens
+
+    @property
+    def tokens(self) -> int:
+        """How many there are, packed or not."""
+        return self.behind + (0 if self.keys is None else self.keys.shape[2])
+
+    @property
+    def behind(self) -> int:
+        """How many are packed."""
+        return 0 if self.packed is None else self.packed.tokens
+
+    @property
+    def tail(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of the tokens that are as they were; there is one at least once attention asks."""
+        assert self.keys is not None and self.values is not None
+        return self.keys, self.values
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        tail = sum(t.numel() * t.element_size() for t in (self.keys, self.values, self._heard) if t is not None)
+        return tail + (0 if self.packed is None else self.packed.nbytes)
+
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of every token, zeros where elements are gone."""
+        if self.packed is None:
+            return self.tail
+        return tuple(torch.cat(pair, 2) for pair in zip(self.packed.dense(), self.tail, strict=True))  # type: ignore
+
+    def append_(self, keys: Tensor, values: Tensor) -> None:
+        """Take in new tokens [batch, heads, new, width] as they are."""
+        self.keys = keys if self.keys is None else torch.cat([self.keys, keys], 2)
+        self.values = values if self.values is None else torch.cat([self.values, values], 2)
+
+    def settle_(self, query: Tensor) -> None:
+        """After attention: what has left the window is pruned and packed, each token once.
+
+        `query` [batch, query heads, new, width] are the queries the tokens of this step were asked by.
+        """
+        (whole_keys, whole_values), rule = self.tail, self.pruning
+        first = self.packed is None and query.shape[2] == whole_keys.shape[2] and query.shape[2] > 1
+        listening = rule.keys.listens or rule.values.listens
+        if listening:
+            self._listen_(query, first)
+        leaving = int(rule.behind(torch.tensor(self.tokens))) - self.behind
+        if leaving > 0:
+            asked = None
+            if listening and self._heard is not None:
+                # Of a prompt the last queries speak for all: the earlier ones ask about what is not kept for long.
+                newest = heard_by(query[:, :, -max(1, rule.window) :], whole_keys.shape[1])
+                asked = newest.sum(2, keepdim=True) if first else self._heard[:, :, :leaving]
+            keys, values = whole_keys[:, :, :leaving], whole_values[:, :, :leaving]
+            more = pack(
+                keys,
+                values,
+                rule.keys.select(keys, rule.key_sparsity, asked if rule.keys.listens else None),
+                rule.values.select(values, rule.value_sparsity, asked if rule.values.listens else None),
+            )
+            if self.packed is None:
+                self.packed = more
+            else:
+                self.packed.append_(more)
+            # Clones, so that what has left does not stay in memory behind a view.
+            self.keys, self.values = whole_keys[:, :, leaving:].clone(), whole_values[:, :, leaving:].clone()
+            self._heard = None if self._heard is None else self._heard[:, :, leaving:].clone()
+
+    def _listen_(self, query: Tensor, first: bool) -> None:
+        batch, heads, tail, width = self.tail[0].shape
+        new = query.shape[2]
+        heard = torch.zeros(batch, heads, tail, width, device=query.device)
+        if self._heard is not None:
+            heard[:, :, : self._heard.shape[2]] = self._heard
+        if not first:
+            loud = heard_by(query, heads)
+            later = loud.flip(2).cumsum(2).flip(2)  # a token hears the queries from its own on
+            heard[:, :, : tail - new] += later[:, :, :1]
+            heard[:, :, tail - new :] += later
+        self._heard = heard
+
+    def keep_(self, tokens: int) -> None:
+        """Forget the newest, so that there are so many; those that are packed stay."""
+        left = tokens - self.behind
+        self.keys, self.values = (t[:, :, :left] for t in self.tail)
+        self._heard = None if self._heard is None else self._heard[:, :, :left]
+
+    def select_(self, rows: Tensor) -> None:
+        """Keep other rows of the batch."""
+        if self.keys is None or self.values is None:
+            return
+        self.keys = self.keys.index_select(0, rows.to(self.keys.device))
+        self.values = self.values.index_select(0, rows.to(self.values.device))
+        self._heard = None if self._heard is None else self._heard.index_select(0, rows.to(self._heard.device))
+        self.packed = None if self.packed is None else self.packed.select(rows)
+
+
+def heard_by(query: Tensor, heads: int) -> Tensor:
+    """How loud queries [batch, query heads, tokens, width] are to each head of the cache, summed over its group."""
+    return query.detach().float().abs().unflatten(1, (heads, -1)).sum(2)  # type: ignore[no-untyped-call]

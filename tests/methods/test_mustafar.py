@@ -1,0 +1,343 @@
+"""A cache pruned as text grows: the choice by hand, the packed form, attention on it, and what generate makes of it."""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import decoder, make_task, moe, trained
+
+import secateur
+from secateur.axes.cached import Anything, Channels, OutputAware, PerChannel, PerToken, kept
+from secateur.cache import Past, Pruning, SparseCache, sparse_cache
+from secateur.cache.attention import attend
+from secateur.edit import apply_, load, save
+from secateur.errors import ModelError, PatternError, SettingError
+from secateur.formats.bitmap_kv import BitmapKV, pack
+from secateur.method import prune
+from secateur.methods.mustafar import Mustafar, token_bytes
+
+CHOICES = [PerToken(), OutputAware(), Channels(), PerChannel(), Anything()]
+
+
+def words(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randint(0, 64, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def noise(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def in_steps(model: torch.nn.Module, ids: torch.Tensor, prefill: int):
+    """Logits of a text whose first tokens are the prompt and whose others come one at a time, and the cache."""
+    with torch.no_grad():
+        out = model(ids[:, :prefill], use_cache=True)
+        logits, past = [out.logits], out.past_key_values
+        for i in range(prefill, ids.shape[1]):
+            out = model(ids[:, i : i + 1], past_key_values=past, use_cache=True)
+            logits.append(out.logits)
+    return torch.cat(logits, 1), past
+
+
+# What stays
+
+
+def test_the_choice_by_hand() -> None:
+    key = torch.tensor([[[[3.0, -4.0, 1.0, -2.0, 0.5], [1.0, 1.0, 1.0, 1.0, 1.0]]]])
+    keep = PerToken().select(key, 0.5)  # floor(2.5) = 2 go: the smallest, and of equals the first
+    assert keep.tolist() == [[[[True, True, False, True, False], [False, False, True, True, True]]]]
+    heard = torch.tensor([[[[0.1, 0.1, 9.0, 9.0, 9.0]]]])
+    loud = OutputAware().select(key, 0.5, heard)  # .3, .4, 9, 18, 4.5
+    assert loud[0, 0, 0].tolist() == [False, False, True, True, True]
+    whole = Channels().select(key, 0.5)  # energies 5, 8.5, 1, 2.5, .625
+    assert whole.tolist() == [[[[True, True, False, True, False]] * 2]]
+
+
+@pytest.mark.parametrize(("width", "sparsity", "left"), [(128, 0.7, 39), (64, 0.7, 20), (64, 0.5, 32), (5, 0.99, 1)])
+def test_exactly_the_floor_goes_and_one_stays_at_least(width: int, sparsity: float, left: int) -> None:
+    assert kept(width, sparsity) == left
+    x = noise(0, 1, 2, 32, width)
+    assert set(PerToken().select(x, sparsity).sum(-1).flatten().tolist()) == {left}
+
+
+def test_ties_go_by_place() -> None:
+    same = torch.ones(1, 1, 1, 8)
+    assert PerToken().select(same, 0.5)[0, 0, 0].tolist() == [False] * 4 + [True] * 4
+
+
+# The packed form
+
+
+@pytest.mark.parametrize("width", [16, 32, 64, 80])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_packing_and_unpacking_are_inverse(width: int, dtype: torch.dtype) -> None:
+    keys, values = noise(1, 2, 3, 96, width).to(dtype), noise(2, 2, 3, 96, width).to(dtype)
+    keys[0, 0, 5] = 0.0  # true zeros that are kept
+    keep = [PerToken().select(x, s) for x, s in ((keys, 0.5), (values, 0.7))]
+    packed = pack(keys, values, *keep)
+    back = packed.dense()
+    assert torch.equal(back[0], keys * keep[0])
+    assert torch.equal(back[1], values * keep[1])
+
+
+def test_bytes_are_what_the_formula_says() -> None:
+    rule = Pruning(0.7, 0.7)
+    x = noise(0, 1, 3, 320, 64).bfloat16()
+    keep = PerToken().select(x, 0.7)
+    packed = pack(x, x, keep, keep)
+    assert packed.nbytes == 3 * 320 * token_bytes(64, rule, 2) == 3 * 320 * 96  # dense: 256 a token and head
+    past = Past(rule)
+    past.append_(x, x)
+    past.settle_(noise(1, 1, 9, 320, 64))
+    assert past.packed is not None
+    assert past.packed.tokens == 288
+    assert past.nbytes == 3 * (288 * 96 + 32 * 256)
+
+
+def test_tiles_are_appended_and_room_grows_by_an_eighth() -> None:
+    x = noise(0, 1, 2, 320, 32)
+    keep = PerToken().select(x, 0.5)
+    packed = pack(x[:, :, :256], x[:, :, :256], keep[:, :, :256], keep[:, :, :256])
+    packed.append_(pack(x[:, :, 256:], x[:, :, 256:], keep[:, :, 256:], keep[:, :, 256:]))
+    assert (packed.tiles, packed.key_bits.shape[2]) == (10, 10)
+    assert torch.equal(packed.dense()[0], x * keep)
+    packed.append_(pack(x[:, :, :32], x[:, :, :32], keep[:, :, :32], keep[:, :, :32]))
+    assert (packed.tiles, packed.key_bits.shape[2]) == (11, 11)
+
+
+def test_what_cannot_be_packed_is_refused() -> None:
+    x = noise(0, 1, 1, 40, 16)
+    keep = PerToken().select(x, 0.5)
+    with pytest.raises(PatternError, match="40 tokens were to be packed, but a tile has 32"):
+        pack(x, x, keep, keep)
+    uneven = keep.clone()[:, :, :32]
+    uneven[0, 0, 0] = True
+    two = torch.cat([uneven, keep[:, :, :32]], 1)
+    with pytest.raises(PatternError, match="keys were to be packed, with equally many kept in every 32 tokens"):
+        pack(
+            torch.cat([x[:, :, :32]] * 2, 1), torch.cat([x[:, :, :32]] * 2, 1), two, torch.cat([keep[:, :, :32]] * 2, 1)
+        )
+    packed = pack(x[:, :, :32], x[:, :, :32], keep[:, :, :32], keep[:, :, :32])
+    more = PerToken().select(x[:, :, :32], 0.8)
+    with pytest.raises(PatternError, match="Prune every token of a cache to the same sparsity"):
+        packed.append_(pack(x[:, :, :32], x[:, :, :32], more, more))
+
+
+# Attention
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=lambda c: type(c).__name__)
+def test_pruned_attention_is_that_of_the_masked_cache(choice) -> None:
+    rule = Pruning(0.7, 0.5, window=8, keys=choice)
+    past, keys, values = Past(rule), noise(0, 2, 2, 200, 16), noise(1, 2, 2, 200, 16)
+    past.append_(keys, values)
+    past.settle_(noise(2, 2, 6, 200, 16))
+    assert past.packed is not None
+    assert past.packed.tokens == 192
+    query = noise(3, 2, 6, 1, 16)
+    past.append_(noise(4, 2, 2, 1, 16), noise(5, 2, 2, 1, 16))
+    lean_keys, lean_values = (t.double().repeat_interleave(3, 1) for t in past.dense())
+    weights = (query.double() @ lean_keys.transpose(-1, -2) / 4).softmax(-1)
+    assert float((attend(query, past, None, 0.25) - weights @ lean_values).abs().max()) < 1e-5
+    assert float((lean_keys[:, :, :192] == 0).double().mean()) >= 0.66
+
+
+@pytest.mark.parametrize(
+    ("make", "choice", "prefills"),
+    [
+        (decoder, PerToken(), (20,)),
+        (decoder, OutputAware(), (70,)),
+        (decoder, Channels(), (70,)),
+        (decoder, PerChannel(), (70,)),
+        (decoder, Anything(), (70,)),
+        (moe, OutputAware(), (60,)),
+    ],
+)
+def test_one_pass_as_decoded_is_decoding(make, choice, prefills) -> None:
+    model, ids = make(), words(0, 2, 98)
+    with sparse_cache(model, 0.5, keys=choice) as cache, torch.no_grad():
+        for prefill in prefills:
+            cache.prefill = prefill
+            steps, past = in_steps(model, ids, prefill)
+            torch.testing.assert_close(model(ids).logits, steps, atol=1e-5, rtol=1e-4)
+            assert past.layers[0].past.packed.tokens == 64
+        lean = model(ids).logits
+    assert float((model(ids).logits.detach() - lean).abs().max()) > 0.01  # and it does something
+
+
+def test_without_sparsity_nothing_changes() -> None:
+    model, ids = decoder(), words(0, 1, 100)
+    with torch.no_grad():
+        dense = model(ids).logits
+        with sparse_cache(model, 0.0):
+            torch.testing.assert_close(in_steps(model, ids, 50)[0], dense, atol=1e-5, rtol=1e-4)
+
+
+def test_a_text_shorter_than_the_window_is_not_pruned() -> None:
+    model, ids = decoder(), words(0, 1, 30)
+    with torch.no_grad(), sparse_cache(model, 0.9):
+        lean = in_steps(model, ids, 20)[0]
+    torch.testing.assert_close(lean, model(ids).logits.detach(), atol=1e-5, rtol=1e-4)
+
+
+def test_what_is_pruned_stays_as_it_is_and_each_token_is_pruned_after_it_was_seen() -> None:
+    past, rule = Past(Pruning(0.5, 0.5, window=4)), Pruning(0.5, 0.5, window=4)
+    x = noise(0, 1, 1, 80, 16)
+    past.append_(x[:, :, :1], x[:, :, :1])
+    past.settle_(x[:, :, :1])
+    snapshots = []
+    for i in range(1, 80):
+        past.append_(x[:, :, i : i + 1], x[:, :, i : i + 1])
+        seen = past.dense()[0]
+        behind = int(rule.behind(torch.tensor(i)))
+        assert torch.equal(seen[:, :, behind:], x[:, :, behind : i + 1])  # as it is until it has left the window
+        past.settle_(x[:, :, i : i + 1])
+        snapshots.append(past.dense()[0])
+    assert torch.equal(snapshots[-1][:, :, :32], snapshots[40][:, :, :32])
+    assert int(rule.behind(torch.tensor(80))) == 64 == past.packed.tokens
+
+
+def test_left_padding_is_not_attended_to() -> None:
+    model, ids = decoder(), words(0, 1, 60)
+    padded = torch.cat([torch.zeros(1, 32, dtype=torch.long), ids], 1)
+    mask = torch.cat([torch.zeros(1, 32, dtype=torch.long), torch.ones(1, 60, dtype=torch.long)], 1)
+    other = torch.cat([torch.full((1, 32), 7), ids], 1)  # what stands in the padding is nobody's business
+    dense = model.generate(padded, attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    with sparse_cache(model, 0.0):
+        mine = model.generate(padded, attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    assert torch.equal(mine, dense)
+    with sparse_cache(model, 0.7), torch.no_grad():
+        logits = []
+        for text in (padded, other):
+            out = model(text, attention_mask=mask, use_cache=True)
+            longer = torch.cat([mask, torch.ones(1, 1, dtype=torch.long)], 1)
+            past = out.past_key_values
+            logits.append(model(ids[:, :1], attention_mask=longer, past_key_values=past, use_cache=True).logits)
+    torch.testing.assert_close(*logits)
+
+
+# In the hands of transformers
+
+
+def test_generate_fills_a_pruned_cache_and_the_model_is_as_it_was_afterwards() -> None:
+    model, ids = decoder(), words(0, 2, 70)
+    before = model.generate(ids, max_new_tokens=20, do_sample=False, pad_token_id=0)
+    with secateur.sparse_cache(model, 0.9):
+        out = model.generate(ids, max_new_tokens=20, do_sample=False, pad_token_id=0, return_dict_in_generate=True)
+        layer = out.past_key_values.layers[0]
+        assert layer.past.packed.tokens == 32
+        assert layer.get_seq_length() == 89
+        beams = model.generate(ids, max_new_tokens=8, num_beams=3, do_sample=False, pad_token_id=0)
+        assert beams.shape == (2, 78)
+    assert model.config._attn_implementation == "sdpa"
+    assert torch.equal(model.generate(ids, max_new_tokens=20, do_sample=False, pad_token_id=0), before)
+
+
+def test_a_second_prompt_goes_on_from_a_pruned_cache() -> None:
+    model, ids = decoder(), words(0, 1, 110)
+    with sparse_cache(model, 0.5), torch.no_grad():
+        out = model(ids[:, :70], use_cache=True)
+        more = model(ids[:, 70:80], past_key_values=out.past_key_values, use_cache=True)
+        steps, _ = in_steps(model, ids[:, :80], 70)
+    torch.testing.assert_close(more.logits, steps[:, 70:], atol=1e-5, rtol=1e-4)
+
+
+def test_the_newest_tokens_can_be_taken_back_and_packed_ones_cannot() -> None:
+    model, ids = decoder(), words(0, 1, 80)
+    with sparse_cache(model, 0.5), torch.no_grad():
+        past = model(ids, use_cache=True).past_key_values
+        past.crop(-10)
+        assert past.get_seq_length() == 70
+        with pytest.raises(ModelError, match="the newest 60 tokens of a pruned cache were to be taken back"):
+            past.crop(-60)
+
+
+def test_a_cache_that_was_begun_without_it_is_refused() -> None:
+    model, ids = decoder(), words(0, 1, 10)
+    past = model(ids, use_cache=True).past_key_values
+    with sparse_cache(model, 0.5), pytest.raises(ModelError, match="it holds 10 tokens that another run put there"):
+        model(ids[:, :1], past_key_values=past)
+
+
+def test_a_cache_of_fixed_size_is_refused() -> None:
+    model, ids = decoder(), words(0, 1, 10)
+    with sparse_cache(model, 0.5), pytest.raises(ModelError, match="Leave cache_implementation out"):
+        model.generate(ids, max_new_tokens=4, cache_implementation="static", pad_token_id=0)
+
+
+def test_a_model_that_does_not_read_through_the_interface_is_refused() -> None:
+    with (
+        pytest.raises(ModelError, match="not a language model of transformers whose attention can be exchanged"),
+        sparse_cache(torch.nn.Linear(2, 2), 0.5),
+    ):
+        pass
+    model, ids = decoder(), words(0, 1, 40)
+    with sparse_cache(model, 0.5), torch.no_grad():
+        past = model(ids, use_cache=True).past_key_values
+        keys, values = noise(0, 1, 2, 1, 8), noise(1, 1, 2, 1, 8)
+        past.update(keys, values, 0)
+        with pytest.raises(ModelError, match="would have seen the window alone"):
+            past.update(keys, values, 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"key_sparsity": 1.0}, "a sparsity is the fraction removed"),
+        ({"window": -1}, "it is negative"),
+        ({"chunk": 48}, "Give a multiple of 32"),
+        ({"chunk": 96, "keys": PerChannel(64)}, "Give a multiple of 64"),
+    ],
+)
+def test_settings_that_cannot_be(settings: dict, text: str) -> None:
+    with pytest.raises(SettingError, match=text):
+        Pruning(**settings)
+
+
+# The method
+
+
+def test_the_method_changes_no_weight_and_its_edit_brings_the_cache_back(tmp_path: Path) -> None:
+    model, task = trained("decoder"), make_task("decoder")
+    done = prune(model, Mustafar(sparsity=0.5, window=4, keys=OutputAware()), task)
+    assert done.ledger.after.parameters == done.ledger.before.parameters
+    assert done.ledger.removed == 0
+    save(done.edits, tmp_path / "edits.safetensors")
+    again = copy.deepcopy(model)
+    apply_(again, load(tmp_path / "edits.safetensors"))
+    assert isinstance(again.sparse_cache, SparseCache)
+    assert again.sparse_cache.pruning == Pruning(0.5, 0.5, window=4, keys=OutputAware())
+    ids = words(0, 1, 48)
+    assert torch.equal(again(ids).logits, done.model(ids).logits)
+    assert not torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_a_higher_sparsity_costs_more_and_whole_channels_cost_more_still() -> None:
+    """The claim at toy size: what the logits lose by elements is less than by channels, at the same bytes."""
+    model, ids = trained("decoder"), words(3, 8, 100)
+    with torch.no_grad():
+        dense = model(ids).logits
+
+        def lost(sparsity: float, choice) -> float:
+            with sparse_cache(model, sparsity, window=1, keys=choice, values=choice):
+                return float((model(ids).logits - dense).square().mean())
+
+        half, most = lost(0.5, PerToken()), lost(0.75, PerToken())
+        assert 0 < 1.5 * half < most
+        assert 1.5 * half < lost(0.5, Channels())
+        assert 1.2 * most < lost(0.75, Channels())
+
+
+def test_it_packs_the_same_bits_as_a_plain_loop() -> None:
+    x = noise(0, 1, 1, 32, 40)
+    keep = PerToken().select(x, 0.5)
+    packed: BitmapKV = pack(x, x, keep, keep)
+    for channel in range(40):
+        word = sum(1 << t for t in range(32) if keep[0, 0, t, channel])
+        assert int(packed.key_bits[0, 0, 0, channel]) & 0xFFFFFFFF == word
+    for token in range(32):
+        word = sum(1 << c for c in range(32) if keep[0, 0, token, c])
+        assert int(packed.value_bits[0, 0, 0, token, 0]) & 0xFFFFFFFF == word
+    assert packed.value_values[0, 0, 0].tolist() == x[0, 0][keep[0, 0]].tolist()
+    assert replace(packed).tokens == 32
