@@ -82,7 +82,8 @@ class PerChannel:
                 f"there are {x.shape[2]} tokens",
                 "Give a multiple of the group.",
             )
-        grouped = x.unflatten(2, (-1, self.group)).transpose(-1, -2)  # [batch, heads, groups, width, group]
+        tiled = x.reshape(*x.shape[:2], -1, self.group, x.shape[-1])
+        grouped = tiled.transpose(-1, -2)  # [batch, heads, groups, width, group]
         return keep_top(grouped.abs(), kept(self.group, sparsity)).transpose(-1, -2).flatten(2, 3)
 
 

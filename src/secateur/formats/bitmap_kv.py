@@ -91,17 +91,22 @@ def pack(keys: Tensor, values: Tensor, keep_keys: Tensor, keep_values: Tensor) -
     tokens, width = keys.shape[2:]
     if tokens % TILE:
         raise PatternError(f"{tokens} tokens were to be packed", f"a tile has {TILE}", "Leave the rest unpacked.")
-    by_channel = keep_keys.unflatten(2, (-1, TILE)).transpose(-1, -2)  # [batch, heads, tiles, width, 32]
-    by_token = keep_values.unflatten(2, (-1, TILE))  # [batch, heads, tiles, 32, width]
+    by_channel = _tiled(keep_keys).transpose(-1, -2)  # [batch, heads, tiles, width, 32]
+    by_token = _tiled(keep_values)  # [batch, heads, tiles, 32, width]
     words = -(-width // TILE)
-    padded = torch.nn.functional.pad(by_token, (0, words * TILE - width)).unflatten(-1, (words, TILE))  # type: ignore[no-untyped-call]
+    padded = torch.nn.functional.pad(by_token, (0, words * TILE - width))
     return BitmapKV(
         _packed(by_channel),
-        _kept(keys.unflatten(2, (-1, TILE)).transpose(-1, -2), by_channel, "keys"),  # type: ignore[no-untyped-call]
-        _packed(padded),
-        _kept(values.unflatten(2, (-1, TILE)), by_token, "values"),  # type: ignore[no-untyped-call]
+        _kept(_tiled(keys).transpose(-1, -2), by_channel, "keys"),
+        _packed(padded.reshape(*padded.shape[:-1], words, TILE)),
+        _kept(_tiled(values), by_token, "values"),
         tokens // TILE,
     )
+
+
+def _tiled(x: Tensor) -> Tensor:
+    """[batch, heads, tokens, width] as [batch, heads, tiles, 32, width]."""
+    return x.reshape(*x.shape[:2], -1, TILE, x.shape[-1])
 
 
 def _packed(bits: Tensor) -> Tensor:
