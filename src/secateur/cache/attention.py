@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from secateur.cache.past import Past, Pruning, heard_by
+from secateur.formats import bitmap_kv
 
 
 def attend(query: Tensor, past: Past, mask: Tensor | None, scaling: float) -> Tensor:
@@ -18,6 +19,10 @@ def attend(query: Tensor, past: Past, mask: Tensor | None, scaling: float) -> Te
     `mask` [batch, 1, new, tokens] is boolean, True attends, or added to the scores; None: each token sees all up to
     itself.
     """
+    if past.packed is not None and query.shape[2] == 1 and not (torch.is_grad_enabled() and query.requires_grad):
+        out = bitmap_kv.attend(past.packed, *past.tail, query, _bias(mask, past.tokens), scaling)
+        if out is not None:
+            return out
     keys, values = past.dense()
     q = _grouped(query, keys.shape[1])  # [batch, heads, group, new, width]
     scores = torch.einsum("bhgqd,bhkd->bhgqk", q.float(), keys.float()) * scaling
@@ -72,6 +77,16 @@ def pruned_as_decoded(
         since = torch.arange(start, end, device=query.device).clamp(min=prefill)
         decide_(start, end, later[:, :, since])
     return lean_keys, lean_values
+
+
+def _bias(mask: Tensor | None, tokens: int) -> Tensor | None:
+    """A mask [batch, 1, 1, tokens] as what is added to the scores of one token, [batch, tokens]."""
+    if mask is None:
+        return None
+    row = mask[:, 0, 0, :tokens]
+    if row.dtype != torch.bool:
+        return row
+    return torch.zeros_like(row, dtype=torch.float32).masked_fill_(~row, float("-inf"))
 
 
 def _grouped(query: Tensor, heads: int) -> Tensor:

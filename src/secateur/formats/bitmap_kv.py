@@ -13,14 +13,29 @@ elements, so that where a tile begins need not be stored:
 A format of our own; bitmaps as in Joo, Hosseini, Hadidi, Asgari. "Mustafar." 2025. arXiv:2505.22913, section 3.
 """
 
+import ctypes
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from secateur import kernels
 from secateur.errors import PatternError
+from secateur.formats.packed import VALUES, pointer
 
 TILE = 32  # tokens, and bits of a word
+
+
+class Struct(ctypes.Structure):
+    """`BitmapKV` of kernels/bitmap_kv.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("heads", "group", "width", "tiles", "room")),
+        *((name, ctypes.c_int64) for name in ("key_kept", "value_kept", "tail")),
+        *((name, ctypes.c_void_p) for name in ("key_bits", "key_values", "value_bits", "value_values")),
+        *((name, ctypes.c_void_p) for name in ("keys", "values", "query", "bias", "out")),
+        ("scaling", ctypes.c_float),
+    )
 
 
 @dataclass
@@ -81,6 +96,40 @@ class BitmapKV:
         """The same for other rows of the batch: a beam that went on, a batch that was repeated."""
         a, b, c, d = (t.index_select(0, rows.to(t.device)) for t in self._tensors())
         return BitmapKV(a, b, c, d, self.tiles)
+
+
+def attend(
+    packed: BitmapKV, keys: Tensor, values: Tensor, query: Tensor, bias: Tensor | None, scaling: float
+) -> Tensor | None:
+    """Attention of one new token, query [batch, query heads, 1, width], to packed tokens and the newest as they are.
+
+    `keys` and `values` [batch, heads, tail, width]; `bias` [batch, tokens] is added to the scores. None where no
+    kernel is compiled, or the dtype or device has none.
+    """
+    kernel = kernels.find(f"bitmap_kv_attend_{VALUES.get(query.dtype)}")
+    parts = (*packed._tensors(), keys, values, query)
+    if kernel is None or any(t.device.type != "cpu" for t in parts) or keys.dtype is not query.dtype:
+        return None
+    batch, heads, tail, width = keys.shape
+    keys, values, query = keys.contiguous(), values.contiguous(), query.contiguous()
+    out = torch.empty_like(query)
+    bias = None if bias is None else bias.float().contiguous()
+    call = Struct(
+        heads,
+        query.shape[1] // heads,
+        width,
+        packed.tiles,
+        packed.key_bits.shape[2],
+        packed.key_values.shape[-1],
+        packed.value_values.shape[-1],
+        tail,
+        *(pointer(t) for t in (*packed._tensors(), keys, values, query)),
+        None if bias is None else pointer(bias),
+        pointer(out),
+        scaling,
+    )
+    kernels.run(kernel, call, batch * heads)
+    return out
 
 
 def pack(keys: Tensor, values: Tensor, keep_keys: Tensor, keep_values: Tensor) -> BitmapKV:
