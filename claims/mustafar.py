@@ -79,9 +79,9 @@ CLAIM = Claim(
     "Llama-3-8B-Instruct 43.19 dense, 42.84 with 50 % of keys, 41.55 with 70 % of keys, 40.96 with 70 % of both, where "
     "whole channels (ThinK) leave 38.53 and 26.55 with 50 and 70 % of keys; the cache takes 45 % of its bytes.",
     source="arXiv:2505.22913, abstract and tables (by way of a public note)",
-    here="SmolLM2-135M-Instruct in bfloat16, WikiText-2 test: prompts of 384 tokens, then 128 more read with the pruned "
-    "cache, 32 windows that each seed draws; a head is 64 wide. Bytes are those of a packed cache of 512 tokens over the "
-    "dense one, window and all.",
+    here="SmolLM2-135M-Instruct in bfloat16, WikiText-2 test: prompts of 384 tokens, 128 more read with the pruned "
+    "cache, 32 windows that each seed draws; heads are 64 wide. Bytes are those of a packed cache of 512 tokens over "
+    "those of the dense one, window and all.",
     conditions=(
         "dense",
         "mustafar@0.5+0",
