@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from secateur.edit import Mask, Remove, Update
+from secateur.edit import Mask, Remove, Update, apply_
 from secateur.errors import BudgetError, GraphError, ModelError, SettingError
 from secateur.graph import couple
 from secateur.method import prune
@@ -58,7 +58,14 @@ class Projected(nn.Module):
 
 def awake(seed=0, **settings):
     """A metanetwork with a step large enough to be seen, its last layers of some size."""
-    return tiny.seeded(lambda: Metanetwork(step=1.0, **settings), seed)
+
+    def make():
+        made = Metanetwork(step=1.0, **settings)
+        for head in (made.node_out, made.edge_out):
+            head[-1].reset_parameters()
+        return made
+
+    return tiny.seeded(make, seed)
 
 
 NETWORKS = {
@@ -205,6 +212,12 @@ def test_channels_in_another_order_come_out_in_that_order():
     assert float((plain["block1.conv1.weight"] - model.block1.conv1.weight).abs().max()) > 1e-2
 
 
+def test_at_first_a_network_comes_out_as_it_went_in():
+    model = tiny.trained("cnn")
+    changed = Metanetwork().changed(wiring(model), tensors(model))
+    assert all(torch.equal(v, tensors(model)[k]) for k, v in changed.items())
+
+
 def test_running_statistics_are_seen_and_not_changed():
     model, metanetwork = tiny.trained("cnn"), awake()
     before = {k: v.clone() for k, v in model.named_buffers()}
@@ -331,7 +344,10 @@ def test_the_state_that_leaves_most_of_validation_is_taken():
 def test_groups_go_until_the_work_has():
     model, task = tiny.trained("cnn"), tiny.toy_images()
     before = count_flops(model, task.example)
+    fresh = copy.deepcopy(model)
     edits, notes = prune_groups_(model, task.example, 0.4, share=0.02)
+    apply_(fresh, edits)  # at once what went bit by bit
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), fresh.parameters(), strict=True))
     left = count_flops(model, task.example) / before
     assert 0.5 < left <= 0.6
     assert all(isinstance(e, Remove) for e in edits)

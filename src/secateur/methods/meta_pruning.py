@@ -341,6 +341,9 @@ class Metanetwork(nn.Module):
             )
             for out in (len(LEARNT), side**2)
         )  # fmt: skip
+        for head in (self.node_out, self.edge_out):  # at first a network comes out as it went in
+            nn.init.zeros_(head[-1].weight)
+            nn.init.zeros_(head[-1].bias)
 
     def forward(self, wires: Wiring, nodes: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:
         """Nodes [nodes, 5] and edges [edges, taps] of a network of the same shape."""
@@ -659,15 +662,15 @@ def prune_groups_(
 ) -> tuple[list[Remove], list[str]]:
     """Take out the groups of smallest norm, a share of all units at a time, until a fraction of the work is gone.
 
-    Norms are taken anew each time, over what is left. One unit of each site stays. Raises BudgetError where that is
-    too much.
+    Norms are taken anew each time, over what is left. One unit of each site stays. The edits take out at once what went
+    bit by bit. Raises BudgetError where that is too much.
     """
     coupling = couple(model, example)
     sites: Sequence[Site] = [site for site in coupling.need("channel") if coupling.multiples.get(site.name, 1) == 1]
     before = count_flops(model, example) or 0
     each = max(1, round(share * sum(site.units for site in sites)))
-    found: list[Remove] = []
-    left = before
+    first, left = sites, before
+    whole = {site.name: torch.ones(site.units, dtype=torch.bool) for site in sites}
     while left > (1 - flops) * before:
         named = tensors(model)
         scores = {site.name: group_norms(site, named) for site in sites}
@@ -688,12 +691,12 @@ def prune_groups_(
                 f"{1 - left / before:.1%} can be, one channel being left at each of {len(sites)} sites",
                 f"Ask for flops={int(1e3 * (1 - left / before)) / 1e3:g} at most.",
             )
-        edits = removals(sites, keep)
-        apply_(model, edits)
-        found += edits
+        apply_(model, removals(sites, keep))
         sites = left_of(sites, keep)
+        for name, mask in keep.items():
+            whole[name][whole[name].nonzero().squeeze(1)[~mask]] = False
         left = count_flops(model, example) or 0
-    return found, [
+    return removals(first, whole), [
         f"{1 - left / max(before, 1):.1%} of the multiply-adds are gone, {before / max(left, 1):.2f} times fewer; "
         f"{flops:.1%} were asked for",
         *(str(each_) for each_ in coupling.frozen),
@@ -733,6 +736,7 @@ class MetaPruning(Method):
             "groups that are all of one norm are not pulled: gamma would be 0/0",
             "the point of meta-training is chosen on validation data, among a few; theirs on test data",
             "networks for meta-training are not pruned a little beforehand",
+            "the last layers of the metanetwork start at zero: before its training a network comes out as it went in",
             "no vision transformers: a graph here has convolutions and linear layers",
         ),
     )
