@@ -342,8 +342,8 @@ class Metanetwork(nn.Module):
             for out in (len(LEARNT), side**2)
         )  # fmt: skip
         for head in (self.node_out, self.edge_out):  # at first a network comes out as it went in
-            nn.init.zeros_(head[-1].weight)
-            nn.init.zeros_(head[-1].bias)
+            for parameter in head[-1].parameters():
+                nn.init.zeros_(parameter)
 
     def forward(self, wires: Wiring, nodes: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:
         """Nodes [nodes, 5] and edges [edges, taps] of a network of the same shape."""
