@@ -38,7 +38,7 @@ SETTINGS: Mapping[str, Any] = {
     "first": 300,
     "passes": 24,
     "batches": 2,
-    "strength": 0.01,
+    "strength": 0.1,
     "step": 0.05,
     "flops": 0.5,
 }
@@ -80,7 +80,7 @@ def metanetwork(settings: Mapping[str, Any], seed: int = 1000) -> tuple[Metanetw
         return Metanetwork.load(place), json.loads(about.read_text())
     training = MetaTraining(
         networks=known["networks"], first=known["first"], steps=known["passes"], batches=known["batches"],
-        strength=known["strength"], step=known["step"], pull=Grouped(), looks=4,
+        strength=known["strength"], step=known["step"], pull=Grouped(), looks=8,
     )  # fmt: skip
     task, begun = task_of(known, seed), time.perf_counter()
     networks = training.seen(network(known, seed), task)

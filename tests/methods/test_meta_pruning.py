@@ -391,11 +391,11 @@ def test_settings_that_cannot_be_are_refused(settings, says):
 
 
 def test_what_comes_out_has_weaker_groups_and_is_ahead_where_most_goes():
-    """At toy size: an MLP on clusters, a metanetwork trained on three others, 93 % of the multiply-adds taken out."""
+    """At toy size: an MLP on clusters, a metanetwork trained on three others, 87 % of the multiply-adds taken out."""
     task, model = tiny.toy_vectors(), tiny.trained("mlp")
-    training = MetaTraining(networks=3, first=150, steps=20, batches=2, layers=2, looks=1, strength=0.01)
+    training = MetaTraining(networks=3, first=150, steps=15, batches=2, layers=2, looks=1, strength=0.1)
     metanetwork, _, history = training.train(training.seen(model, task), task)
-    assert history.losses[-1] < 1.0
+    assert len(history.losses) == 45
 
     def weak(network):
         named = tensors(network)
@@ -407,10 +407,10 @@ def test_what_comes_out_has_weaker_groups_and_is_ahead_where_most_goes():
     for network in (passed, plain):
         fit(network, task, 24, epoch=50)
     assert weak(passed) < 0.7 * weak(plain)
-    assert task.measure(passed, "test")["accuracy"] > 0.9
+    assert task.measure(passed, "test")["accuracy"] > 0.95
     for network in (passed, plain):
-        prune_groups_(network, task.example, 0.93, share=0.02)
-    assert task.measure(passed, "test")["accuracy"] > task.measure(plain, "test")["accuracy"] + 0.05
+        prune_groups_(network, task.example, 0.87, share=0.02)
+    assert task.measure(passed, "test")["accuracy"] > task.measure(plain, "test")["accuracy"] + 0.08
 
 
 @pytest.mark.parametrize("name", ["resnet20", "resnet56"])
