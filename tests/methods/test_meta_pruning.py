@@ -427,3 +427,31 @@ def test_trained_residual_networks_of_the_pack_become_graphs_and_back(name, data
     if name == "resnet20":  # a metanetwork trained on small networks takes it too
         passed_(model, Metanetwork(hidden=4, layers=1))
         assert bool(model(torch.zeros(1, 3, 32, 32)).isfinite().all())
+
+
+def test_a_residual_network_of_the_pack_is_pruned_with_a_kept_metanetwork(data, tmp_path):
+    from secateur.models import open_model
+    from secateur.tasks.images import cifar10
+    from secateur.tasks.learners import Sgd
+
+    task = cifar10(train_size=32, val_size=16, test_size=64, batch=16, learner=Sgd(0.001))
+    Metanetwork(hidden=4, layers=1).save(tmp_path / "meta.safetensors")
+    method = MetaPruning(source=Kept(str(tmp_path / "meta.safetensors")), flops=0.1, share=0.03, settle=1, recover=1)
+    done = prune(open_model("resnet20").model, method, task)
+    assert done.ledger.after.flops <= 0.9 * done.ledger.before.flops
+    assert done.ledger.after.parameters < done.ledger.before.parameters
+    assert done.notes[0] == f"the metanetwork is that of {tmp_path / 'meta.safetensors'}"
+    assert bool(done.model.eval()(task.example.inputs[0]).isfinite().all())
+
+
+def test_the_tool_trains_once_and_keeps(data, tmp_path, monkeypatch):
+    from tools.train_metanetwork import SETTINGS, metanetwork
+
+    monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path))
+    small = {"width": 4, "images": 64, "networks": 1, "first": 1, "passes": 1, "batches": 1}
+    made, took = metanetwork({**SETTINGS, **small})
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".json", ".safetensors"]
+    assert max(p.stat().st_size for p in tmp_path.iterdir()) < 200_000
+    again, told = metanetwork({**SETTINGS, **small})
+    assert told == took
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in made.state_dict().items())
