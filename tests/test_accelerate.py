@@ -141,3 +141,9 @@ def test_bench_says_what_was_chosen_and_why(monkeypatch):
     assert told["level"] == kernels.level()
     assert told["layers"][0]["chosen"] == "dense"
     assert set(told) >= {"dense", "now", "error", "memory_bytes_per_second", "break_even"}
+
+
+def test_a_format_that_does_not_exist_is_refused_with_the_nearest():
+    found = CliRunner().invoke(main, ["bench", "tiny:decoder", "--formats", "bitmap-int"], terminal_width=200)
+    assert found.exit_code == 2
+    assert "Did you mean bitmap-int8?" in " ".join(found.stderr.split())

@@ -3,7 +3,7 @@
 import copy
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -164,11 +164,11 @@ def memory_speed(nbytes: int = 2**28) -> float | None:
     if kernel is None:
         return None
     data = torch.zeros(nbytes, dtype=torch.uint8)
-    seconds = []
+    seconds, clock = [], _clock()
     for _ in range(5):
-        start = time.perf_counter()
+        start = clock()
         kernels.run(kernel, kernels.Memory(data.data_ptr(), nbytes), kernels.Memory.items(nbytes))
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock() - start)
     return nbytes / statistics.median(seconds)
 
 
@@ -224,13 +224,19 @@ def _measured(
 def _medians(calls: Sequence[Any], rounds: int) -> list[float]:
     """The median seconds of each call, all of them in turn, after a round that is not counted."""
     times: list[list[float]] = [[] for _ in calls]
+    clock = _clock()
     for turn in range(rounds + 1):
         for call, kept in zip(calls, times, strict=True):
-            start = time.perf_counter()
+            start = clock()
             call()
             if turn:
-                kept.append(time.perf_counter() - start)
+                kept.append(clock() - start)
     return [statistics.median(kept) for kept in times]
+
+
+def _clock() -> Callable[[], float]:
+    """With one thread the processor's time for it, which other programs do not lengthen."""
+    return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
 
 
 def _rows(model: nn.Module, layers: Mapping[str, nn.Linear], batch: Batch) -> dict[str, int]:

@@ -8,8 +8,11 @@ import click
 from secateur.cli.options import TASK, Verb, running, spoken, terminal
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from secateur.accelerate import Accelerated
     from secateur.cli.terminal import Terminal
+    from secateur.formats import Format
     from secateur.models import Opened
     from secateur.task import Batch
 
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
 @click.argument("model", metavar="DIR|MODEL")
 @click.option("--tokens", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="1 is decoding.")
 @click.option("--explain", is_flag=True, help="Every layer: what was tried, what was chosen and why, and the limits.")
+@click.option("--formats", metavar="A,B", help="What to try: bitmap, sell16, bitmap-int8. [default: bitmap,sell16]")
 @click.option("--task", metavar="TASK", help="Whose example is run, for a model that takes no token ids.")
 @running
 @spoken
@@ -28,6 +32,7 @@ def command(
     model: str,
     tokens: int,
     explain: bool,
+    formats: str | None,
     task: str | None,
     seed: int | None,
     device: str | None,
@@ -47,11 +52,12 @@ def command(
 
     speaker = terminal(spoken)
     set_threads(threads)
+    tried = _formats(formats)
     with speaker.busy(f"opening {model}"):
         opened = model_from(model, dtype=dtype, device=device, online=online)
         example = _example(opened, tokens, task, ctx.meta[TASK], seed or 0)
     with speaker.busy("timing each layer in each format"):
-        found = accelerate(opened.model, example, threads=threads)
+        found = accelerate(opened.model, example, threads=threads, formats=tried)
     told = {
         "model": opened.name,
         "tokens": example.tokens,
@@ -65,7 +71,7 @@ def command(
     }
     if explain:
         with speaker.busy("looking for the limits"):
-            told |= _limits(found)
+            told |= _limits(found, tried)
     speaker.emit(told)
     if not speaker.as_json:
         _show(speaker, opened.name, found, told, explain)
@@ -86,16 +92,32 @@ def _example(opened: "Opened", tokens: int, task: str | None, given: dict[str, A
     return Batch(inputs)
 
 
-def _limits(found: "Accelerated") -> dict[str, Any]:
+def _formats(asked: str | None) -> "Sequence[Format]":
+    from secateur.accelerate import FORMATS
+    from secateur.errors import SettingError, did_you_mean
+    from secateur.formats import FORMATS as ALL
+
+    if asked is None:
+        return FORMATS
+    known = {kind().name: kind() for kind in ALL.values()}
+    for name in asked.split(","):
+        if name not in known:
+            raise SettingError(
+                f"format {name!r} was asked for", "there is none of that name", did_you_mean(name, known)
+            )
+    return [known[name] for name in asked.split(",")]
+
+
+def _limits(found: "Accelerated", formats: "Sequence[Format]") -> dict[str, Any]:
     """What memory gives, and the sparsity from which each format wins at each shape."""
     import torch
 
-    from secateur.accelerate import FORMATS, break_even, memory_speed
+    from secateur.accelerate import break_even, memory_speed
 
     dtype = getattr(torch, found.dense.dtype)
     shapes = sorted({(choice.shape, choice.rows) for choice in found.choices if choice.trials})
     even = {
-        f"{'x'.join(map(str, shape))} at {rows}": {f.name: break_even(shape, rows, dtype, f) for f in FORMATS}
+        f"{'x'.join(map(str, shape))} at {rows}": {f.name: break_even(shape, rows, dtype, f) for f in formats}
         for shape, rows in shapes
     }
     return {"memory_bytes_per_second": memory_speed(), "break_even": even}

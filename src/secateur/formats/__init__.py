@@ -8,12 +8,14 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from secateur.errors import FormatError
+from secateur.errors import FormatError, SettingError
 from secateur.formats.bitmap import Bitmap
+from secateur.formats.bitmap_int8 import BitmapInt8
+from secateur.formats.nm import NM
 from secateur.formats.packed import Format, Packed, whole
 from secateur.formats.sell import Sell16
 
-FORMATS: dict[int, type[Format]] = {kind.code: kind for kind in (Bitmap, Sell16)}
+FORMATS: dict[int, type[Format]] = {kind.code: kind for kind in (Bitmap, Sell16, BitmapInt8, NM)}
 """Every format by the number that stands first in its header."""
 
 
@@ -31,14 +33,18 @@ def unpack(tensors: Mapping[str, Tensor]) -> Packed:
         )
     code, version, outputs, inputs, *settings = (int(n) for n in header)
     kind = FORMATS.get(code)
-    if kind is None or version != kind.version:
-        known = f"format {code} is not known" if kind is None else f"{kind().name} is of version {kind.version} here"
+    try:
+        format = None if kind is None else kind(*settings)
+    except (SettingError, TypeError):
+        format = None
+    if format is None or version != format.version:
+        known = f"format {code} is not known" if format is None else f"{format.name} is of version {format.version}"
         raise FormatError(
-            f"a packed weight of format {code}, version {version}, was to be read",
-            known,
+            f"a packed weight of format {code}, version {version}, settings {settings} was to be read",
+            f"{known} here",
             "Read it with the secateur that wrote it, or pack the dense weight again.",
         )
-    return whole(Packed(kind(*settings), (outputs, inputs), {k: v for k, v in tensors.items() if k != "header"}))
+    return whole(Packed(format, (outputs, inputs), {k: v for k, v in tensors.items() if k != "header"}))
 
 
-__all__ = ["FORMATS", "Bitmap", "Format", "Packed", "Sell16", "unpack"]
+__all__ = ["FORMATS", "NM", "Bitmap", "BitmapInt8", "Format", "Packed", "Sell16", "unpack"]

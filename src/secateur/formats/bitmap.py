@@ -66,43 +66,20 @@ class Bitmap:
         """The weight as a bitmap. Raises FormatError on `why_not`."""
         refuse(self, weight, mask)
         weight = weight.detach().cpu()
-        keep = steps_of(kept(weight, mask).cpu(), _depth(weight.dtype))  # [panels, steps, lanes * depth]
-        values = steps_of(weight, _depth(weight.dtype))[keep]
-        offsets = torch.zeros(keep.shape[0] + 1, dtype=torch.int64)
-        offsets[1:] = keep.sum((1, 2)).cumsum(0)
-        masks = (keep.view(*keep.shape[:2], -1, 8) * BITS).sum(-1, dtype=torch.uint8)
+        depth = _depth(weight.dtype)
+        keep = steps_of(kept(weight, mask).cpu(), depth)
+        masks, offsets = masks_of(keep)
+        values = steps_of(weight, depth)[keep]
         return Packed(self, _shape(weight), {"masks": masks, "values": values, "offsets": offsets})
 
     def dense(self, packed: Packed) -> Tensor:
         """The weight that was packed."""
-        masks, values = packed.tensors["masks"], packed.tensors["values"]
-        keep = (masks.unsqueeze(-1) & BITS).ne(0).flatten(2)  # [panels, steps, lanes * depth]
-        steps = values.new_zeros(keep.shape).masked_scatter_(keep, values)
-        return matrix_of(steps, packed.shape, _depth(values.dtype))
+        values = packed.tensors["values"]
+        return matrix_of(spread(packed.tensors["masks"], values), packed.shape, _depth(values.dtype))
 
     def check(self, packed: Packed) -> None:
         """Raise FormatError unless masks, values and offsets agree."""
-        given = packed.tensors
-        masks, values, offsets = given["masks"], given["values"], given["offsets"]
-        if masks.dtype is not torch.uint8 or offsets.dtype is not torch.int64:
-            raise broken(packed, f"its masks are {masks.dtype} and its offsets {offsets.dtype}")
-        depth, (outputs, inputs) = _depth(values.dtype), packed.shape
-        panels, steps = -(-outputs // LANES), -(-inputs // depth)
-        if masks.shape != (panels, steps, 2 * depth) or offsets.shape != (panels + 1,) or values.dim() != 1:
-            raise broken(
-                packed,
-                f"its masks are {list(masks.shape)} and its offsets {list(offsets.shape)}, where {values.dtype} "
-                f"needs {[panels, steps, 2 * depth]} and {[panels + 1]}",
-            )
-        counted = torch.zeros_like(offsets)
-        # A panel at a time: the counts of all bytes at once would be as large as the dense weight.
-        counted[1:] = torch.stack([COUNTS[panel.long()].sum(dtype=torch.int64) for panel in masks]).cumsum(0)
-        if not torch.equal(counted, offsets) or values.numel() != int(counted[-1]):
-            raise broken(
-                packed,
-                f"its masks keep {int(counted[-1])} weights, its offsets end at {int(offsets[-1])} and there are "
-                f"{values.numel()} values",
-            )
+        check_masks(packed, _depth(packed.tensors["values"].dtype))
 
     def call(self, packed: Packed) -> Call:
         """bitmap_matmul, over panels."""
@@ -117,6 +94,43 @@ def steps_of(matrix: Tensor, depth: int) -> Tensor:
     full = F.pad(matrix, (0, -inputs % depth, 0, -outputs % LANES))
     grid = full.view(-1, LANES, full.shape[1] // depth, depth)  # [panels, lanes, steps, depth]
     return grid.transpose(1, 2).flatten(2)
+
+
+def masks_of(keep: Tensor) -> tuple[Tensor, Tensor]:
+    """What is kept [panels, steps, bits] as bytes [panels, steps, bits / 8], and where the values of a panel begin."""
+    offsets = torch.zeros(keep.shape[0] + 1, dtype=torch.int64)
+    offsets[1:] = keep.sum((1, 2)).cumsum(0)
+    return (keep.view(*keep.shape[:2], -1, 8) * BITS).sum(-1, dtype=torch.uint8), offsets
+
+
+def spread(masks: Tensor, values: Tensor) -> Tensor:
+    """The values in their places among zeros: [panels, steps, bits]."""
+    keep = (masks.unsqueeze(-1) & BITS).ne(0).flatten(2)
+    return values.new_zeros(keep.shape).masked_scatter_(keep, values)
+
+
+def check_masks(packed: Packed, depth: int) -> None:
+    """Raise FormatError unless masks, values and offsets fit a step of `depth` inputs and agree."""
+    masks, values, offsets = (packed.tensors[name] for name in ("masks", "values", "offsets"))
+    if masks.dtype is not torch.uint8 or offsets.dtype is not torch.int64:
+        raise broken(packed, f"its masks are {masks.dtype} and its offsets {offsets.dtype}")
+    outputs, inputs = packed.shape
+    panels, steps = -(-outputs // LANES), -(-inputs // depth)
+    if masks.shape != (panels, steps, 2 * depth) or offsets.shape != (panels + 1,) or values.dim() != 1:
+        raise broken(
+            packed,
+            f"its masks are {list(masks.shape)} and its offsets {list(offsets.shape)}, where {values.dtype} "
+            f"needs {[panels, steps, 2 * depth]} and {[panels + 1]}",
+        )
+    counted = torch.zeros_like(offsets)
+    # A panel at a time: the counts of all bytes at once would be as large as the dense weight.
+    counted[1:] = torch.stack([COUNTS[panel.long()].sum(dtype=torch.int64) for panel in masks]).cumsum(0)
+    if not torch.equal(counted, offsets) or values.numel() != int(counted[-1]):
+        raise broken(
+            packed,
+            f"its masks keep {int(counted[-1])} weights, its offsets end at {int(offsets[-1])} and there are "
+            f"{values.numel()} values",
+        )
 
 
 def matrix_of(steps: Tensor, shape: tuple[int, int], depth: int) -> Tensor:

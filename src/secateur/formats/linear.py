@@ -52,7 +52,11 @@ class SparseLinear(nn.Module):
         if torch.compiler.is_compiling():
             tensors = [getattr(self, name) for name in self._packed.format.names]
             return packed_linear(x, self.bias, tensors, self._header)
-        return self.packed.matmul(x, self.bias)
+        held, now = self._packed, self._buffers  # not by attribute: a module takes a microsecond to find one
+        for name, tensor in held.tensors.items():
+            if now[name] is not tensor:
+                held = self.packed
+        return held.matmul(x, self._parameters["bias"])
 
     def extra_repr(self) -> str:
         """Shape and format."""

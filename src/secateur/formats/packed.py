@@ -73,7 +73,7 @@ class Packed:
     tensors: Mapping[str, Tensor]  # contiguous, on the CPU; "values" among them
 
     def __post_init__(self) -> None:
-        _ = self._versions  # as they are now
+        _ = self._watched  # as they are now
 
     def __reduce__(self) -> tuple[type["Packed"], tuple[Format, tuple[int, int], dict[str, Tensor]]]:
         # What is kept for calls points to the tensors of this one, so a copy makes its own.
@@ -81,8 +81,8 @@ class Packed:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weight, and so of what it multiplies."""
-        return self.tensors["values"].dtype
+        """Of the dense weight, and so of what it multiplies: that of the scales, where there are some."""
+        return self.tensors["scales" if "scales" in self.tensors else "values"].dtype
 
     @property
     def nbytes(self) -> int:
@@ -104,33 +104,38 @@ class Packed:
         Where no kernel is compiled, or a gradient is asked for, it goes through the dense weight, which is then kept.
         Raises FormatError for another dtype, shape or device, and when the tensors were changed after packing.
         """
-        outputs, inputs = self.shape
-        if x.dtype is not self.dtype or x.shape[-1:] != (inputs,) or x.device.type != "cpu":
+        # A small layer takes a few microseconds, so what is asked here is asked in the cheapest way.
+        if x.dtype is not self._dtype or x.shape[-1:] != self._width or not x.is_cpu:
             raise FormatError(
                 f"{self._said} was to multiply {x.dtype} {list(x.shape)} on {x.device}",
-                f"it takes {self.dtype} [..., {inputs}] on the CPU",
+                f"it takes {self.dtype} [..., {self.shape[1]}] on the CPU",
                 "Convert what is given, or pack the layer again in its dtype.",
             )
-        if bias is not None and (bias.dtype is not self.dtype or bias.shape != (outputs,)):
+        if bias is not None and (bias.dtype is not self._dtype or bias.shape != self.shape[:1] or bias.stride(0) != 1):
             raise FormatError(
                 f"{self._said} was to add a bias {bias.dtype} {list(bias.shape)}",
-                f"it takes {self.dtype} [{outputs}]",
+                f"it takes {self.dtype} [{self.shape[0]}], contiguous",
                 "Convert the bias.",
             )
-        if self._versions != tuple(_version(t) for t in self.tensors.values()):
-            raise FormatError(
-                f"{self._said} was to multiply",
-                "its tensors were changed after packing",
-                "Change the dense weight and pack it again.",
-            )
+        for tensor, version in self._watched:
+            if tensor._version != version:
+                raise FormatError(
+                    f"{self._said} was to multiply",
+                    "its tensors were changed after packing",
+                    "Change the dense weight and pack it again.",
+                )
         call = self._call
         kernel = kernels.find(call.kernel)
-        if kernel is None or (torch.is_grad_enabled() and (x.requires_grad or _learns(bias))):
+        if kernel is None or ((x.requires_grad or _learns(bias)) and torch.is_grad_enabled()):
             return F.linear(x, self._kept_dense, bias)
-        flat = x.reshape(-1, inputs).contiguous()
-        y = x.new_empty(flat.shape[0], outputs)
-        kernels.matmul(kernel, call.weight, flat, y, None if bias is None else bias.contiguous(), call.items)
-        return y.view(*x.shape[:-1], outputs)
+        if x.dim() == 2 and x.is_contiguous():
+            y = x.new_empty(x.shape[0], self.shape[0])
+            kernels.matmul(kernel, call.weight, x, y, bias, call.items)
+            return y
+        flat = x.reshape(-1, self.shape[1]).contiguous()
+        y = x.new_empty(*x.shape[:-1], self.shape[0])
+        kernels.matmul(kernel, call.weight, flat, y, bias, call.items)
+        return y
 
     @cached_property
     def _call(self) -> Call:
@@ -141,16 +146,21 @@ class Packed:
         return self.dense()
 
     @cached_property
-    def _versions(self) -> tuple[int, ...]:
-        return tuple(_version(t) for t in self.tensors.values())
+    def _watched(self) -> tuple[tuple[Tensor, int], ...]:
+        # Tensors of inference mode count no versions, and cannot be changed outside it.
+        return tuple((t, t._version) for t in self.tensors.values() if not t.is_inference())
+
+    @cached_property
+    def _dtype(self) -> torch.dtype:
+        return self.dtype
+
+    @cached_property
+    def _width(self) -> tuple[int]:
+        return (self.shape[1],)
 
     @property
     def _said(self) -> str:
         return f"a {self.format.name} weight {list(self.shape)}"
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _learns(bias: Tensor | None) -> bool:
@@ -200,8 +210,8 @@ def whole(packed: Packed) -> Packed:
                 f"its {name} are {where}",
                 "Give contiguous tensors on the CPU.",
             )
-    if given["values"].dtype not in VALUES:
-        raise broken(packed, f"its values are {given['values'].dtype}")
+    if packed.dtype not in VALUES:
+        raise broken(packed, f"its dtype is {packed.dtype}")
     format.check(packed)
     return packed
 

@@ -3,6 +3,7 @@
 A kernel is called by its name and runs in the best variant for this processor. SECATEUR_ISA (base, avx2, avx512 or
 amx) forces a lower level, for tests and for comparing. The library lies in the package, where the build puts it, or
 in a checkout under build/kernels, by a hash of the sources: `python -m secateur.kernels` builds it there.
+SECATEUR_KERNELS names another file, such as one with sanitizers.
 """
 
 import ctypes
@@ -26,7 +27,7 @@ VERSION = 1
 LEVELS = ("base", "avx2", "avx512", "amx")
 """The instruction sets kernels are written for, each holding those before it; base runs anywhere."""
 
-FORCED = "SECATEUR_ISA"
+FORCED, ELSEWHERE = "SECATEUR_ISA", "SECATEUR_KERNELS"
 SOURCES = Path(__file__).resolve().parent
 FILE = "libsecateur.so"
 
@@ -38,6 +39,7 @@ class Kernel:
     name: str
     level: str
     pointer: int
+    library: "Library"
 
 
 class Library:
@@ -77,7 +79,7 @@ class Library:
         """The kernel of a name, in the highest variant up to a level; None when the library has none."""
         found = ctypes.c_int()
         pointer = self._find(name.encode(), LEVELS.index(level), ctypes.byref(found))
-        return Kernel(name, LEVELS[found.value], pointer) if pointer else None
+        return Kernel(name, LEVELS[found.value], pointer, self) if pointer else None
 
 
 @functools.cache
@@ -91,7 +93,9 @@ def library() -> Library | None:
 
 
 def where() -> Path | None:
-    """The file of the library, or None: in the package, or in the checkout it belongs to."""
+    """The file of the library, or None: where SECATEUR_KERNELS says, in the package, or in its checkout."""
+    if ELSEWHERE in os.environ:
+        return Path(os.environ[ELSEWHERE])
     found = (SOURCES / FILE, built())
     return next((path for path in found if path is not None and path.exists()), None)
 
@@ -188,15 +192,13 @@ def matmul(kernel: Kernel, weight: ctypes.Structure, x: Tensor, y: Tensor, bias:
     `weight` is the format's own struct, `items` the number of pieces its kernels cut the work into. The threads are
     those of torch.
     """
-    have = library()
-    assert have is not None  # a kernel was found in it
-    have.matmul(
+    kernel.library.matmul(
         kernel.pointer,
         ctypes.addressof(weight),
         x.data_ptr(),
         y.data_ptr(),
         None if bias is None else bias.data_ptr(),
-        x.shape[0],
+        x.numel() // x.shape[-1],
         items,
         torch.get_num_threads(),
     )
@@ -215,6 +217,4 @@ class Memory(ctypes.Structure):
 
 def run(kernel: Kernel, call: ctypes.Structure, items: int) -> None:
     """Run a kernel of any other signature over its items, `call` being the struct it takes."""
-    have = library()
-    assert have is not None  # a kernel was found in it
-    have.run(kernel.pointer, ctypes.addressof(call), items, torch.get_num_threads())
+    kernel.library.run(kernel.pointer, ctypes.addressof(call), items, torch.get_num_threads())

@@ -16,3 +16,9 @@ struct Bitmap {
   const void* values;      // [kept]
   const int64_t* offsets;  // [panels + 1]: where the values of a panel begin
 };
+
+// Values of 8 bits, so a step is four inputs, and a scale for each output in the type of x.
+struct BitmapInt8 {
+  Bitmap bitmap;
+  const void* scales;  // [outputs]
+};
