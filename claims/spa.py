@@ -77,8 +77,8 @@ CLAIM = Claim(
     says="Without fine-tuning, second-order group scores with weights solved anew keep far more accuracy than group "
     "norms at equal FLOPs, on the network's own data, on other data, and without any.",
     source="arXiv:2403.18955, section 4.3",
-    here="ResNet-20 on CIFAR-10 (JPEG copy, 88.3 % top-1), the network at a fraction of its FLOPs: 256 training images, "
-    "256 grey pictures of clothes, or noise; a few dozen steps of fine-tuning beside it at an equal budget.",
+    here="ResNet-20 on CIFAR-10 (JPEG copy, 88.3 % top-1), the network at a fraction of its FLOPs: 256 training "
+    "images, 256 grey pictures of clothes, or noise; a few dozen steps of fine-tuning beside it at an equal budget.",
     conditions=("dense", *(f"{way}@{s}" for s in SPEEDUPS for way in WAYS), *TUNED),
     expects=(
         Expectation(

@@ -244,7 +244,7 @@ class JointObs:
         for own, gram in zip(weight.chunk(len(grams)), grams, strict=True):
             inverse = torch.linalg.inv(gram)
             mine = columns[columns >= 0]
-            if len(mine.unique()) == len(mine):  # a column each
+            if int(torch.bincount(mine).max()) == 1:  # a column each
                 found[mine] += (own.square().sum(0) / inverse.diagonal())[columns >= 0]
                 continue
             for unit in range(units):
