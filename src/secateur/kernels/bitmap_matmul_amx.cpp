@@ -2,7 +2,8 @@
 // two inputs 2r and 2r + 1, which is what the unit takes as its second operand. x is the first operand where it lies.
 //
 // Up to 32 rows of x, tiles are expanded into two buffers in turn, so that the unit works on one while the other is
-// filled, and the weight streams past once. For more rows a few panels are expanded whole and used for all rows.
+// filled, and the weight streams past once, two panels side by side: memory gives more to two streams than to one, and
+// a tile of x is loaded for both. For more rows a few panels are expanded whole and used for all rows.
 #include "bitmap.h"
 #include "wide.h"
 
@@ -63,8 +64,26 @@ struct Stream {
   }
 };
 
-// x, whose last columns are copied into a tile of their own where they do not fill one: what lies beyond a row must
-// not be read, and zero times what lies there could be NaN.
+// x tile by tile: up to 32 rows are copied into that order, since rows that lie a large power of two apart would push
+// one another out of the first cache.
+struct Ordered {
+  const bf16* x;  // [tiles, rows, 32], zero beyond the last input
+  int64_t tiles;
+
+  Ordered(const Matmul& call, const Bitmap& weight, bf16* room)
+      : x(room), tiles((weight.inputs + TILE_INPUTS - 1) / TILE_INPUTS) {
+    for (int64_t tile = 0; tile < tiles; tile++) {
+      const int64_t left = weight.inputs - tile * TILE_INPUTS;
+      const __mmask32 there = left < TILE_INPUTS ? (1u << left) - 1 : 0xffffffff;
+      const bf16* from = static_cast<const bf16*>(call.x) + tile * TILE_INPUTS;
+      for (int64_t row = 0; row < call.rows; row++, room += TILE_INPUTS)
+        _mm512_storeu_si512(room, _mm512_maskz_loadu_epi16(there, from + row * weight.inputs));
+    }
+  }
+};
+
+// x where it lies, but for the last columns where they do not fill a tile, which are copied into one of their own: what
+// lies beyond a row must not be read, and zero times what lies there could be NaN.
 struct Inputs {
   const bf16* x;
   const bf16* last;  // [rows, 32], or null when every tile is full
@@ -100,33 +119,60 @@ void write(const Matmul& call, const Bitmap& weight, const float* sums, int64_t 
     store(y, lanes, _mm512_add_ps(_mm512_load_ps(sums + 16 * r), bias));
 }
 
-template <int HALVES>  // of 16 rows of x: 1 or 2
-void stream(const Matmul& call, const Bitmap& weight, const Inputs& x, int64_t begin, int64_t end) {
-  alignas(64) bf16 buffer[2][TILE_VALUES];
+template <int HALVES, int PANELS>  // of 16 rows of x, and of weights: 1 or 2 each
+void few_rows(const Matmul& call, const Bitmap& weight, const Ordered& x, int64_t panel) {
+  alignas(64) bf16 buffer[2][2][TILE_VALUES];
   alignas(64) float sums[256];
-  Stream weights(weight, begin);
-  configure(int(call.rows));
-  int64_t left = (end - begin) * x.tiles;
-  int turn = 0;
-  weights.expand(buffer[0]);
-  for (int64_t panel = begin; panel < end; panel++) {
-    _tile_zero(0);
-    _tile_zero(1);
-    for (int64_t tile = 0; tile < x.tiles; tile++, turn ^= 1) {
-      _tile_loadd(4, x.at(0, tile), x.stride(tile));
-      if (HALVES == 2) _tile_loadd(5, x.at(16, tile), x.stride(tile));
-      _tile_loadd(6, buffer[turn], 64);
-      if (--left) weights.expand(buffer[turn ^ 1]);
-      _tile_dpbf16ps(0, 4, 6);
-      if (HALVES == 2) _tile_dpbf16ps(1, 5, 6);
-    }
-    _tile_stored(0, sums, 64);
-    write(call, weight, sums, panel, 0, call.rows < 16 ? call.rows : 16);
-    if (HALVES == 2) {
-      _tile_stored(1, sums, 64);
-      write(call, weight, sums, panel, 16, call.rows - 16);
+  Stream low(weight, panel), high(weight, panel + PANELS - 1);
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  low.expand(buffer[0][0]);
+  if (PANELS == 2) high.expand(buffer[0][1]);
+  for (int64_t tile = 0; tile < x.tiles; tile++) {
+    bf16(&now)[2][TILE_VALUES] = buffer[tile % 2];
+    bf16(&next)[2][TILE_VALUES] = buffer[(tile + 1) % 2];
+    const bool more = tile + 1 < x.tiles;
+    const bf16* const in = x.x + tile * call.rows * TILE_INPUTS;
+    _tile_loadd(4, in, 64);
+    if (HALVES == 2) _tile_loadd(5, in + 16 * TILE_INPUTS, 64);
+    _tile_loadd(6, now[0], 64);
+    _tile_dpbf16ps(0, 4, 6);
+    if (HALVES == 2) _tile_dpbf16ps(1, 5, 6);
+    if (more) low.expand(next[0]);
+    if (PANELS == 2) {
+      _tile_loadd(7, now[1], 64);
+      _tile_dpbf16ps(2, 4, 7);
+      if (HALVES == 2) _tile_dpbf16ps(3, 5, 7);
+      if (more) high.expand(next[1]);
     }
   }
+  const int64_t first = call.rows < 16 ? call.rows : 16;
+  _tile_stored(0, sums, 64);
+  write(call, weight, sums, panel, 0, first);
+  if (HALVES == 2) {
+    _tile_stored(1, sums, 64);
+    write(call, weight, sums, panel, 16, call.rows - 16);
+  }
+  if (PANELS == 2) {
+    _tile_stored(2, sums, 64);
+    write(call, weight, sums, panel + 1, 0, first);
+    if (HALVES == 2) {
+      _tile_stored(3, sums, 64);
+      write(call, weight, sums, panel + 1, 16, call.rows - 16);
+    }
+  }
+}
+
+template <int HALVES>
+void few_rows(const Matmul& call, const Bitmap& weight, int64_t begin, int64_t end) {
+  const int64_t tiles = (weight.inputs + TILE_INPUTS - 1) / TILE_INPUTS;
+  const Ordered x(call, weight, static_cast<bf16*>(scratch(2 * tiles * call.rows * TILE_INPUTS)));
+  configure(int(call.rows));
+  int64_t panel = begin;
+  for (; panel + 2 <= end; panel += 2) few_rows<HALVES, 2>(call, weight, x, panel);
+  if (panel < end) few_rows<HALVES, 1>(call, weight, x, panel);
 }
 
 // 32 rows of x or what is left of them, times two panels (or one), expanded one after the other.
@@ -203,17 +249,16 @@ extern "C" void bitmap_matmul_bf16_amx(const void* pointer, int64_t begin, int64
   const Matmul& call = *static_cast<const Matmul*>(pointer);
   const Bitmap& weight = *static_cast<const Bitmap*>(call.weight);
   if (!call.rows) return;
-  // As many panels as leave room for x in the second cache: four where there are up to 8192 inputs.
-  const int64_t tiles = (weight.inputs + TILE_INPUTS - 1) / TILE_INPUTS, size = tiles * TILE_VALUES;
-  int64_t together = call.rows > 32 ? MOST_BUFFER / (2 * size) : 0;
-  together = together > 4 ? 4 : together < 1 && call.rows > 32 ? 1 : together;
-  bf16* const room = static_cast<bf16*>(scratch(2 * (together * size + call.rows * TILE_INPUTS)));
-  const Inputs x(call, weight, room + together * size);
-  if (call.rows > 32)
-    whole_panels(call, weight, x, room, together, begin, end);
-  else if (call.rows > 16)
-    stream<2>(call, weight, x, begin, end);
-  else
-    stream<1>(call, weight, x, begin, end);
+  if (call.rows <= 16) {
+    few_rows<1>(call, weight, begin, end);
+  } else if (call.rows <= 32) {
+    few_rows<2>(call, weight, begin, end);
+  } else {
+    // As many panels as leave room for x in the second cache: four where there are up to 8192 inputs.
+    const int64_t tiles = (weight.inputs + TILE_INPUTS - 1) / TILE_INPUTS, size = tiles * TILE_VALUES;
+    const int64_t fit = MOST_BUFFER / (2 * size), together = fit > 4 ? 4 : fit < 1 ? 1 : fit;
+    bf16* const room = static_cast<bf16*>(scratch(2 * (together * size + call.rows * TILE_INPUTS)));
+    whole_panels(call, weight, Inputs(call, weight, room + together * size), room, together, begin, end);
+  }
   _tile_release();
 }

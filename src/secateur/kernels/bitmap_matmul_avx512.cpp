@@ -15,28 +15,20 @@ inline void prefetch(const T* values) {
   _mm_prefetch(reinterpret_cast<const char*>(values) + AHEAD + 64, _MM_HINT_T0);
 }
 
-// The sums of sixteen outputs for N rows of x, float values: one step is one input.
-template <int N>
-void sums(const uint16_t* masks, const float* values, int64_t inputs, const float* x, int64_t stride, __m512* sum) {
-  __m512 even[N], odd[N];  // two chains, or each step would wait for the one before
-  for (int n = 0; n < N; n++) even[n] = odd[n] = _mm512_setzero_ps();
-  int64_t step = 0;
-  for (; step + 2 <= inputs; step += 2) {
-    prefetch(values);
-    const __m512 first = _mm512_maskz_expandloadu_ps(masks[step], values);
-    values += __builtin_popcount(masks[step]);
-    const __m512 second = _mm512_maskz_expandloadu_ps(masks[step + 1], values);
-    values += __builtin_popcount(masks[step + 1]);
-    for (int n = 0; n < N; n++) {
-      even[n] = _mm512_fmadd_ps(first, _mm512_set1_ps(x[n * stride + step]), even[n]);
-      odd[n] = _mm512_fmadd_ps(second, _mm512_set1_ps(x[n * stride + step + 1]), odd[n]);
+// The sums of sixteen outputs for N rows of x, for one panel or two side by side: memory gives more to two streams than
+// to one, and neither has to wait for the sum it adds to. float values: one step is one input.
+template <int PANELS, int N>
+void sums(const uint16_t* const* masks, const float** values, int64_t inputs, const float* x, int64_t stride,
+          __m512 (*sum)[N]) {
+  for (int64_t step = 0; step < inputs; step++)
+    for (int p = 0; p < PANELS; p++) {
+      if (step % 2 == 0) prefetch(values[p]);
+      const uint16_t mask = masks[p][step];
+      const __m512 weights = _mm512_maskz_expandloadu_ps(mask, values[p]);
+      values[p] += __builtin_popcount(mask);
+      for (int n = 0; n < N; n++)
+        sum[p][n] = _mm512_fmadd_ps(weights, _mm512_set1_ps(x[n * stride + step]), sum[p][n]);
     }
-  }
-  if (step < inputs) {
-    const __m512 last = _mm512_maskz_expandloadu_ps(masks[step], values);
-    for (int n = 0; n < N; n++) even[n] = _mm512_fmadd_ps(last, _mm512_set1_ps(x[n * stride + step]), even[n]);
-  }
-  for (int n = 0; n < N; n++) sum[n] = _mm512_add_ps(even[n], odd[n]);
 }
 
 // The two inputs of each lane of a step of 16-bit values.
@@ -50,23 +42,23 @@ inline __m512 lower(__m512i step, f16) { return _mm512_cvtph_ps(_mm512_cvtepi32_
 
 inline __m512 upper(__m512i step, f16) { return lower(_mm512_srli_epi32(step, 16), f16()); }
 
-// The same for 16-bit values, with x widened to floats beforehand: one step is two inputs.
-template <int N, class T>
-void sums(const uint32_t* masks, const T* values, int64_t inputs, const float* x, int64_t stride, __m512* sum) {
-  __m512 even[N], odd[N];
-  for (int n = 0; n < N; n++) even[n] = odd[n] = _mm512_setzero_ps();
-  const int64_t steps = (inputs + 1) / 2;  // x holds a zero where the last step has no second input
-  for (int64_t step = 0; step < steps; step++) {
-    if (step % 2 == 0) prefetch(values);
-    const __m512i both = _mm512_maskz_expandloadu_epi16(masks[step], values);
-    values += __builtin_popcount(masks[step]);
-    const __m512 first = lower(both, T()), second = upper(both, T());
-    for (int n = 0; n < N; n++) {
-      even[n] = _mm512_fmadd_ps(first, _mm512_set1_ps(x[n * stride + 2 * step]), even[n]);
-      odd[n] = _mm512_fmadd_ps(second, _mm512_set1_ps(x[n * stride + 2 * step + 1]), odd[n]);
+// The same for 16-bit values, with x widened to floats beforehand: one step is two inputs, the second of which is zero
+// in x where there is none.
+template <int PANELS, int N, class T>
+void sums(const uint32_t* const* masks, const T** values, int64_t inputs, const float* x, int64_t stride,
+          __m512 (*sum)[N]) {
+  for (int64_t step = 0; step < (inputs + 1) / 2; step++)
+    for (int p = 0; p < PANELS; p++) {
+      if (step % 2 == 0) prefetch(values[p]);
+      const uint32_t mask = masks[p][step];
+      const __m512i both = _mm512_maskz_expandloadu_epi16(mask, values[p]);
+      values[p] += __builtin_popcount(mask);
+      const __m512 first = lower(both, T()), second = upper(both, T());
+      for (int n = 0; n < N; n++) {
+        sum[p][n] = _mm512_fmadd_ps(first, _mm512_set1_ps(x[n * stride + 2 * step]), sum[p][n]);
+        sum[p][n] = _mm512_fmadd_ps(second, _mm512_set1_ps(x[n * stride + 2 * step + 1]), sum[p][n]);
+      }
     }
-  }
-  for (int n = 0; n < N; n++) sum[n] = _mm512_add_ps(even[n], odd[n]);
 }
 
 template <class T>
@@ -84,31 +76,44 @@ struct Mask<f16> {
   typedef uint32_t Word;
 };
 
-template <int N, class T>
+template <int PANELS, int N, class T>
 void rows(const Matmul& call, const Bitmap& weight, int64_t panel, int64_t row, const float* x, int64_t stride) {
   typedef typename Mask<T>::Word Word;
   const int64_t depth = sizeof(Word) / 2, steps = (weight.inputs + depth - 1) / depth;
-  const T* values = static_cast<const T*>(weight.values) + weight.offsets[panel];
-  __m512 sum[N];
-  sums<N>(reinterpret_cast<const Word*>(weight.masks) + panel * steps, values, weight.inputs, x + row * stride, stride, sum);
-  const int64_t at = panel * LANES;
-  const __mmask16 lanes = first(weight.outputs - at);
-  const __m512 bias = call.bias ? load(static_cast<const T*>(call.bias) + at, lanes) : _mm512_setzero_ps();
-  for (int n = 0; n < N; n++)
-    store(static_cast<T*>(call.y) + (row + n) * weight.outputs + at, lanes, _mm512_add_ps(sum[n], bias));
+  const Word* masks[PANELS];
+  const T* values[PANELS];
+  __m512 sum[PANELS][N];
+  for (int p = 0; p < PANELS; p++) {
+    masks[p] = reinterpret_cast<const Word*>(weight.masks) + (panel + p) * steps;
+    values[p] = static_cast<const T*>(weight.values) + weight.offsets[panel + p];
+    for (int n = 0; n < N; n++) sum[p][n] = _mm512_setzero_ps();
+  }
+  sums<PANELS, N>(masks, values, weight.inputs, x + row * stride, stride, sum);
+  for (int p = 0; p < PANELS; p++) {
+    const int64_t at = (panel + p) * LANES;
+    const __mmask16 lanes = first(weight.outputs - at);
+    const __m512 bias = call.bias ? load(static_cast<const T*>(call.bias) + at, lanes) : _mm512_setzero_ps();
+    for (int n = 0; n < N; n++)
+      store(static_cast<T*>(call.y) + (row + n) * weight.outputs + at, lanes, _mm512_add_ps(sum[p][n], bias));
+  }
 }
 
 // Eight rows of x at a time share what is expanded; what is left goes in fours, twos and one.
+template <int PANELS, class T>
+void all_rows(const Matmul& call, const Bitmap& weight, int64_t panel, const float* x, int64_t stride) {
+  int64_t row = 0;
+  for (; row + 8 <= call.rows; row += 8) rows<PANELS, 8, T>(call, weight, panel, row, x, stride);
+  if (call.rows - row >= 4) rows<PANELS, 4, T>(call, weight, panel, row, x, stride), row += 4;
+  if (call.rows - row >= 2) rows<PANELS, 2, T>(call, weight, panel, row, x, stride), row += 2;
+  if (call.rows - row >= 1) rows<PANELS, 1, T>(call, weight, panel, row, x, stride);
+}
+
 template <class T>
 void panels(const Matmul& call, const float* x, int64_t stride, int64_t begin, int64_t end) {
   const Bitmap& weight = *static_cast<const Bitmap*>(call.weight);
-  for (int64_t panel = begin; panel < end; panel++) {
-    int64_t row = 0;
-    for (; row + 8 <= call.rows; row += 8) rows<8, T>(call, weight, panel, row, x, stride);
-    if (call.rows - row >= 4) rows<4, T>(call, weight, panel, row, x, stride), row += 4;
-    if (call.rows - row >= 2) rows<2, T>(call, weight, panel, row, x, stride), row += 2;
-    if (call.rows - row >= 1) rows<1, T>(call, weight, panel, row, x, stride);
-  }
+  int64_t panel = begin;
+  for (; panel + 2 <= end; panel += 2) all_rows<2, T>(call, weight, panel, x, stride);
+  if (panel < end) all_rows<1, T>(call, weight, panel, x, stride);
 }
 
 template <class T>
