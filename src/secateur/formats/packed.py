@@ -200,6 +200,8 @@ def pointer(tensor: Tensor) -> int:
 def whole(packed: Packed) -> Packed:
     """A packed weight whose tensors, come from somewhere else, fit together. Raises FormatError when they do not."""
     format, given = packed.format, packed.tensors
+    if min(packed.shape) < 1:
+        raise broken(packed, "a weight has an output and an input at least")
     if set(given) != set(format.names):
         raise broken(packed, f"it has {', '.join(sorted(given))} where {', '.join(format.names)} belong")
     for name, tensor in given.items():

@@ -97,6 +97,8 @@ class Sell16:
         columns, values, offsets = (packed.tensors[name] for name in self.names)
         outputs, inputs = packed.shape
         panels = -(-outputs // LANES)
+        if inputs > MOST_INPUTS:
+            raise broken(packed, f"an index here names {MOST_INPUTS} inputs")
         if columns.dtype is not torch.int16 or offsets.dtype is not torch.int64:
             raise broken(packed, f"its columns are {columns.dtype} and its offsets {offsets.dtype}")
         if values.dim() != 2 or values.shape[1] != LANES or columns.shape != values.shape:
