@@ -165,7 +165,11 @@ def page(found: dict[str, object]) -> str:
                     + " | ".join(gains)
                     + f" | {f'{speed:.0%}' if speed else ''} |"
                 )
-    lines += ["", "A share of the memory's speed is of the lower quintile; above 100 % the cache gave some of it."]
+    lines += [
+        "",
+        "A share of the memory's speed is of the lower quintile. That speed is of one stream of reads: kernels that "
+        "read two side by side, and what is left in the caches, get above 100 %.",
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -5,9 +5,10 @@ import torch
 
 from secateur import kernels
 from secateur.errors import FormatError
-from secateur.formats import NM, Bitmap, Sell16, unpack
+from secateur.formats import NM, Bitmap, Block, Sell16, unpack
 
 FORMATS = [Bitmap(), Sell16(), NM(2, 4), NM(1, 2), NM(3, 8), NM(5, 16)]
+FORMATS += [Block(16, 1), Block(1, 16), Block(8, 2), Block(4, 4), Block(2, 16), Block(3, 4)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # One, primes, whole panels and tiles, and what is left over of them.
 SHAPES = [(1, 1), (17, 31), (7, 101), (48, 64), (64, 97), (131, 257)]
@@ -24,8 +25,9 @@ def levels():
 def case(format, shape, sparsity, dtype, seed=0):
     """A weight of small whole numbers, so that a sum is exact in any order, and its mask."""
     made = torch.Generator().manual_seed(seed)
-    if isinstance(format, NM):
-        shape = (shape[0], -(-shape[1] // format.m) * format.m)
+    high = format.rows if isinstance(format, Block) else 1
+    wide = format.columns if isinstance(format, Block) else format.m if isinstance(format, NM) else 1
+    shape = (-(-shape[0] // high) * high, -(-shape[1] // wide) * wide)
     weight = torch.randint(1, 4, shape, generator=made) * (2 * torch.randint(0, 2, shape, generator=made) - 1)
     mask = torch.rand(shape, generator=made) >= sparsity
     if shape[0] > 4 and sparsity < 1:
@@ -71,7 +73,7 @@ def test_every_variant_computes_the_product(format, dtype):
         for sparsity in SPARSITIES:
             weight, mask = case(format, shape, sparsity, dtype)
             packed = format.pack(weight, mask)
-            bias = inputs(1, shape[0], dtype, seed=2)[0]
+            bias = inputs(1, len(weight), dtype, seed=2)[0]
             for rows in ROWS:
                 x = inputs(rows, weight.shape[1], dtype)
                 for level in levels():
@@ -86,7 +88,7 @@ def test_every_variant_computes_the_product(format, dtype):
 def test_variants_round_as_the_oracle_does(format, dtype):
     made = torch.Generator().manual_seed(0)
     _, mask = case(format, (67, 515), 0.6, dtype)
-    weight, x = (torch.randn(rows, mask.shape[1], generator=made) for rows in (67, 9))
+    weight, x = (torch.randn(rows, mask.shape[1], generator=made) for rows in (len(mask), 9))
     weight, x = weight.to(dtype), x.to(dtype)
     packed = format.pack(weight, mask)
     wanted = x.double() @ (weight * mask).double().T
@@ -141,8 +143,8 @@ def test_what_is_not_finite_propagates_as_in_a_dense_product(format, dtype):
 def test_any_layout_of_the_input_is_taken(format):
     weight, mask = case(format, (48, 64), 0.5, torch.float32)
     packed = format.pack(weight, mask)
-    wide = inputs(12, 128, torch.float32)
-    bias = torch.zeros(48)
+    wide = inputs(12, 2 * weight.shape[1], torch.float32)
+    bias = torch.zeros(len(weight))
     for x in (wide[:, ::2], wide[:, :64], wide[::3, 64:], wide[:0, :64]):
         assert torch.equal(packed.matmul(x), exact(x, weight, mask, bias))
     x = inputs(6, 64, torch.float32)
@@ -193,7 +195,7 @@ def test_a_packed_weight_that_is_not_whole_is_refused(format):
         with pytest.raises(FormatError):
             unpack({**whole, name: packed.tensors[name][:-1]})
         with pytest.raises(FormatError):
-            unpack({**whole, name: packed.tensors[name].to(torch.int32)})
+            unpack({**whole, name: packed.tensors[name].to(torch.float64)})
 
 
 @pytest.mark.parametrize("format", FORMATS, **names)
