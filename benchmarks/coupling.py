@@ -185,7 +185,8 @@ def page(found: dict[str, Any]) -> str:
         "Written by `python benchmarks/coupling.py`. Half of the multiply-adds of each network were asked for, by "
         "group magnitude ranked over the whole network, on the same trained weights; both results were then trained "
         "equally long. Neither side is told anything of a network, such as which layers are attention; torch-pruning "
-        "takes transformers when it is. One seed: a difference of a few points says little. Seconds are medians of runs in turn, from the trained network to the cut one.", "",
+        "takes transformers when it is. One seed: a difference of a few points says little. Seconds are medians of "
+        "runs in turn, from the trained network to the cut one.", "",
         f"torch-pruning {found['torch-pruning']}, torch {found['versions']['torch']}, {found['threads']} thread(s), "
         f"{found['repeats']} repeats, {found['tuning']} steps of fine-tuning, on {found['machine']['processor']}, "
         f"{found['when']}.", "",
