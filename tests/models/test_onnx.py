@@ -247,3 +247,30 @@ def test_a_loop_is_named_and_a_broken_file_refused(tmp_path):
     )
     assert refused(tmp_path, b"not a graph at all").found.startswith("it is not a whole ONNX file")
     assert refused(tmp_path, one_gemm().SerializeToString()[:40]).found
+
+
+def test_from_the_command_line(tmp_path, monkeypatch):
+    import json
+
+    from click.testing import CliRunner
+
+    from secateur.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    exported(seeded(Padded), tmp_path / "net.onnx", torch.randn(1, 3, 8, 8), names=("x",))
+
+    def said(*args):
+        found = CliRunner().invoke(main, args)
+        assert found.exit_code == 0, found.output
+        return found.output
+
+    task = ("--task.samples", "4")
+    assert "4 sites" in said("plan", "net.onnx", "spa", "--sparsity", "0.3", *task)
+    text = said("prune", "net.onnx", "spa", "--sparsity", "0.3", "--of", "flops", "--out", "smaller.onnx", *task)
+    assert "smaller.json, smaller.onnx" in text
+    record = json.loads((tmp_path / "smaller.json").read_text())
+    ledger = record["ledger"]
+    assert ledger["after"]["flops"] == pytest.approx(0.7 * ledger["before"]["flops"], rel=0.06)
+    assert ledger["after"]["stored_bytes"] == os.path.getsize("smaller.onnx")
+    assert record["saved"]["kind"] == "onnx"
+    assert "smaller.onnx: onnx" in said("inspect", "smaller.onnx")
