@@ -274,3 +274,12 @@ def test_from_the_command_line(tmp_path, monkeypatch):
     assert ledger["after"]["stored_bytes"] == os.path.getsize("smaller.onnx")
     assert record["saved"]["kind"] == "onnx"
     assert "smaller.onnx: onnx" in said("inspect", "smaller.onnx")
+
+
+def test_numbers_are_gathered_element_by_element():
+    from secateur.models.onnx.network import _of_numbers
+    from secateur.models.onnx.operators import Node
+
+    node = Node(0, "GatherElements", "pick", ("a", "b"), ("c",), {"axis": 1}, 17)
+    (found,) = _of_numbers(node, 17, [np.arange(8).reshape(2, 4), np.array([[3, -1, 0]])])
+    assert found.tolist() == [[3, 3, 0]]

@@ -274,7 +274,7 @@ class Network(nn.Module):
         if node.kind == "Size":
             return [np.asarray(np.prod(given[0].shape), np.int64)]
         if step.host:
-            return list(_on_numbers(_alone(node, self.opset, len(given))).run(None, _fed(given)))
+            return _of_numbers(node, self.opset, given)
         if step.foreign:
             return list(self.get_submodule(step.foreign)(*[_tensor(v) for v in given if v is not None]))
         if step.norm:
@@ -321,6 +321,16 @@ def _following() -> bool:
 
 def _tensor(value: Any) -> Tensor:
     return value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+
+
+def _of_numbers(node: Node, opset: int, given: Sequence[Any]) -> list[Any]:
+    """What a node makes of numbers, by the reference that comes with ONNX."""
+    if node.kind == "GatherElements":  # of which the reference cannot do every shape
+        x, index = (np.asarray(v) for v in given)
+        axis = int(node.get("axis", 0)) % x.ndim
+        here = x[tuple(slice(None) if d == axis else slice(0, n) for d, n in enumerate(index.shape))]
+        return [np.take_along_axis(here, np.where(index < 0, index + x.shape[axis], index), axis)]
+    return list(_on_numbers(_alone(node, opset, len(given))).run(None, _fed(given)))
 
 
 def _fed(given: Sequence[Any]) -> dict[str, Any]:
