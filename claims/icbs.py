@@ -13,8 +13,9 @@ from claims.harness import Claim, Expectation, Measured, Settings
 from claims.wanda import smollm2
 from claims.wanda import task_of as text_task
 from secateur.axes import Criterion, Dsnot, Magnitude, PerMatrix, PerRow, Random, Wanda
+from secateur.axes.quadratic import Anneal
 from secateur.axes.rules import LearningRate
-from secateur.methods.icbs import ICBS, Anneal
+from secateur.methods.icbs import ICBS
 from secateur.methods.oneshot import OneShot
 from secateur.models import open_model
 from secateur.outcome import Outcome

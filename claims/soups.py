@@ -12,9 +12,10 @@ from claims.harness import Claim, Expectation, Settings
 from secateur.axes.patterns import keep_top
 from secateur.axes.rewinding import magnitudes, reinitialize_
 from secateur.axes.rules import LearningRate
+from secateur.axes.soup import GreedySoup, Refresh, basin, merged
 from secateur.cut import weights
 from secateur.edit import Mask, apply_
-from secateur.methods.soups import GreedySoup, Refresh, Soups, alone, basin, merged
+from secateur.methods.soups import Soups, alone
 from secateur.models.resnet import CifarResNet
 from secateur.site import Site, tensors
 from secateur.task import Task

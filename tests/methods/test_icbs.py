@@ -11,31 +11,18 @@ from torch import Tensor, nn
 
 from secateur import prune
 from secateur.axes import NM, Dsnot, Magnitude, PerMatrix, PerRow, Random, Wanda
+from secateur.axes.curvature import ExactHessian, Fisher, MeanGradient, exact_hessian, mean_loss, own_gradients
+from secateur.axes.quadratic import Anneal, Exhaustive, Quadratic
 from secateur.cut import weights
 from secateur.edit import Mask, apply_, load, save
 from secateur.errors import EvidenceError, PatternError, SettingError
 from secateur.evidence import examples
-from secateur.methods.icbs import (
-    ICBS,
-    Anneal,
-    ExactHessian,
-    Exhaustive,
-    Fisher,
-    Layer,
-    MeanGradient,
-    Quadratic,
-    exact_hessian,
-    fixed_sides,
-    mean_loss,
-    own_gradients,
-    quadratic,
-    turns,
-    without_negatives,
-)
+from secateur.methods.icbs import ICBS, Layer, fixed_sides, quadratic, turns, without_negatives
 from secateur.methods.magnitude import Magnitude as ByMagnitude
 from secateur.methods.oneshot import OneShot
 from secateur.recipe import method_of, text_of_method
 from secateur.site import Part, Site
+from secateur.walk import journal
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -388,3 +375,31 @@ def test_what_cannot_be_searched_is_refused() -> None:
     frozen[0].weight.requires_grad_(False)
     with pytest.raises(EvidenceError, match=r"0.weight[\s\S]*frozen"):
         prune(frozen, replace(ICBS(steps=6, **SHORT), pattern=PerRow()), task)
+
+
+def test_a_search_that_was_cut_off_goes_on_where_it_was(tmp_path, monkeypatch):
+    from secateur.methods import icbs
+
+    monkeypatch.setattr(icbs, "ASIDE", 2)
+    method = replace(ICBS(), **{**ICBS.tiny, "steps": 6, "epochs": 2, "every": 5})
+    whole = method.run(make_model("mlp"), make_task("mlp"))
+    step, seen = ICBS._step, []
+
+    def breaks(self, *given):
+        seen.append(1)
+        if len(seen) == 8:
+            raise KeyboardInterrupt
+        return step(self, *given)
+
+    monkeypatch.setattr(ICBS, "_step", breaks)
+    with pytest.raises(KeyboardInterrupt), journal(tmp_path / "j", "one"):
+        method.run(make_model("mlp"), make_task("mlp"))
+    with journal(tmp_path / "j", "one"):
+        again = method.run(make_model("mlp"), make_task("mlp"))
+    steps = len(whole.history.losses)
+    assert len(seen) == 8 + steps - 6  # 6 of the 7 steps that were done had been put aside
+    assert again.history.losses == whole.history.losses
+    for one, two in zip(whole.edits, again.edits, strict=True):
+        assert torch.equal(one.keep, two.keep)
+    curve = "validation accuracy"
+    assert again.history.curves[curve] == whole.history.curves[curve]

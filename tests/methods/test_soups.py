@@ -17,8 +17,10 @@ from test_distributed import ALONE, PLACE, free_port
 from torch import nn
 
 from secateur.axes import NM, Uniform
+from secateur.axes.branching import AdaptiveFall, Candidate, Decays, Fall, Lengths, Order, Rates, Retraining
 from secateur.axes.rules import Gradual, LearningRate
 from secateur.axes.schedules import Schedule
+from secateur.axes.soup import GreedySoup, Refresh, UniformSoup, basin, merged
 from secateur.cli import main
 from secateur.cut import weights
 from secateur.edit import Mask
@@ -26,24 +28,7 @@ from secateur.errors import ModelError, ResumeError, SettingError, SiteError, Ta
 from secateur.graph import channels
 from secateur.method import load, prune
 from secateur.methods.oneshot import OneShot
-from secateur.methods.soups import (
-    AdaptiveFall,
-    Candidate,
-    Decays,
-    Fall,
-    GreedySoup,
-    Lengths,
-    Order,
-    Phase,
-    Rates,
-    Refresh,
-    Retraining,
-    Soups,
-    UniformSoup,
-    alone,
-    basin,
-    merged,
-)
+from secateur.methods.soups import Phase, Soups, alone
 from secateur.site import tensors
 from secateur.task import Around
 from secateur.tasks.labelled import Labelled
@@ -327,7 +312,7 @@ from secateur.train import Snapshot
 with together() as ours:
     model = tiny.make_model("cnn")
     retrained = []
-    import secateur.methods.soups as soups
+    import secateur.axes.branching as soups
     fit = soups.fit
     soups.fit = lambda *given, **named: retrained.append(1) or fit(*given, **named)
     end = PARALLEL.cook(model, ours.share(tiny.toy_images()), weights(model))

@@ -14,8 +14,10 @@ from typing import Any
 
 from secateur.axes import (
     allocations,
+    branching,
     cached,
     criteria,
+    curvature,
     donors,
     groups,
     growth,
@@ -24,6 +26,7 @@ from secateur.axes import (
     penalties,
     pq,
     probes,
+    quadratic,
     recovery,
     refiners,
     remasking,
@@ -32,6 +35,7 @@ from secateur.axes import (
     scales,
     schedules,
     solvers,
+    soup,
     subsets,
     taylor,
     trained_masks,
@@ -113,8 +117,10 @@ __all__ = [
 
 PARTS = (
     allocations,
+    branching,
     cached,
     criteria,
+    curvature,
     donors,
     groups,
     growth,
@@ -123,6 +129,7 @@ PARTS = (
     penalties,
     pq,
     probes,
+    quadratic,
     recovery,
     refiners,
     remasking,
@@ -131,6 +138,7 @@ PARTS = (
     scales,
     schedules,
     solvers,
+    soup,
     subsets,
     taylor,
     trained_masks,

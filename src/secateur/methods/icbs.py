@@ -14,16 +14,17 @@ a constant, to be minimised with as many ones as the block had left out before.
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import combinations
-from math import comb, log10
-from typing import ClassVar, Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from math import log10
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from secateur.axes import Allocation, Criterion, Pattern, PerMatrix, PerRow, Rank, Refiner, Uniform, Wanda, text_of
+from secateur.axes.curvature import Curvature, Fisher, exact_hessian, mean_loss, own_gradients
+from secateur.axes.quadratic import Anneal, Quadratic, Search
 from secateur.axes.sweep import gradients, spread
 from secateur.cut import DEFAULT_EXCLUDE, weights
 from secateur.edit import Mask, apply_
@@ -33,21 +34,10 @@ from secateur.method import Budget, Card, Method
 from secateur.outcome import Outcome
 from secateur.site import Site, tensors
 from secateur.task import Batch, Task, generator
-from secateur.train import History
-from secateur.walk import Feed, walk
+from secateur.train import History, Snapshot
+from secateur.walk import Feed, journal_place, walk
 
-
-@dataclass(frozen=True, eq=False)
-class Quadratic:
-    """The loss as a function of which weights of a block are left out: x^T matrix x + constant, x in {0, 1}^n."""
-
-    matrix: Tensor  # [block, block], symmetric, float64; Q in the paper
-    constant: float
-
-    def value(self, x: Tensor) -> float:
-        """Its value for a choice [block], True where a weight is left out."""
-        x = x.to(self.matrix.dtype)
-        return float(x @ self.matrix @ x) + self.constant
+ASIDE = 25  # steps between states put aside, where a run keeps a journal
 
 
 def quadratic(
@@ -69,161 +59,6 @@ def quadratic(
 def without_negatives(problem: Quadratic) -> Quadratic:
     """What the authors' release minimises: it means to drop entries of no size, and drops all below 1e-12."""
     return Quadratic(problem.matrix.masked_fill(problem.matrix <= 1e-12, 0), problem.constant)
-
-
-# How the loss bends
-
-
-@runtime_checkable
-class Curvature(Protocol):
-    """What stands for the second derivatives of the loss in a block."""
-
-    def hessian(self, gradients: Tensor, exact: Callable[[], Tensor]) -> Tensor:
-        """[block, block], from each example's gradient [examples, block], or from calling `exact`."""
-        ...
-
-
-@dataclass(frozen=True)
-class Fisher:
-    """The mean over examples of g g^T: the paper's choice. Its rank is at most the number of examples."""
-
-    def hessian(self, gradients: Tensor, exact: Callable[[], Tensor]) -> Tensor:
-        """See Curvature."""
-        return gradients.T @ gradients / len(gradients)
-
-
-@dataclass(frozen=True)
-class MeanGradient:
-    """The mean gradient's own g g^T: of rank one."""
-
-    def hessian(self, gradients: Tensor, exact: Callable[[], Tensor]) -> Tensor:
-        """See Curvature."""
-        mean = gradients.mean(0)
-        return mean[:, None] * mean
-
-
-@dataclass(frozen=True)
-class ExactHessian:
-    """The second derivatives themselves, a backward pass for each weight of the block: for small blocks."""
-
-    def hessian(self, gradients: Tensor, exact: Callable[[], Tensor]) -> Tensor:
-        """See Curvature."""
-        return exact()
-
-
-# How a choice is found
-
-
-@runtime_checkable
-class Search(Protocol):
-    """How x^T Q x is minimised over x in {0, 1}^n with a given number of ones."""
-
-    def minimise(self, matrix: Tensor, start: Tensor, draw: torch.Generator) -> Tensor:
-        """A choice [n] with as many True as `start`, no worse than it; matrix [n, n] is symmetric, float64."""
-        ...
-
-
-@dataclass(frozen=True)
-class Exhaustive:
-    """Try every choice: for blocks of 20 weights at most."""
-
-    def minimise(self, matrix: Tensor, start: Tensor, draw: torch.Generator) -> Tensor:
-        """See Search; the first of equals."""
-        n, ones = len(start), int(start.sum())
-        if comb(n, ones) > 200_000:
-            raise SettingError(
-                f"every way to leave {ones} of {n} weights out was to be tried",
-                f"there are {comb(n, ones):.2g}",
-                "Use anneal, or a block of 20.",
-            )
-        places = torch.tensor(list(combinations(range(n), ones))).reshape(-1, ones)
-        every = torch.zeros(len(places), n, dtype=matrix.dtype).scatter_(1, places, 1.0)
-        best = ((every @ matrix) * every).sum(1).argmin()
-        return every[best].bool()
-
-
-@dataclass(frozen=True)
-class Anneal:
-    """Swap a one and a zero at random; swaps that cost are accepted ever more seldom. The best that was met wins.
-
-    Simulated annealing at inverse temperatures from `hot` to `cold`, on Q scaled to entries of size one on average. A
-    sweep offers each weight a partner of the other value, drawn at random. A run ends when a whole temperature accepts
-    nothing. Every restart begins at the choice as it stands, so that the result is never worse.
-    """
-
-    restarts: int = 10  # 20 for language models in the paper
-    hot: float = 1e-3
-    cold: float = 100.0
-    growth: float = 1.1  # of the inverse temperature, from one to the next
-    sweeps: int = 1  # at each temperature
-
-    def __post_init__(self) -> None:
-        if min(self.restarts, self.sweeps) < 1 or not 0 < self.hot <= self.cold or self.growth <= 1:
-            raise SettingError(
-                f"annealing {self.restarts} times from {self.hot:g} to {self.cold:g} by {self.growth:g} was asked for",
-                "inverse temperatures are above 0 and grow, and there is one run and one sweep at least",
-                "Give hot=0.001, cold=100, growth=1.1.",
-            )
-
-    def minimise(self, matrix: Tensor, start: Tensor, draw: torch.Generator) -> Tensor:
-        """See Search."""
-        n, ones = len(start), int(start.sum())
-        sizes = matrix.abs()
-        if ones in (0, n) or not bool(sizes.any()):
-            return start.clone()
-        scaled = matrix / sizes[sizes > 0].mean()
-        found = [self._run(scaled, start, draw) for _ in range(self.restarts)]
-
-        def energy(x: Tensor) -> float:  # anew, of Q as it was: sums of many small changes drift
-            x = x.to(matrix.dtype)
-            return float(x @ matrix @ x)
-
-        return min([start, *found], key=energy)
-
-    def _run(self, matrix: Tensor, start: Tensor, draw: torch.Generator) -> Tensor:
-        """One run. What is looked at in the inner loop is in lists and views of memory: tensors cost microseconds."""
-        n = len(start)
-        pairs = 2 * matrix
-        pairs.fill_diagonal_(0)
-        # What it costs to turn a one on, the others being as they are; of a one, what it cost.
-        price = (matrix.diagonal() + pairs @ start.to(matrix.dtype)).numpy()
-        rows = pairs.numpy()
-        seen, couple = price.data, rows.data
-        x = bytearray(start.to(torch.uint8).numpy().tobytes())
-        members = [[i for i in range(n) if not x[i]], [i for i in range(n) if x[i]]]  # of each value
-        place = [0] * n
-        for side in members:
-            for at, i in enumerate(side):
-                place[i] = at
-        energy = lowest = 0.0
-        best = bytes(x)
-        beta = self.hot
-        while beta <= self.cold:
-            accepted = 0
-            for _ in range(self.sweeps):
-                chance = torch.rand(2, n, generator=draw, dtype=torch.float64)
-                limits = (-chance[0].clamp(min=1e-300).log() / beta).tolist()
-                partners = chance[1].tolist()
-                for i in range(n):
-                    others = members[1 - x[i]]
-                    j = others[int(partners[i] * len(others))]
-                    on, off = (j, i) if x[i] else (i, j)
-                    change = seen[on] - seen[off] - couple[on, off]
-                    if change > limits[i]:
-                        continue
-                    price += rows[on]
-                    price -= rows[off]
-                    x[on], x[off] = 1, 0
-                    a, b = place[on], place[off]
-                    members[0][a], members[1][b], place[off], place[on] = off, on, a, b
-                    accepted += 1
-                    energy += change
-                    if energy < lowest - 1e-12:
-                        lowest, best = energy, bytes(x)
-            if not accepted:
-                break
-            beta *= self.growth
-        return torch.frombuffer(bytearray(best), dtype=torch.uint8).bool()
 
 
 # What is in a block
@@ -306,69 +141,6 @@ def turns(sizes: Sequence[int], steps: int, least: int, draw: torch.Generator) -
         counts[i] += 1
     order = [i for i, count in enumerate(counts) for _ in range(count)]
     return [order[i] for i in torch.randperm(len(order), generator=draw).tolist()]
-
-
-# What the loss says of a site
-
-
-def own_gradients(
-    model: nn.Module, site: Site, batch: Sequence[Batch], loss: Callable[[nn.Module, Batch], Tensor]
-) -> tuple[Tensor, float]:
-    """Each example's gradient at a site [examples, units], float32, and the mean loss.
-
-    One example at a time: a mean over a batch has lost them. Raises EvidenceError for a frozen or unused weight.
-    """
-    part = site.parts[0]
-    value = tensors(model)[part.name]
-    if not value.requires_grad:
-        raise EvidenceError(
-            f"the gradient of {site.name} was asked for",
-            "it is frozen (requires_grad is False)",
-            "Call requires_grad_(True) on it, or leave it out with exclude.",
-        )
-    rows, total = torch.zeros(len(batch), site.units), 0.0
-    for place, example in enumerate(batch):
-        with torch.enable_grad():
-            found = loss(model, example)
-            (whole,) = torch.autograd.grad(found, value, allow_unused=True)
-        total += float(found.detach())
-        if whole is not None:  # an expert may see no token
-            rows[place] = part.view(whole).reshape(-1).float().cpu()
-    if not bool(torch.isfinite(rows.sum())):  # of whichever example: a sum keeps it
-        raise EvidenceError(
-            f"the gradient of {site.name} was measured",
-            "it holds NaN or infinity",
-            "Look for overflow; half precision often needs bfloat16 or float32.",
-        )
-    return rows, total / len(batch)
-
-
-def mean_loss(model: nn.Module, batch: Sequence[Batch], loss: Callable[[nn.Module, Batch], Tensor]) -> float:
-    """The mean over examples of the loss of the model as it is."""
-    with torch.no_grad():
-        return sum(float(loss(model, example)) for example in batch) / len(batch)
-
-
-def exact_hessian(
-    model: nn.Module,
-    site: Site,
-    places: Tensor,
-    batch: Sequence[Batch],
-    loss: Callable[[nn.Module, Batch], Tensor],
-) -> Tensor:
-    """The mean over examples of the second derivatives of the loss at some places of a site [block, block]."""
-    part = site.parts[0]
-    value = tensors(model)[part.name]
-    total = torch.zeros(len(places), len(places), dtype=torch.float64)
-    with torch.enable_grad():
-        for example in batch:
-            (whole,) = torch.autograd.grad(loss(model, example), value, create_graph=True)
-            slope = part.view(whole).reshape(-1)[places.to(whole.device)]
-            for i, each in enumerate(slope):
-                (row,) = torch.autograd.grad(each, value, retain_graph=True)
-                total[i] += part.view(row).reshape(-1)[places.to(row.device)].double().cpu()
-    total /= len(batch)
-    return (total + total.T) / 2
 
 
 # The method
@@ -473,17 +245,27 @@ class ICBS(Method):
         layers = self._first(model, task, batches)
         first = [layer.keep.clone() for layer in layers]
         data = deque(examples(batches))
-        history, watch, draw = History(), Watch(model, task), generator(task, "icbs")
-        if self.every:
-            watch.look(history)
+        watch, draw, aside = Watch(model, task), generator(task, "icbs"), journal_place("search")
+        now = Progress(draw)
+        if aside is not None and aside.exists():
+            now.take_up_(Snapshot.load(aside), model, layers, watch)
+            data.rotate(-len(now.history.losses) * min(self.batch, len(data)))
+        elif self.every:
+            watch.look(now.history)
+        history = now.history
         with calm(model):
-            for _ in range(self.epochs):
-                for turn in turns([layer.site.units for layer in layers], self.steps, self.least, draw):
-                    batch = [data[i] for i in range(min(self.batch, len(data)))]
-                    data.rotate(-len(batch))
-                    self._step(model, task, layers[turn], batch, history, draw)
-                    if self.every and len(history.losses) % self.every == 0:
-                        watch.look(history)
+            while now.left or now.epochs < self.epochs:
+                if not now.left:
+                    sizes = [layer.site.units for layer in layers]
+                    now.left, now.epochs = turns(sizes, self.steps, self.least, draw), now.epochs + 1
+                turn = now.left.pop(0)
+                batch = [data[i] for i in range(min(self.batch, len(data)))]
+                data.rotate(-len(batch))
+                self._step(model, task, layers[turn], batch, history, draw)
+                if self.every and len(history.losses) % self.every == 0:
+                    watch.look(history)
+                if aside is not None and len(history.losses) % ASIDE == 0:
+                    now.snapshot(layers, watch).save(aside)
         if self.every and len(history.losses) % self.every:
             watch.look(history)
         masks = [Mask(layer.site, layer.keep.reshape(layer.site.shape)) for layer in layers]
@@ -525,7 +307,7 @@ class ICBS(Method):
             for site in sites:
                 decide(site, tensors(model), Evidence())
             return layers
-        for part in walk(model, batches, feed=self.feed):  # not journalled: a run taken up again begins anew
+        for part in walk(model, batches, feed=self.feed):  # not journalled: the search needs the dense weights
             here = part.pick(sites)
             seen = part.observe(here, inputs)
             for site in here:
@@ -569,6 +351,40 @@ class ICBS(Method):
 
 
 @dataclass(eq=False)
+class Progress:
+    """How far a search is, beside the masks: put aside, it goes on as if nothing had happened."""
+
+    draw: torch.Generator
+    epochs: int = 0  # begun
+    left: list[int] = field(default_factory=list)  # sites still to be looked at in this epoch
+    history: History = field(default_factory=History)
+
+    def snapshot(self, layers: Sequence[Layer], watch: "Watch") -> Snapshot:
+        """All of it as one value that can be saved."""
+        held = {
+            "keep": {layer.site.name: layer.keep for layer in layers},
+            "tabu": {layer.site.name: layer.tabu for layer in layers},
+            "draw": self.draw.get_state(),
+            "epochs": self.epochs,
+            "left": self.left,
+            "seconds": watch.elapsed(),
+            "history": asdict(self.history),
+        }
+        return Snapshot({}, rules=(held,))
+
+    def take_up_(self, snapshot: Snapshot, model: nn.Module, layers: Sequence[Layer], watch: "Watch") -> None:
+        """Go back to where `snapshot` was taken, the model and its layers too."""
+        held: Mapping[str, Any] = snapshot.rules[0] if snapshot.rules else {}
+        for layer in layers:
+            layer.place_(model, torch.arange(layer.site.units), held["keep"][layer.site.name])
+            layer.tabu = held["tabu"][layer.site.name]
+        self.draw.set_state(held["draw"])
+        self.epochs, self.left = held["epochs"], list(held["left"])
+        self.history = History(**held["history"])
+        watch.spent, watch.since = held["seconds"], time.perf_counter()
+
+
+@dataclass(eq=False)
 class Watch:
     """Measures the model as it is being searched, and how long the search took so far; measuring does not count."""
 
@@ -577,9 +393,13 @@ class Watch:
     spent: float = 0.0
     since: float = field(default_factory=time.perf_counter)
 
+    def elapsed(self) -> float:
+        """Seconds of searching so far."""
+        return self.spent + time.perf_counter() - self.since
+
     def look(self, history: History) -> None:
         """Log the seconds, and the quality on val, at the step the history has reached."""
-        self.spent += time.perf_counter() - self.since
+        self.spent = self.elapsed()
         step = len(history.losses)
         found = self.task.measure(self.model, "val")
         history.log("seconds", step, self.spent)
