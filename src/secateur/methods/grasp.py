@@ -11,17 +11,12 @@ from typing import ClassVar
 from torch import nn
 
 from secateur.axes import Allocation, Global
-from secateur.axes.allocations import gaps
+from secateur.axes.at_init import check_training, trained_from_start
 from secateur.axes.probes import Grasp as Probe
-from secateur.axes.probes import masks_by
-from secateur.axes.rules import Hold, LearningRate
 from secateur.cut import DEFAULT_EXCLUDE, weights
-from secateur.edit import Edit, apply_
-from secateur.errors import SettingError
 from secateur.method import Card, Method
 from secateur.outcome import Outcome
 from secateur.task import Task
-from secateur.train import fit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,19 +53,13 @@ class Grasp(Method):
     def check(self) -> None:
         """Raise SettingError for a sparsity or training that cannot be."""
         self.budget()
-        if self.steps < 0:
-            raise SettingError(
-                f"{self.steps} steps of training were asked for", "a count cannot be negative", "Give 0 or more."
-            )
-        LearningRate(floor=self.rate_floor)
+        check_training(self.steps, self.rate_floor)
 
     def run(self, model: nn.Module, task: Task) -> Outcome:
         """Probe, choose, train."""
         self.check()
         sites = weights(model, self.include, self.exclude)
-        reading = Probe(self.per_class, self.temperature).read(model, sites, task, self.sparsity)
-        masks = masks_by(sites, reading.scores, self.allocation, self.sparsity)
-        edits: list[Edit] = apply_(model, masks)
-        history = fit(model, task, self.steps, [LearningRate(floor=self.rate_floor), Hold.of(edits)])
-        notes = [*reading.notes, *gaps(sites, {mask.site.name: mask.keep for mask in masks})]
-        return Outcome(model, edits, history, notes=notes + history.notes)
+        return trained_from_start(
+            model, task, sites, Probe(self.per_class, self.temperature), self.allocation, self.sparsity,
+            steps=self.steps, rate_floor=self.rate_floor,
+        )  # fmt: skip

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from secateur.axes import Allocation, Erk
 from secateur.axes.allocations import check_scoreless, gaps, inhabited
+from secateur.axes.at_init import check_training
 from secateur.axes.donors import Donor
 from secateur.axes.growth import random_masks
 from secateur.axes.rules import Hold, LearningRate
 from secateur.cut import DEFAULT_EXCLUDE, weights
 from secateur.edit import Edit, Mask, apply_
-from secateur.errors import SettingError
 from secateur.method import Budget, Card, Method
 from secateur.outcome import Outcome
 from secateur.site import Site, tensors
@@ -65,11 +65,7 @@ class RandomPruning(Method):
     def check(self) -> None:
         """Raise SettingError for a sparsity or training that cannot be."""
         self.budget()
-        if self.steps < 0:
-            raise SettingError(
-                f"{self.steps} steps of training were asked for", "a count cannot be negative", "Give 0 or more."
-            )
-        LearningRate(floor=self.rate_floor)
+        check_training(self.steps, self.rate_floor)
         if not isinstance(self.allocation, Donor):
             check_scoreless(self.allocation)
 
