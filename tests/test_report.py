@@ -235,6 +235,19 @@ def without_a_cut(run):
     return replace(run, ledger=replace(run.ledger, removed=0, after=run.ledger.before), sites=[])
 
 
+def test_a_recovery_says_what_it_changed_and_that_zeros_stayed():
+    ledger = record().ledger
+    size = replace(ledger.before, zeros=5000)
+    run = record("perp", None, sites=[], edits={"Update": 270})
+    run = replace(run, ledger=replace(ledger, prunable=0, removed=0, before=size, after=size))
+    assert report.summary(run).startswith(
+        "perp removed nothing from smollm2: it changed 270 tensors and kept 5,000 zeros; perplexity on wikitext2"
+    )
+    fewer = replace(run, ledger=replace(run.ledger, after=replace(size, zeros=4999)))
+    assert "kept" not in report.summary(fewer)
+    assert report.summary(replace(run, edits={})).startswith("perp ran on smollm2 and removed nothing; ")
+
+
 def test_headline_does_not_rank_what_removed_nothing():
     short = without_a_cut(record("shortgpt", quality=20.7))
     said = report.headline([record(), record("random", quality=90.0), short, control()])

@@ -98,7 +98,7 @@ def _join(names: Sequence[str]) -> str:
 def _removed(record: Record) -> str:
     ledger, model = record.ledger, record.model.get("name") or "the model"
     if not ledger.prunable:
-        return f"{record.method} ran on {model} and removed nothing"
+        return _changed(record, model)
     target = asked(record.settings)
     missed = target is not None and abs(ledger.sparsity - target) > MISSED
     instead = f" ({figures.percent(target)} was asked for)" if missed else ""
@@ -108,6 +108,15 @@ def _removed(record: Record) -> str:
         units = f"{figures.percent(ledger.sparsity)}{instead} of the {' and '.join(kinds)}"
         return f"{record.method} removed {units}, with them {figures.percent(ledger.share)} of {weights}"
     return f"{record.method} removed {figures.percent(ledger.sparsity)}{instead} of {weights}"
+
+
+def _changed(record: Record, model: str) -> str:
+    """Of a run that had nothing to remove, such as a recovery: what it did instead."""
+    changed, zeros = record.edits.get("Update", 0), record.ledger.before.zeros
+    if not changed:
+        return f"{record.method} ran on {model} and removed nothing"
+    kept = f" and kept {figures.count(zeros)} zeros" if 0 < zeros <= record.ledger.after.zeros else ""
+    return f"{record.method} removed nothing from {model}: it changed {figures.count(changed)} tensors{kept}"
 
 
 def _quality(record: Record) -> str:
