@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file
 from tiny import make_model, make_task
 
 from secateur.axes import NM, Dsnot, Gblm, Owl
@@ -21,10 +22,17 @@ from secateur.edit import Edit, Mask
 from secateur.edit import load as load_edits
 from secateur.errors import SettingError, TaskError
 from secateur.evidence import Evidence, merging, observe
+from secateur.methods.cfsp import CFSP
+from secateur.methods.expert_removal import ExpertRemoval
+from secateur.methods.flap import FLAP
 from secateur.methods.oneshot import OneShot
-from secateur.methods.shortgpt import ShortGPT
+from secateur.methods.shortgpt import ClosestRun, ShortGPT
+from secateur.methods.slicegpt import SliceGPT
 from secateur.methods.sparsegpt import SparseGPT
+from secateur.methods.uncurl import UNCURL
 from secateur.methods.wanda import Wanda
+from secateur.site import tensors
+from secateur.walk import walk
 
 HERE = Path(__file__).parent
 ALONE = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
@@ -37,16 +45,28 @@ RUNS = {
     "experts": ("moe", Wanda(samples=2)),
 }
 
+# Methods that look at activations one by one, or have sums of their own.
+WATCHING = {
+    "flap": ("decoder", FLAP(samples=16)),
+    "shortgpt": ("decoder", ShortGPT(samples=16, sparsity=0.5)),
+    "closest run": ("decoder", ShortGPT(samples=16, sparsity=0.5, choice=ClosestRun())),
+    "slicegpt": ("decoder", SliceGPT(samples=16)),
+    "cfsp": ("decoder", CFSP(samples=16, round_to=8)),
+    "expert_removal": ("moe", ExpertRemoval(samples=16)),
+    "uncurl": ("moe", UNCURL(samples=16)),
+}
+
 WORKER = """
 import sys
 from pathlib import Path
 import torch
-from test_distributed import RUNS
+from safetensors.torch import save_file
+from test_distributed import RUNS, WATCHING, held
 from tiny import make_model, make_task
 from secateur.distributed import together
 from secateur.edit import save
 from secateur.errors import SecateurError
-from secateur.methods.flap import FLAP
+from secateur.walk import walk
 from secateur.methods.wanda import Wanda
 
 out = Path(sys.argv[1])
@@ -58,13 +78,18 @@ with together() as ours:
         ours.agree(done.model)
         if ours.first:
             save(done.edits, out / f"{name}.safetensors")
+    for name, (family, method) in WATCHING.items():
+        done = method.run(make_model(family), ours.share(make_task(family)))
+        ours.agree(done.model)
+        if ours.first:
+            save_file(held(done.model), out / f"{name}.safetensors")
     said = []
     with torch.no_grad():
         model = make_model("mlp")
         model[0].weight[0, 0] += ours.rank
     for attempt in (
         lambda: ours.agree(model),
-        lambda: FLAP(samples=16).run(make_model("decoder"), ours.share(make_task("decoder"))),
+        lambda: next(walk(model, make_task("mlp").batches("calibration", 4))).calls,
         lambda: Wanda(samples=1).run(make_model("decoder"), ours.share(make_task("decoder"))),
     ):
         try:
@@ -95,6 +120,11 @@ def masks(edits: Iterable[Edit]) -> dict[str, torch.Tensor]:
     return {edit.site.name: edit.keep for edit in edits if isinstance(edit, Mask)}
 
 
+def held(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Every tensor, those that share storage apart, by name."""
+    return {name: value.detach().clone().contiguous() for name, value in tensors(model).items()}
+
+
 def test_two_processes_give_the_masks_of_one(tmp_path: Path) -> None:
     port = free_port()
     running = [started(tmp_path, rank, port) for rank in range(2)]
@@ -102,16 +132,22 @@ def test_two_processes_give_the_masks_of_one(tmp_path: Path) -> None:
     for process in running:
         _, said = process.communicate(timeout=600)
         assert process.returncode == 0, said
+    whole = {n: held(method.run(make_model(f), make_task(f)).model) for n, (f, method) in WATCHING.items()}
     for name, one in alone.items():
         two = masks(load_edits(tmp_path / f"{name}.safetensors"))
         assert len(one) >= 14
         assert one.keys() == two.keys()
         assert all(torch.equal(one[site], two[site]) for site in one), name
+    for name, model in whole.items():
+        two = load_file(tmp_path / f"{name}.safetensors")
+        assert {n: v.shape for n, v in model.items()} == {n: v.shape for n, v in two.items()}, name
+        for key, value in model.items():
+            torch.testing.assert_close(two[key], value, rtol=1e-4, atol=1e-6, msg=f"{name}: {key}")
     for rank in range(2):
-        differ, flap, short = (tmp_path / f"said-{rank}.txt").read_text().splitlines()
+        differ, alone_only, short = (tmp_path / f"said-{rank}.txt").read_text().splitlines()
         assert "they end with different weights" in differ
-        assert "each has only its share of them" in flap
-        assert "Run this method in one process" in flap
+        assert "each has only its share of them" in alone_only
+        assert "Run this method in one process" in alone_only
         assert "Ask for 2 samples at least" in short
 
 
@@ -157,7 +193,7 @@ def test_what_was_seen_is_merged_before_it_is_used() -> None:
     with merging(doubled):
         twice = observe(model, weights(model), batches, {"input_square"})
         with pytest.raises(SettingError, match=r"inputs of model.layers.0[\s\S]*without torchrun"):
-            ShortGPT(samples=4).run(make_model("decoder"), make_task("decoder"))
+            next(walk(make_model("decoder"), make_task("decoder").batches("calibration", 4))).calls  # noqa: B018
     for name, seen in plain.items():
         assert twice[name].count == 2 * seen.count
         assert torch.equal(twice[name].sums["input_square"], 2 * seen.sums["input_square"])

@@ -121,6 +121,26 @@ def merged(found: dict[str, Evidence]) -> dict[str, Evidence]:
     return found if merge is None else merge(found)
 
 
+@contextmanager
+def unshared() -> Iterator[None]:
+    """Within this, activations of this process's share of the data may be looked at one by one.
+
+    What is summed up of them is `merged` afterwards, before it is used.
+    """
+    token = _merge.set(None)
+    try:
+        yield
+    finally:
+        _merge.reset(token)
+
+
+def summed(name: str, add: Callable[[], Evidence]) -> Evidence:
+    """What `add` sums up of this process's share of the data, with that of all who measure together."""
+    with unshared():
+        mine = add()
+    return merged({name: mine})[name]
+
+
 def refuse_share(what: str) -> None:
     """Raise SettingError within `merging` for what is no sum, and would be of one share of the data."""
     if _merge.get() is not None:

@@ -141,21 +141,29 @@ class Block:
         check_finite(seen)
         return seen
 
-    @torch.no_grad()
     def watch(self, name: str) -> Iterator[Tensor]:
         """What flows into a module inside the block, by its name in the model: a tensor per batch."""
-        refuse_share(f"the inputs of {name}")
-        caught: list[Tensor] = []
-        inside = self.model.get_submodule(name)
-        hook = inside.register_forward_pre_hook(
-            lambda _, args, kwargs: caught.append(_flow(args, kwargs)), with_kwargs=True
-        )
+        return (caught[name] for caught in self.watch_all([name]))
+
+    @torch.no_grad()
+    def watch_all(self, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+        """What flows into several modules inside the block, in one pass: by name, for each batch."""
+        caught: dict[str, Tensor] = {}
+
+        def note(name: str) -> Callable[..., None]:
+            return lambda _, args, kwargs: caught.update({name: _flow(args, kwargs)})
+
+        hooks = []
+        for name in names:
+            refuse_share(f"the inputs of {name}")
+            hooks.append(self.model.get_submodule(name).register_forward_pre_hook(note(name), with_kwargs=True))
         try:
             for _ in self._run():
-                yield caught[-1]
+                yield dict(caught)
                 caught.clear()
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
 
     def _run(self) -> Iterator[Any]:
         if not self.name:

@@ -173,6 +173,21 @@ def test_whole_widths_by_hand():
     assert whole_widths([5.0], [100], 32, total=1) == [32]  # what cannot be met is left
 
 
+def test_widths_between_two_multiples_are_rounded_once():
+    class Between:
+        needs_scores = True
+
+        def spread(self, sites, budget, scores=None):
+            return {"a": 6, "b": 6}
+
+        def exact(self, sites, budget, scores=None):
+            return {"a": 5.8, "b": 6.2}
+
+    sites = [Site(name, "channel", (16,), (), block=name) for name in ("a", "b")]
+    method = CFSP(allocation=Between(), repair=False)
+    assert method.widths(sites, {"a": 0.1, "b": 0.1}, {"a": 4, "b": 4}) == {"a": 4, "b": 8}
+
+
 def test_the_mean_of_the_widths_is_what_was_asked_for_before_rounding():
     influence = torch.rand(30, generator=torch.Generator().manual_seed(0)).double() * 0.3
     for sparsity in (0.05, 0.2, 0.5, 0.9):

@@ -10,7 +10,7 @@ With x what flows into a block and y what flows out of it, for each token:
 `watched` measures it in whatever passes go through a model while it lasts, forward alone or forward and back.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from secateur.errors import EvidenceError, GraphError
+from secateur.evidence import Evidence, merged
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
@@ -91,6 +92,12 @@ class Watched:
         """The mean square of what flowed into a module [in], float64, over all tokens. Raises as `change` does."""
         return _mean(module, self._squares.get(module)).cpu()
 
+    def merge(self, blocks: Iterable[str], modules: Iterable[str]) -> None:
+        """Add what other processes saw of the same blocks and modules, where several calibrate together."""
+        for found, names in ((self._changes, blocks), (self._squares, modules)):
+            mine = {n: Evidence(found[n][1], {"total": found[n][0]}) if n in found else Evidence() for n in names}
+            found.update({n: (e.sums["total"], e.count) for n, e in merged(mine).items() if e.count})
+
     @torch.no_grad()
     def note_change(self, block: str, into: Tensor, out: Tensor) -> None:
         """Add a pass through a block: [examples, tokens, width] twice."""
@@ -146,6 +153,7 @@ def watched(model: nn.Module, blocks: Sequence[str], change: Change, inputs: Col
     finally:
         for hook in hooks:
             hook.remove()
+    seen.merge(blocks, inputs)
 
 
 def tokens_of(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from secateur.edit import replacement
 from secateur.errors import BudgetError, EvidenceError, GraphError
-from secateur.evidence import Evidence, calm, check_finite
+from secateur.evidence import Evidence, calm, check_finite, merged
 from secateur.site import Number, Part, Site
 from secateur.task import Batch
 from secateur.walk import stacks
@@ -178,6 +178,7 @@ def routing(model: nn.Module, layers: Sequence[Mixture], batches: Iterable[Batch
     finally:
         for handle in hooks:
             handle.remove()
+    found = merged(found)
     for name, seen in found.items():
         if not seen.count:
             raise EvidenceError(

@@ -21,7 +21,7 @@ Attention is left alone. Adapters of a rank that follows s may win back what was
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import lcm, prod
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +93,15 @@ def whole_widths(
     return found
 
 
+@runtime_checkable
+class Fractional(Protocol):
+    """An allocation that can say what each site is to keep before it is rounded."""
+
+    def exact(self, sites: Sequence[Site], budget: Budget, scores: Scores | None = None) -> dict[str, float]:
+        """Units to keep, as real numbers: site name -> units."""
+        ...
+
+
 @dataclass(frozen=True)
 class Sigmoid:
     """Sites whose scores are higher on average keep more, bent by a sigmoid so that no block is emptied.
@@ -106,20 +115,25 @@ class Sigmoid:
 
     def spread(self, sites: Sequence[Site], budget: Budget, scores: Scores | None = None) -> dict[str, int]:
         """See Allocation. Raises BudgetError where a block would be left nothing."""
+        wanted = list(self.exact(sites, budget, scores).values())
+        found = whole_widths(wanted, [s.units for s in sites], total=kept_of(total_units(sites), budget.sparsity))
+        return {site.name: count for site, count in zip(sites, found, strict=True)}
+
+    def exact(self, sites: Sequence[Site], budget: Budget, scores: Scores | None = None) -> dict[str, float]:
+        """See Fractional. Raises as `spread` does."""
         if scores is None:
             raise SettingError("blocks were to be compared", "no scores were given", "Give how much each block does.")
         influence = torch.stack([scores[site.name].double().mean() for site in sites])
         shares = kept_shares(influence, budget.sparsity, self.contrast)
-        wanted = [float(share) * site.units for share, site in zip(shares, sites, strict=True)]
-        bare = next((site for site, w in zip(sites, wanted, strict=True) if w < 1), None)
+        wanted = {site.name: float(share) * site.units for share, site in zip(shares, sites, strict=True)}
+        bare = next((site for site in sites if wanted[site.name] < 1), None)
         if bare is not None:
             raise BudgetError(
                 f"a sparsity of {budget.sparsity:g} was asked for",
                 f"{bare.name} would be left without any of its {bare.units} units",
                 "Ask for a lower sparsity, or for less contrast.",
             )
-        found = whole_widths(wanted, [s.units for s in sites], total=kept_of(total_units(sites), budget.sparsity))
-        return {site.name: count for site, count in zip(sites, found, strict=True)}
+        return wanted
 
 
 class Fine(Protocol):
@@ -449,12 +463,15 @@ class CFSP(Method):
     ) -> dict[str, int]:
         """Neurons to keep at each site."""
         scores = {site.name: torch.full(site.shape, influence[site.block], dtype=torch.float64) for site in sites}
-        counts = self.allocation.spread(sites, Budget(self.sparsity), scores)
+        budget = Budget(self.sparsity)
+        counts = self.allocation.spread(sites, budget, scores)
+        # Rounded once, to multiples: whole numbers first would tip widths that lie between two.
+        exact = self.allocation.exact(sites, budget, scores) if isinstance(self.allocation, Fractional) else counts
         found: dict[str, int] = {}
         for multiple in dict.fromkeys(multiples.values()):
             some = [site for site in sites if multiples[site.name] == multiple]
-            wanted = [counts[site.name] for site in some]
-            total = sum(wanted) if self.repair else None
+            wanted = [exact[site.name] for site in some]
+            total = sum(counts[site.name] for site in some) if self.repair else None
             fitted = whole_widths(wanted, [site.units for site in some], multiple, total)
             found |= {site.name: count for site, count in zip(some, fitted, strict=True)}
         return found

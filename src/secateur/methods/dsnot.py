@@ -48,6 +48,7 @@ class DSnoT(Method):
             "The mean is per token and the threshold 0.1 / 2048, where the code sums over a sequence of 2,048.",
             "A weight grows only if it lowers the error, and a row without candidates stops; the code's pointer can "
             "walk into kept weights and change how many a row keeps.",
+            "A row keeps the whole number nearest to its share, where the code removes the share rounded down.",
             "In groups, a grown weight whose group has no partner left is passed over, for the same reason.",
             "SparseGPT's scores come from the inputs' second moments; the code never sums them, so that its scores "
             "are all zero.",

@@ -10,7 +10,7 @@ arXiv:2312.11983. For the matrix W that reads heads or neurons (o_proj, down_pro
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
 import torch
@@ -19,15 +19,17 @@ from torch import Tensor, nn
 from secateur.axes import Allocation, Scores, keep_top
 from secateur.axes.influence import tokens_of
 from secateur.axes.spending import check_affordable, per_block, spend_everywhere, total_cost
+from secateur.distributed import present
 from secateur.edit import Edit, Mask, Update, apply_
 from secateur.errors import BudgetError, EvidenceError, GraphError, SettingError
+from secateur.evidence import Evidence, merged, unshared
 from secateur.graph import couple, removals
 from secateur.graph.inner import inner, reader
 from secateur.method import Budget, Card, Method, check_sparsity
 from secateur.outcome import Outcome
 from secateur.site import Site, Tensors, tensors
 from secateur.task import Batch, Task
-from secateur.walk import walk
+from secateur.walk import Block, walk
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,22 +41,57 @@ class Flow:
     variance: Tensor  # [in], the mean square around the mean
 
 
-def flow_of(rows: Iterable[Tensor]) -> Flow:
-    """Mean and variance of all rows [tokens, in] together, merged batch after batch (Chan et al. 1979): exact."""
-    tokens, mean, around = 0, torch.zeros(()), torch.zeros(())
-    for more in rows:
-        x = more.double()
+@dataclass(eq=False)
+class Running:
+    """A flow while it is measured, merged batch after batch (Chan et al. 1979): exact."""
+
+    tokens: int = 0
+    mean: Tensor = field(default_factory=lambda: torch.zeros(()))
+    around: Tensor = field(default_factory=lambda: torch.zeros(()))  # sum of squares around the mean
+
+    def add(self, rows: Tensor) -> None:
+        """More rows [tokens, in]."""
+        x = rows.double()
         if not len(x):
-            continue
+            return
         middle = x.mean(0)
         inside = (x - middle).square().sum(0)
-        if not tokens:
-            tokens, mean, around = len(x), middle, inside
-            continue
-        both, step = tokens + len(x), middle - mean
-        around = around + inside + step.square() * (tokens * len(x) / both)
-        tokens, mean = both, mean + step * (len(x) / both)
-    return Flow(tokens, mean, around / max(tokens, 1))
+        if not self.tokens:
+            self.tokens, self.mean, self.around = len(x), middle, inside
+            return
+        both, step = self.tokens + len(x), middle - self.mean
+        self.around = self.around + inside + step.square() * (self.tokens * len(x) / both)
+        self.tokens, self.mean = both, self.mean + step * (len(x) / both)
+
+    def flow(self) -> Flow:
+        """What it comes to."""
+        return Flow(self.tokens, self.mean, self.around / max(self.tokens, 1))
+
+
+def flow_of(rows: Iterable[Tensor]) -> Flow:
+    """Mean and variance of all rows [tokens, in] together."""
+    found = Running()
+    for more in rows:
+        found.add(more)
+    return found.flow()
+
+
+def of_all(mine: Mapping[str, Running]) -> dict[str, Flow]:
+    """Flows by name, of all processes that calibrate together: each has a mean of its own."""
+    if present().alone:
+        return {name: each.flow() for name, each in mine.items()}
+    every = merged({n: Evidence(m.tokens, {"sum": m.mean * m.tokens} if m.tokens else {}) for n, m in mine.items()})
+    mean = {name: seen.mean("sum") for name, seen in every.items() if seen.count}
+    around = merged(
+        {
+            n: Evidence(m.tokens, {"around": m.around + m.tokens * (m.mean - mean[n]).square()} if m.tokens else {})
+            for n, m in mine.items()
+        }
+    )
+    return {
+        name: Flow(seen.count, mean[name], seen.mean("around")) if seen.count else mine[name].flow()
+        for name, seen in around.items()
+    }
 
 
 class Score(Protocol):
@@ -267,11 +304,10 @@ class FLAP(Method):
         """What flows into the matrix that reads each site, everything before it being dense."""
         masks = [b.inputs.get("attention_mask") if isinstance(b.inputs, Mapping) else None for b in batches]
         found: dict[str, Flow] = {}
-        for block in walk(model, batches, feed="dense"):
-            for site in block.pick(sites):
-                module = reader(site).name.rpartition(".")[0]
-                watched = zip(block.watch(module), masks, strict=True)
-                found[site.name] = flow_of(_rows(x, mask, self.skip, module) for x, mask in watched)
+        for block in walk(model, batches):  # nothing is taken out on the way
+            modules = {site.name: reader(site).name.rpartition(".")[0] for site in block.pick(sites)}
+            if modules:
+                found |= of_all(self._seen(block, modules, masks))
         for site in sites:
             seen = found.get(site.name, Flow(0, torch.zeros(()), torch.zeros(())))
             if seen.tokens < 2 or not bool(torch.isfinite(seen.variance).all()):
@@ -281,6 +317,15 @@ class FLAP(Method):
                     "Give more calibration data, or use bfloat16 or float32 where half precision overflows.",
                 )
         return found
+
+    def _seen(self, block: Block, modules: Mapping[str, str], masks: Sequence[Tensor | None]) -> dict[str, Running]:
+        """The tokens that flow into modules of a block and count, by site, in one pass."""
+        running = {name: Running() for name in modules}
+        with unshared():
+            for caught, mask in zip(block.watch_all(modules.values()), masks, strict=True):
+                for name, module in modules.items():
+                    running[name].add(_rows(caught[module], mask, self.skip, module))
+        return running
 
     def unit_scores(self, site: Site, named: Tensors, flow: Flow) -> Tensor:
         """Standardised scores of a site's units [units]: of a neuron its column's, of a head the mean of its own."""

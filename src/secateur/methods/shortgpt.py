@@ -21,13 +21,15 @@ from torch import Tensor, nn
 from secateur.axes import kept_of
 from secateur.axes.influence import Angle, Turn
 from secateur.cut import layers, passing
+from secateur.distributed import present, shared
 from secateur.edit import Edit, Mask, Replace, apply_
 from secateur.errors import EvidenceError, GraphError, SettingError
+from secateur.evidence import Evidence, summed
 from secateur.method import Budget, Card, Method
 from secateur.outcome import Outcome
 from secateur.site import Site
 from secateur.task import Batch, Task
-from secateur.walk import walk
+from secateur.walk import Block, walk
 
 
 def angular_distance(a: Tensor, b: Tensor) -> float:
@@ -176,26 +178,32 @@ def measured(model: nn.Module, site: Site, batches: Sequence[Batch]) -> tuple[Se
         raise EvidenceError("blocks were to be compared", "there are no calibration samples", "Give calibration data.")
     names, outputs = names_of(site), answers(model, names_of(site)[0], batches[0])
     influence: list[float] = []
-    last: list[Tensor] = []
+    last: list[list[Tensor]] = []  # by block, then by batch
     for block in walk(model, batches, feed="dense"):
         if block.name not in names:
             continue
-        turned, tokens, ends, after = 0.0, 0, [], []
-        for into, out in zip(block.inputs, block.outputs(), strict=True):
-            if into.shape != out.shape:
-                raise GraphError(
-                    f"{block.name} was to be compared with what it is given",
-                    f"{list(into.shape)} goes in and {list(out.shape)} comes out",
-                    "Use a model whose blocks hand on a hidden state of one shape.",
-                )
-            found = Turn().apart(into.reshape(-1, into.shape[-1]), out.reshape(-1, out.shape[-1]))
-            turned, tokens = turned + float(found.sum()), tokens + len(found)
-            ends.append(_last(into))
-            after.append(_last(out))
-        influence.append(turned / tokens)
-        last.append(torch.cat(ends))
+        ends: list[Tensor] = []
+        after: list[Tensor] = []
+
+        def add(block: Block = block, ends: list[Tensor] = ends, after: list[Tensor] = after) -> Evidence:
+            turned, tokens = 0.0, 0
+            for into, out in zip(block.inputs, block.outputs(), strict=True):
+                if into.shape != out.shape:
+                    raise GraphError(
+                        f"{block.name} was to be compared with what it is given",
+                        f"{list(into.shape)} goes in and {list(out.shape)} comes out",
+                        "Use a model whose blocks hand on a hidden state of one shape.",
+                    )
+                found = Turn().apart(into.reshape(-1, into.shape[-1]), out.reshape(-1, out.shape[-1]))
+                turned, tokens = turned + float(found.sum()), tokens + len(found)
+                ends.append(_last(into))
+                after.append(_last(out))
+            return Evidence(tokens, {"turn": torch.tensor(turned, dtype=torch.float64)})
+
+        influence.append(float(summed(block.name, add).mean("turn")))
+        last.append(ends)
         if len(influence) == len(names):
-            last.append(torch.cat(after))
+            last.append(after)
     if len(influence) != len(names):
         raise GraphError(
             f"the {len(names)} blocks of {site.name} were to be compared",
@@ -209,7 +217,18 @@ def measured(model: nn.Module, site: Site, batches: Sequence[Batch]) -> tuple[Se
             "the hidden states hold NaN or infinity",
             "Half precision often overflows here: use bfloat16 or float32.",
         )
-    return Seen(tuple(influence), tuple(last)), outputs
+    return Seen(tuple(influence), _together(last)), outputs
+
+
+def _together(last: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
+    """Rows of each block's batches, by block, under one another; of all processes that calibrate together."""
+    ours, batches = present(), len(last[0])
+    mine = {
+        ours.rank + place * ours.count: ({str(i): rows[place] for i, rows in enumerate(last)}, None)
+        for place in range(batches)
+    }
+    held = shared(mine, summed("batches", lambda: Evidence(batches)).count)
+    return tuple(torch.cat([each[str(i)] for each, _ in held]) for i in range(len(last)))
 
 
 def _last(x: Tensor) -> Tensor:

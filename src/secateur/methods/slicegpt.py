@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from secateur.edit import Edit, Remove, Rotate, apply_
 from secateur.errors import BudgetError, EvidenceError, GraphError, SettingError
-from secateur.evidence import calm
+from secateur.evidence import Evidence, calm, merged, summed
 from secateur.method import Budget, Card, Method
 from secateur.outcome import Outcome
 from secateur.stream import Segment, Stream, add_shortcuts, few, follow, fuse, second_moments, sites
@@ -264,10 +264,15 @@ def _answer(out: object) -> Tensor:
 def _moments(block: Block, segment: Segment, batches: Sequence[Batch]) -> tuple[Tensor, int]:
     """Second moments of a segment written in a block: from before the norm in it, or from what flows out of it."""
     inside = not block.name or segment.norms[0].startswith(block.name + ".")
-    flows = block.watch(segment.norms[0]) if inside else block.outputs()
-    moments, tokens = second_moments(flows, _masks(batches))
-    _refuse_infinite(moments, segment.norms[0])
-    return moments.cpu(), tokens
+
+    def add() -> Evidence:
+        flows = block.watch(segment.norms[0]) if inside else block.outputs()
+        moments, tokens = second_moments(flows, _masks(batches))
+        return Evidence(tokens, {"moments": moments})
+
+    seen = summed(segment.norms[0], add)
+    _refuse_infinite(seen.sums["moments"], segment.norms[0])
+    return seen.sums["moments"].cpu(), seen.count
 
 
 @torch.no_grad()
@@ -295,10 +300,11 @@ def pooled_moments(model: nn.Module, stream: Stream, batches: Sequence[Batch]) -
     finally:
         for handle in hooks:
             handle.remove()
-    for name, (moments, _) in found.items():
-        _refuse_infinite(moments, name)
-    total = torch.stack([moments / moments.trace() for moments, _ in found.values()]).sum(0)
-    return total.cpu(), max(tokens for _, tokens in found.values())
+    every = merged({name: Evidence(tokens, {"moments": moments}) for name, (moments, tokens) in found.items()})
+    for name, seen in every.items():
+        _refuse_infinite(seen.sums["moments"], name)
+    total = torch.stack([seen.sums["moments"] / seen.sums["moments"].trace() for seen in every.values()]).sum(0)
+    return total.cpu(), max(seen.count for seen in every.values())
 
 
 def _masks(batches: Sequence[Batch]) -> list[Tensor | None]:
