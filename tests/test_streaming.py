@@ -115,8 +115,13 @@ def test_shards_are_read_where_they_are(tmp_path: Path) -> None:
     model = decoder()
     model.save_pretrained(str(tmp_path / "model"), max_shard_size="20KB")
     assert len(list((tmp_path / "model").glob("model-*.safetensors"))) > 2
-    filed = open_model(tmp_path / "model", offload=tmp_path)
+    filed, usual = open_model(tmp_path / "model", offload=tmp_path), open_model(tmp_path / "model")
     assert all(torch.equal(v, filed.model.state_dict()[k]) for k, v in model.state_dict().items())
+    for opened, out in ((filed, "filed"), (usual, "usual")):  # pruned and saved, in one file each
+        save(prune(opened.model, Wanda(samples=8), make_task("decoder"), inplace=True), opened, tmp_path / out)
+    first, second = load(tmp_path / "filed").state_dict(), load(tmp_path / "usual").state_dict()
+    assert all(torch.equal(v, second[k]) for k, v in first.items())
+    assert [p.name for p in (tmp_path / "filed").glob("model*.safetensors")] == ["model.safetensors"]
 
 
 def test_a_cut_leaves_the_file_and_is_saved_as_usual(tmp_path: Path) -> None:

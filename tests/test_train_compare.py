@@ -151,20 +151,28 @@ def job(**changes):
     )
 
 
-def test_runs_go_to_a_ray_cluster(monkeypatch):
+def test_runs_go_to_a_ray_cluster_of_two_workers_to_the_same_records(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # or a token is left in the home folder
-    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "150")
+    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "60")
     ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'secateur[ray]'")
     try:
         ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     except Exception as error:  # it says so in no other class
         pytest.skip(f"no local Ray starts here: {str(error).splitlines()[0]}")
+    args = (*GRID, "--methods", "set", "--sparsity", "0.5", "--seeds", "1")
     try:
-        found = dict(training.results([job(), job()], 1, "local"))
+        assert ray.cluster_resources()["CPU"] == 2
+        found = run(*args, "--ray", "auto", "--out", tmp_path / "there.html")
     finally:
         ray.shutdown()
-    here = json.loads(training.run(job()))
-    assert [json.loads(found[i])["measurements"] for i in (0, 1)] == [here["measurements"]] * 2
+    assert "5 runs of 12 steps, 0 of them done before" in said(found)
+    run(*args, "--out", tmp_path / "here.html")
+    there, here = (records_of(tmp_path / f"{name}.html") for name in ("there", "here"))
+    assert [r.method for r in there] == ["dense", "dense", "gradual", "random_pruning", "set"]
+    for one, two in zip(there, here, strict=True):
+        assert (one.method, one.settings, one.curves, one.sites) == (two.method, two.settings, two.curves, two.sites)
+        assert one.measurements == two.measurements
+        assert one.ledger.after == two.ledger.after
 
 
 def test_a_cluster_without_ray_is_refused():

