@@ -1,12 +1,13 @@
 """What rules cost: a training step under each against a plain one, and the exact selector against torch's.
 
-    python benchmarks/training.py [--steps 24] [--threads 1] [--device cpu] [--tiny]
+    python benchmarks/training.py [--parts resnet-20,gpt,selector] [--steps 24] [--threads 1] [--device cpu] [--tiny]
 
 ResNet-20 with SGD and a language model of 10 million weights with AdamW. Each rule trains a network beside a dense
 twin, step by step in turn, on the same batches; what counts is the median of the differences. A step that updates masks
 is measured apart from one that only holds them, and counts with the share it has when masks move every 100 steps. On
 one thread of a processor its own time is taken, which others at work on the machine do not change.
-Writes results/training.json, from which docs/training-speed.md is made.
+Writes results/training.json, from which docs/training-speed.md is made; `--parts` measures some again and keeps the
+rest.
 """
 
 import argparse
@@ -260,12 +261,12 @@ def page(found: dict[str, object]) -> str:
         f"of the differences. Schedules act every {EVERY} steps, and may cost {SELDOM:.0%} of a plain step in the "
         f"mean; gates act at every step, and may cost {ALWAYS:.0%}.",
         "",
-        f"{found['about']}",
+        *(f"{part}: {found['parts'][part]['about']}" for part in NETWORKS if part in found["parts"]),
         "",
         "| network | rule | acts | plain step (ms) | more, holding (ms) | more, updating (ms) | overhead | within |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for row in found["steps"]:
+    for row in [row for part in NETWORKS for row in found["parts"].get(part, {"rows": []})["rows"]]:
         times = " | ".join(f"{1e3 * row[k]:.1f}" for k in ("plain step", "extra, holding", "extra, updating"))
         verdict = f"{row['limit']:.0%}" if row["within"] else f"NOT {row['limit']:.0%}"
         lines.append(
@@ -274,12 +275,12 @@ def page(found: dict[str, object]) -> str:
     lines += [
         "",
         "Half of the scores kept. Ours keeps exactly as many as asked, and always the same ones of equals; a threshold "
-        "does not, where scores are equal.",
+        f"does not, where scores are equal. {found['parts'].get(SELECTOR, {'about': ''})['about']}",
         "",
         "| scores | how many | by | milliseconds | kept of those asked |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for row in found["selector"]:
+    for row in found["parts"].get(SELECTOR, {"rows": []})["rows"]:
         lines.append(
             f"| {row['scores']} | {row['count']:,} | {row['way']} | {1e3 * row['seconds']:.0f} "
             f"| {row['kept']:,} of {row['asked']:,} |"
@@ -287,30 +288,40 @@ def page(found: dict[str, object]) -> str:
     return "\n".join(lines) + "\n"
 
 
+NETWORKS = {"resnet-20": residual, "gpt": language}
+SELECTOR = "selector"
+
+
+def measured(part: str, asked: argparse.Namespace) -> list[dict[str, object]]:
+    """The rows of one part."""
+    if part == SELECTOR:
+        return selector(10_000 if asked.tiny else 10_000_000, asked.repeats, asked.device)
+    torch.manual_seed(0)
+    setting = NETWORKS[part](asked.device, asked.tiny)
+    return [beside(setting, entry, asked.steps, asked.device) for entry in RULES]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--parts", default=",".join([*NETWORKS, SELECTOR]))
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--tiny", action="store_true", help="small networks, nothing written: to see that it runs")
     asked = parser.parse_args()
+    parts = asked.parts.split(",")
+    if unknown := set(parts) - {*NETWORKS, SELECTOR}:
+        parser.error(f"there is no part {', '.join(sorted(unknown))}: there are {', '.join([*NETWORKS, SELECTOR])}")
     torch.set_num_threads(asked.threads)
-    torch.manual_seed(0)
-    settings = [make(asked.device, asked.tiny) for make in (residual, language)]
-    found = {
-        "created": now(),
-        "settings": vars(asked),
-        "machine": about_machine(),
-        "versions": about_versions(),
-        "steps": [beside(setting, entry, asked.steps, asked.device) for setting in settings for entry in RULES],
-        "selector": selector(10_000 if asked.tiny else 10_000_000, asked.repeats, asked.device),
-    }
-    place = found["machine"]["processor"] if asked.device == "cpu" else torch.cuda.get_device_name()
-    found["about"] = (
-        f"float32, {asked.threads} thread(s), {asked.steps} steps of each, {asked.repeats} repeats of each selector, "
-        f"on {place}, {found['created']}."
-    )
+    machine = about_machine()
+    place = machine["processor"] if asked.device == "cpu" else torch.cuda.get_device_name()
+    rows = {} if asked.tiny or not RESULT.exists() else json.loads(RESULT.read_text())["parts"]
+    for part in parts:
+        many = f"{asked.repeats} repeats" if part == SELECTOR else f"{asked.steps} steps of each"
+        about = f"float32, {asked.threads} thread(s), {many}, on {place}, {now()}."
+        rows[part] = {"about": about, "rows": measured(part, asked)}
+    found = {"settings": vars(asked), "machine": machine, "versions": about_versions(), "parts": rows}
     print(page(found))
     if asked.tiny:
         return
