@@ -1,9 +1,7 @@
 """UNCURL against experts taken out by use and at random, on a mixture over characters; --large: on a split SmolLM2."""
 
 import copy
-import os
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -16,6 +14,7 @@ from secateur.methods.expert_removal import ExpertRemoval, RouterNorm
 from secateur.methods.uncurl import UNCURL, MeanRows, RandomClusters
 from secateur.models import Opened, open_model
 from secateur.tasks import AdamW, Text, open_task, python_docs, wikitext2
+from secateur.tasks.pack import cache
 from secateur.train import fit
 
 SPLIT = "smollm2-moe16"  # what tools/train_moe.py writes, in the folder of cached models
@@ -26,14 +25,14 @@ def mixture(name: str) -> Opened:
     """The mixture that settings name: one of open_model's, or the one made by tools/train_moe.py."""
     if name != SPLIT:
         return open_model(name)
-    cache = Path(os.environ.get("SECATEUR_CACHE") or Path.home() / ".cache" / "secateur")
-    if not (cache / SPLIT / "config.json").exists():
+    folder = cache() / SPLIT
+    if not (folder / "config.json").exists():
         raise EvidenceError(
             f"the mixture {SPLIT} was to be measured",
-            f"it is not in {cache}",
+            f"it is not in {cache()}",
             "Make it first: python tools/train_moe.py, 25 minutes on one core.",
         )
-    return open_model(cache / SPLIT)
+    return open_model(folder)
 
 
 def size_of(settings: Settings) -> dict[str, int]:

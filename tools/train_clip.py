@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from secateur.tasks.captioned import FASHION, VIEWS, Captioned, fashion_pairs, worded
+from secateur.tasks.pack import cache
 
 STEPS, BATCH, RATE = 1800, 128, 1e-3
 SPECIAL = ("<pad>", "<s>", "<unk>", "</s>")
@@ -29,11 +30,6 @@ def tell(line: str) -> None:
     """A line on the standard output, at once."""
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
-
-
-def cache() -> Path:
-    """Where models trained here are kept, outside the repository."""
-    return Path(os.environ.get("SECATEUR_CACHE") or Path.home() / ".cache" / "secateur")
 
 
 def tokenizer() -> Any:

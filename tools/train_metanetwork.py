@@ -27,6 +27,7 @@ from secateur.models.resnet import CifarResNet
 from secateur.task import Task
 from secateur.tasks.images import fashion_mnist
 from secateur.tasks.learners import Sgd
+from secateur.tasks.pack import cache
 
 SETTINGS: Mapping[str, Any] = {
     "depth": 8,
@@ -42,11 +43,6 @@ SETTINGS: Mapping[str, Any] = {
     "step": 0.05,
     "flops": 0.5,
 }
-
-
-def cache() -> Path:
-    """Where expensive things are kept between runs: SECATEUR_CACHE, or ~/.cache/secateur."""
-    return Path(os.environ.get("SECATEUR_CACHE") or Path.home() / ".cache" / "secateur")
 
 
 def say(line: str) -> None:

@@ -33,14 +33,10 @@ from torch import Tensor, nn
 from secateur.models import Opened, open_model
 from secateur.task import Batch, Task, forever
 from secateur.tasks import python_docs, wikitext2
+from secateur.tasks.pack import cache
 from secateur.walk import walk
 
 NAME = "smollm2-moe16"
-
-
-def cache() -> Path:
-    """Where expensive things are kept between runs: SECATEUR_CACHE, or ~/.cache/secateur."""
-    return Path(os.environ.get("SECATEUR_CACHE") or Path.home() / ".cache" / "secateur")
 
 
 def say(line: str) -> None:

@@ -1,4 +1,4 @@
-"""Where data files lie: the folder that SECATEUR_DATA names."""
+"""Where data files lie, and what was made from them: the folders that SECATEUR_DATA and SECATEUR_CACHE name."""
 
 import os
 from pathlib import Path
@@ -11,6 +11,11 @@ def folder() -> Path | None:
     named = os.environ.get("SECATEUR_DATA")
     found = Path(named) if named else Path(__file__).parents[4] / "shared" / "data"
     return found if found.is_dir() else None
+
+
+def cache() -> Path:
+    """Where what was trained here is kept between runs: SECATEUR_CACHE, or ~/.cache/secateur."""
+    return Path(os.environ.get("SECATEUR_CACHE") or Path.home() / ".cache" / "secateur")
 
 
 def file(name: str, asked: str) -> Path:

@@ -29,6 +29,7 @@ from secateur.task import Batch, Task, generator, stream
 from secateur.tasks.images import fashion_mnist
 from secateur.tasks.labelled import device_of, digest, evaluating, pieces
 from secateur.tasks.learners import Adam, Learner
+from secateur.tasks.pack import cache
 
 CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 """What Fashion-MNIST's labels stand for."""
@@ -315,12 +316,6 @@ class Judge(nn.Module):
             "agreement": float(right),
             "judge_accuracy": float(self.accuracy),  # type: ignore[arg-type]
         }
-
-
-def cache() -> Path:
-    """Where what was trained here is kept: SECATEUR_CACHE, or ~/.cache/secateur."""
-    said = os.environ.get("SECATEUR_CACHE")
-    return Path(said) if said else Path.home() / ".cache" / "secateur"
 
 
 @lru_cache(maxsize=1)
