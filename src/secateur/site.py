@@ -54,6 +54,11 @@ class Part:
             return wide[0] + len(self.shape) - self.owner.dim()
         return None
 
+    @property
+    def makes(self) -> bool:
+        """Whether its units are what a matrix or kernel puts out, and not what it reads."""
+        return len(self.shape) > 1 and self.axis == 0
+
     def view(self, tensor: Tensor) -> Tensor:
         """The part of a whole tensor, outputs first; a view, so that writing to it writes to the tensor."""
         seen = tensor if self.index is None else tensor[self.index]

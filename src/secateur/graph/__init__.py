@@ -306,6 +306,6 @@ def _names(model: nn.Module, sites: Sequence[Site]) -> list[str]:
 
 def _maker(model: nn.Module, site: Site) -> str:
     for part in site.parts:
-        if site.kind != "stream" and part.axis == 0 and len(part.shape) > 1:
+        if site.kind != "stream" and part.makes:
             return module_of(model, part.name)
     return module_of(model, site.parts[0].name)

@@ -533,7 +533,7 @@ def empty_units(model: nn.Module, example: Batch, keep: Mapping[str, Tensor]) ->
         sides: list[dict[str, Tensor]] = [{}, {}]  # what makes the units, and what reads them
         for part in site.parts:
             if len(part.shape) > 1:
-                sides[0 if part.axis == 0 else 1][part.key] = keep.get(part.name, torch.ones(part.shape)).float().cpu()
+                sides[0 if part.makes else 1][part.key] = keep.get(part.name, torch.ones(part.shape)).float().cpu()
         left = torch.ones(site.shape, dtype=torch.bool)
         for side in sides:
             parts = tuple(part for part in site.parts if part.key in side)
