@@ -102,7 +102,7 @@ def cell(condition: str, seed: int, settings: Settings) -> dict[str, float]:
         method = TurboVbi(
             structure={"vbi": ALONE, "grid": Grid()}.get(kind, TOGETHER), sparsity=None if found else asked,
             kl=settings["kl"],
-            rounds=settings["rounds"], steps=settings["steps"], recover=settings["recover"], **more,
+            rounds=settings["rounds"], steps=settings["steps"], tune=settings["recover"], **more,
         )  # fmt: skip
         done = method.run(model, task)
         model, sites = done.model, [site.name for site in weights(before)]

@@ -436,7 +436,7 @@ def test_a_residual_network_of_the_pack_is_pruned_with_a_kept_metanetwork(data, 
 
     task = cifar10(train_size=32, val_size=16, test_size=64, batch=16, learner=Sgd(0.001))
     Metanetwork(hidden=4, layers=1).save(tmp_path / "meta.safetensors")
-    method = MetaPruning(source=Kept(str(tmp_path / "meta.safetensors")), flops=0.1, share=0.03, settle=1, recover=1)
+    method = MetaPruning(source=Kept(str(tmp_path / "meta.safetensors")), flops=0.1, share=0.03, settle=1, tune=1)
     done = prune(open_model("resnet20").model, method, task)
     assert done.ledger.after.flops <= 0.9 * done.ledger.before.flops
     assert done.ledger.after.parameters < done.ledger.before.parameters

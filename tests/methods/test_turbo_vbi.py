@@ -418,7 +418,7 @@ def test_runs_are_longer_with_the_chain_than_without_on_digits():
     fit(dense, task, 114)
     long, right = {}, {}
     for name, structure in (("chain", Rows()), ("alone", Rows(0.25, 0.75))):
-        method = TurboVbi(structure=structure, sparsity=0.7, kl=0.3, rounds=3, steps=57, recover=57)
+        method = TurboVbi(structure=structure, sparsity=0.7, kl=0.3, rounds=3, steps=57, tune=57)
         done = prune(copy.deepcopy(dense), method, task)
         first = [e for e in done.edits if isinstance(e, Mask)][:3]
         counts = [runs(e.keep)[0] for e in first]

@@ -712,7 +712,7 @@ class MetaPruning(Method):
     share: float = 0.005  # of all channels that go at a time
     around: Method | None = None  # what prunes in the place of whole groups: magnitude, say, of any pattern
     settle: int = 300  # optimizer steps of fine-tuning between metanetwork and pruning
-    recover: int = 300  # and after pruning
+    tune: int = 300  # and after pruning
     samples: int = 512  # examples on which batch norms take their statistics anew where nothing is fine-tuned
 
     card: ClassVar = Card(
@@ -745,7 +745,7 @@ class MetaPruning(Method):
         "flops": 0.3,
         "share": 0.05,
         "settle": 5,
-        "recover": 5,
+        "tune": 5,
     }
 
     def check(self) -> None:
@@ -754,7 +754,7 @@ class MetaPruning(Method):
         check_sparsity(self.flops, "flops")
         if not 0 < self.share <= 1:
             raise SettingError(f"share={self.share} was given", "it is a share in (0, 1]", "Give 0.005.")
-        for name in ("settle", "recover", "samples"):
+        for name in ("settle", "tune", "samples"):
             if getattr(self, name) < 0:
                 raise SettingError(f"{name}={getattr(self, name)} was given", "a count cannot be negative", "Give 0.")
         if self.around is not None:
@@ -775,8 +775,8 @@ class MetaPruning(Method):
         else:
             done = self.around.run(model, task)
             edits, notes, rules = edits + done.edits, notes + done.notes, [Hold.of(done.edits)]
-        if self.recover:
-            rest = fit(model, task, self.recover, [LearningRate(), *rules], epoch=history.epoch)
+        if self.tune:
+            rest = fit(model, task, self.tune, [LearningRate(), *rules], epoch=history.epoch)
             history = history.then(rest)
         else:
             edits += recalibrate_(model, some(task, self.samples))

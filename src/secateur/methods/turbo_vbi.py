@@ -566,7 +566,7 @@ class TurboVbi(Method):
     rounds: int = 8  # of module A, then B
     steps: int = 250  # optimizer steps of module A in each
     every: int = 20  # steps between two looks at precisions and supports
-    recover: int = 0  # optimizer steps of fine-tuning with the masks held
+    tune: int = 0  # optimizer steps of fine-tuning with the masks held
     samples: int = 512  # examples on which batch norms take their statistics anew
     small: float = 0.0  # weights smaller than this go too, whatever is believed of them
     sparsity: float | None = None  # None: what is believed idle; else the most idle of all go, whatever is believed
@@ -619,7 +619,7 @@ class TurboVbi(Method):
         for name in ("rounds", "steps", "every", "samples"):
             if getattr(self, name) < 1:
                 raise SettingError(f"{name}={getattr(self, name)} was given", "one is the least", "Give more.")
-        for name in ("kl", "recover", "small"):
+        for name in ("kl", "tune", "small"):
             if not (isfinite(value := getattr(self, name)) and value >= 0):
                 raise SettingError(f"{name}={value} was given", "it is 0 or more", "Give 0, or leave it out.")
         for name in ("gaussian", "spread", "spread_rate"):
@@ -648,9 +648,9 @@ class TurboVbi(Method):
         edits: list[Edit] = list(apply_(model, [Mask(site, keep[site.name]) for site in sites]))
         empty, notes = empty_units(model, task.example, keep)
         edits += apply_(model, empty)
-        if self.recover:
+        if self.tune:
             rules = [LearningRate(), Hold.of(edits)]
-            history = history.then(fit(model, task, self.recover, rules, epoch=history.epoch))
+            history = history.then(fit(model, task, self.tune, rules, epoch=history.epoch))
         edits += self.taken_out(model, empty)
         edits += recalibrate_(model, some(task, self.samples))
         return Outcome(model, edits, history, notes=self.remarks(sites, keep, empty, residual) + notes + history.notes)
