@@ -123,11 +123,12 @@ class Grid:
     """A field over rows and columns: active weights come in patches. Loopy messages, damped, a limited number of times.
 
     Each pair of neighbours has the factor P(s, s') / (P(s) P(s')) of the chain, so that without coupling each support
-    is by itself and the share is not counted once for every neighbour.
+    is by itself and the share is not counted once for every neighbour. With four neighbours a coupling that is mild
+    along a row is all or nothing: (1 - begins)(1 - ends) / (begins * ends) is to stay below about 6.
     """
 
-    begins: float = 0.1  # as along a row, in both directions
-    ends: float = 0.3
+    begins: float = 0.2  # as along a row, in both directions
+    ends: float = 0.5
     sweeps: int = 20  # of messages, at most
     damping: float = 0.5  # of each message, how much is the one before
     tolerance: float = 1e-4  # messages that change by less have settled
