@@ -36,7 +36,7 @@ SETTINGS: Mapping[str, Any] = {
     "batch": 64,
     "rate": 0.05,
     "networks": 4,
-    "first": 300,
+    "first": 240,
     "passes": 24,
     "batches": 2,
     "strength": 0.1,
