@@ -152,6 +152,7 @@ class Chain(Method):
             done.model = found.model
             done.edits += found.edits
             done.notes += found.notes
+            done.stored_bytes = found.stored_bytes
             if found.history is not None:
                 done.history = found.history if done.history is None else done.history.then(found.history)
         budget, why = composed(self.methods)

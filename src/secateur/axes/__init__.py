@@ -42,6 +42,7 @@ from secateur.axes import (
     zeroth_order,
 )
 from secateur.axes.allocations import (
+    Alike,
     Allocation,
     ByName,
     Er,
@@ -65,6 +66,7 @@ from secateur.errors import SettingError, did_you_mean
 
 __all__ = [
     "NM",
+    "Alike",
     "Allocation",
     "Blocks",
     "ByName",

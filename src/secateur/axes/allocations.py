@@ -134,6 +134,46 @@ def _ordered(score: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Alike:
+    """What another allocation says, evened out: the same count for sites that do the same in every block.
+
+    Stock loaders build every layer from one number, and take no others.
+    """
+
+    around: Allocation = Uniform()
+
+    @property
+    def needs_scores(self) -> bool:
+        """See Allocation."""
+        return self.around.needs_scores
+
+    def spread(self, sites: Sequence[Site], budget: Budget, scores: Scores | None = None) -> dict[str, int]:
+        """See Allocation."""
+        wanted = self.around.spread(sites, budget, scores)
+        alike: dict[tuple[str, str, int], list[str]] = {}
+        for site in sites:
+            own = site.name.removeprefix(site.block) if site.block else site.name
+            alike.setdefault((own, site.kind, site.units), []).append(site.name)
+        found, said = dict(wanted), []
+        for (own, kind, units), names in alike.items():
+            counts = [wanted[name] for name in names]
+            found.update(dict.fromkeys(names, max(1, round(sum(counts) / len(counts)))))
+            if len(set(counts)) > 1:
+                least, most, mean = min(counts), max(counts), found[names[0]]
+                said.append(
+                    f"{own.lstrip('.')}: {least:,} to {most:,} of {units:,} {kind}s were to stay, layer by layer; "
+                    f"{mean:,} stay in each of {len(names)}"
+                )
+        object.__setattr__(self, "_said", tuple(said))  # no field: it is not what was asked for, and not in recipes
+        return found
+
+    @property
+    def given_up(self) -> tuple[str, ...]:
+        """What the last spreading evened out, in words with the numbers."""
+        return getattr(self, "_said", ())
+
+
+@dataclass(frozen=True)
 class Er:
     """Sites with few inputs and outputs keep more: density in proportion to (in + out) / (in * out).
 

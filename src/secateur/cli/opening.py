@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -175,8 +176,24 @@ def _scalar(value: Any) -> Any:
     return value
 
 
-def recipe_from(method: str, given: Mapping[str, Any], overrides: Sequence[str]) -> Recipe:
-    """What METHOD, its options and --set ask for, as a recipe. Raises SettingError, with the nearest name."""
+def recipe_from(method: str, given: Mapping[str, Any], overrides: Sequence[str], then: Sequence[str] = ()) -> Recipe:
+    """What METHOD, its options, --set and --then ask for, as a recipe. Raises SettingError, with the nearest name."""
+    later = tuple(build(load(name.replace("-", "_")), {}) for name in then)
+    first = _first(method, given, overrides)
+    return replace(first, steps=(*first.steps, *later))
+
+
+def served_recipe(recipe: Recipe, serve: str | None, model: torch.nn.Module) -> tuple[Recipe, list[str]]:
+    """A recipe held to what --serve loads, and what that gives up. Raises ExportError where it cannot be."""
+    if serve is None:
+        return recipe, []
+    from secateur.export.serving import served
+
+    found = [served(step, serve, model) for step in recipe.steps]
+    return replace(recipe, steps=tuple(step for step, _ in found)), [said for _, given in found for said in given]
+
+
+def _first(method: str, given: Mapping[str, Any], overrides: Sequence[str]) -> Recipe:
     changes = [*(f"{key}={value}" for key, value in given.items()), *overrides]
     if is_recipe(method):
         return read(method, changes)
@@ -190,4 +207,13 @@ def recipe_from(method: str, given: Mapping[str, Any], overrides: Sequence[str])
     return Recipe((build(kind, values),))
 
 
-__all__ = ["Moved", "device_named", "model_from", "recipe_from", "set_threads", "task_from", "usual_task"]
+__all__ = [
+    "Moved",
+    "device_named",
+    "model_from",
+    "recipe_from",
+    "served_recipe",
+    "set_threads",
+    "task_from",
+    "usual_task",
+]

@@ -12,6 +12,8 @@ from secateur.cli.options import SETTINGS, TASK, Verb, measuring, running, spoke
 @click.argument("model")
 @click.argument("method")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting of a recipe.")
+@click.option("--then", multiple=True, metavar="METHOD", help="Another method after it, such as int8.")
+@click.option("--serve", metavar="TARGET", help="Only shapes that it loads: hf, gguf, onnx, openvino or sparse.")
 @click.option("--no-trial", is_flag=True, help="Do not prune one block of a copy to estimate the time.")
 @measuring
 @running
@@ -23,6 +25,8 @@ def command(
     model: str,
     method: str,
     overrides: tuple[str, ...],
+    then: tuple[str, ...],
+    serve: str | None,
     no_trial: bool,
     task: str | None,
     eval_split: str,
@@ -37,20 +41,24 @@ def command(
 
     METHOD is a method or a recipe (.yaml); `secateur plan MODEL METHOD --help` lists its settings.
     """
-    from secateur.cli.opening import model_from, recipe_from, set_threads, task_from
+    from dataclasses import replace
+
+    from secateur.cli.opening import model_from, recipe_from, served_recipe, set_threads, task_from
     from secateur.plan import plan
 
     speaker = terminal(spoken)
     set_threads(threads)
-    recipe = recipe_from(method, ctx.meta[SETTINGS], overrides)
+    recipe = recipe_from(method, ctx.meta[SETTINGS], overrides, then)
     recipe.method.check()
     with speaker.busy(f"opening {model}"):
         opened = model_from(model, dtype=dtype or recipe.dtype, device=device or recipe.device, online=online)
+        recipe, given_up = served_recipe(recipe, serve, opened.model)
         settings = {**(recipe.task_settings if task is None else {}), **ctx.meta[TASK]}
         chosen = task_from(opened, task or recipe.task, settings, seed if seed is not None else recipe.seed or 0)
     with speaker.busy("looking at every site, and trying one block on a copy"):
         found = plan(recipe.method, opened.model, chosen, trial=not no_trial)
-    speaker.emit(asdict(found) | {"model": model, "task": chosen.name})
+    found = replace(found, notes=[*found.notes, *(f"serve {serve}: {said}" for said in given_up)])
+    speaker.emit(asdict(found) | {"model": model, "task": chosen.name, "serve": serve, "given_up": given_up})
     if not speaker.as_json:
         _show(speaker, found, opened.name, chosen.name)
 

@@ -37,6 +37,8 @@ BEFORE = "before.json"  # in the journal: the quality before, so that it is meas
 )
 @click.option("--fresh", is_flag=True, help="Forget what an earlier, unfinished run left there.")
 @click.option("--offload", is_flag=True, help="Keep the weights in a file beside DIR: for models larger than memory.")
+@click.option("--then", multiple=True, metavar="METHOD", help="Another method after it, such as int8.")
+@click.option("--serve", metavar="TARGET", help="Only shapes that it loads: hf, gguf, onnx, openvino or sparse.")
 @click.option("--no-eval", is_flag=True, help="Do not measure quality before and after.")
 @click.option("--timing", is_flag=True, help="Time a forward pass of both models, in turn.")
 @measuring
@@ -53,6 +55,8 @@ def command(
     overrides: tuple[str, ...],
     resume: str | None,
     fresh: bool,
+    then: tuple[str, ...],
+    serve: str | None,
     no_eval: bool,
     timing: bool,
     task: str | None,
@@ -84,6 +88,8 @@ def command(
             target=Path(out),
             overwrite=overwrite,
             overrides=overrides,
+            then=then,
+            serve=serve,
             resume=resume,
             fresh=fresh,
             split=None if no_eval or not ours.first else eval_split,
@@ -108,6 +114,8 @@ def _command(
     target: Path,
     overwrite: bool,
     overrides: tuple[str, ...],
+    then: tuple[str, ...],
+    serve: str | None,
     resume: str | None,
     fresh: bool,
     split: str | None,
@@ -121,18 +129,19 @@ def _command(
     offload: bool,
 ) -> int:
     """What every process does; the first one alone speaks, measures and writes."""
-    from secateur.cli.opening import model_from, recipe_from, scalars, set_threads, task_from
+    from secateur.cli.opening import model_from, recipe_from, scalars, served_recipe, set_threads, task_from
 
     _refuse_journal(ours, resume)
     _refuse_folder(target, overwrite)
     set_threads(threads)
-    recipe = recipe_from(method, ctx.meta[SETTINGS], overrides)
+    recipe = recipe_from(method, ctx.meta[SETTINGS], overrides, then)
     recipe.method.check()
     at = target.absolute().parent if offload else None
     with speaker.busy(f"opening {model}"):
         opened = model_from(
             model, dtype=dtype or recipe.dtype, device=device or recipe.device, online=online, offload=at
         )
+        recipe, given_up = served_recipe(recipe, serve, opened.model)
         given = {**(recipe.task_settings if task in (None, recipe.task) else {}), **scalars(ctx.meta[TASK])}
         chosen = task_from(opened, task or recipe.task, given, seed if seed is not None else recipe.seed or 0)
     recipe = replace(
@@ -156,6 +165,7 @@ def _command(
     outcome = _run(speaker, ours, recipe.method, opened, chosen, journal, split, timing, command_line(ctx))
     if not ours.first:
         return 0
+    _note_given_up(outcome, recipe.method, serve, given_up)
     with speaker.busy("saving"):
         from secateur.models import save, save_onnx
         from secateur.models.folder import RECORD
@@ -168,7 +178,33 @@ def _command(
             record, files = folder / RECORD, [*folder.iterdir()]
     if journal.exists():
         _forget(journal)
-    return _finish(speaker, recipe.method, record, files, str(target), planned)
+    done = _finish(speaker, recipe.method, record, files, str(target), planned)
+    return done if serve is None else max(done, _serves(serve, outcome, record))
+
+
+def _note_given_up(outcome: "Outcome", method: "Method", serve: str | None, before: list[str]) -> None:
+    """Put into the record what was given up for a target: with the numbers, where the run knows them."""
+    if serve is None:
+        return
+    from secateur.export.serving import given_up
+
+    record, said = _record(outcome), [*before, *given_up(method)]
+    outcome.record = replace(record, notes=[*record.notes, *(f"serve {serve}: {each}" for each in said)])
+
+
+def _serves(serve: str, outcome: "Outcome", record: Path) -> int:
+    """Whether a target loads what came out, and if not, say so."""
+    from secateur.cli.terminal import explain_error
+    from secateur.errors import ExportError
+    from secateur.export.serving import refusal
+    from secateur.models.folder import read_json
+
+    why = refusal(serve, outcome.model, read_json(record).get("saved", {}).get("why_not"))
+    if not why:
+        return 0
+    do = "Cut it by another method, or export it to onnx or openvino, which take any shape."
+    explain_error(ExportError(f"the model was to be served by {serve}", why, do), ["The model was saved all the same."])
+    return MISSED
 
 
 def _refuse_journal(ours: "Processes", resume: str | None) -> None:

@@ -1,0 +1,74 @@
+"""Cuts that a run-time will take: the method held to them before it runs, and what that gives up said aloud."""
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+
+from torch import nn
+
+from secateur.axes.allocations import Alike, Allocation
+from secateur.errors import ExportError
+from secateur.export.exporting import target_named
+from secateur.method import Chain, Method
+from secateur.models import hf
+
+WIDTHS = {"channel", "head"}
+"""Kinds of units whose number a run-time may want to be the same in every layer."""
+
+
+def served(method: Method, to: str, model: nn.Module) -> tuple[Method, list[str]]:
+    """A method that leaves shapes which a target loads, and what it has to give up for that.
+
+    llama.cpp, ONNX Runtime, OpenVINO and the sparse file take any widths; stock transformers one for all layers.
+    Raises ExportError, before data is read, for a model that the target does not take as it is, and for a method
+    whose widths cannot be held to one.
+    """
+    if why := target_named(to).why_not(model):
+        raise ExportError(f"{method.name} was to leave a model for {to}", why, "Serve it by another run-time.")
+    if to != "hf":
+        return method, []
+    if isinstance(method, Chain):
+        found = [served(link, to, model) for link in method.methods]
+        return Chain(tuple(link for link, _ in found)), [said for _, given in found for said in given]
+    if not WIDTHS & set(getattr(method, "kinds", None) or method.card.granularity):
+        return method, []
+    return _alike(method)
+
+
+def _alike(method: Method) -> tuple[Method, list[str]]:
+    own = {field.name for field in fields(method)}  # type: ignore[arg-type]
+    allocation = getattr(method, "allocation", None) if "allocation" in own else None
+    if isinstance(allocation, Alike):
+        return method, []
+    if isinstance(allocation, Allocation):
+        if not allocation.needs_scores:
+            return method, []  # a share of every site alike
+        changed = replace(method, allocation=Alike(allocation))  # type: ignore[type-var]
+        return changed, [
+            f"{method.name} gives layers widths of their own; here each gets the mean, as hf loads one width"
+        ]
+    if {"spare_first", "spare_last"} <= own:
+        first, last = getattr(method, "spare_first"), getattr(method, "spare_last")  # noqa: B009  fields of some methods
+        changed = replace(method, spare_first=0, spare_last=0)  # type: ignore[call-arg,type-var]
+        said = (
+            f"{method.name} would leave the {first} first and {last} last blocks alone; here they are cut like the rest"
+        )
+        return changed, [said] if first or last else []
+    raise ExportError(
+        f"{method.name} was to leave every layer the same width, as hf loads them",
+        "it decides the width of each layer as it goes",
+        "Use flap, cfsp, l1_norm or llm_pruner, or serve it by gguf, onnx or openvino, which take any widths.",
+    )
+
+
+def given_up(method: Method) -> list[str]:
+    """What was given up in the run, with the numbers, by each link of a method."""
+    links: Sequence[Method] = method.methods if isinstance(method, Chain) else (method,)
+    parts = [getattr(link, "allocation", None) for link in links]
+    return [said for part in parts if isinstance(part, Alike) for said in part.given_up]
+
+
+def refusal(to: str, model: nn.Module, why_not_stock: str | None) -> str:
+    """Why a target does not load what came out, or nothing; `why_not_stock` is what saving found for transformers."""
+    if to == "hf":
+        return (why_not_stock or "") if hf.is_hf(model) else f"{type(model).__name__} is no class of transformers"
+    return target_named(to).why_not(model)
