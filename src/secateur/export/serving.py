@@ -48,7 +48,7 @@ def _alike(method: Method) -> tuple[Method, list[str]]:
         ]
     if {"spare_first", "spare_last"} <= own:
         first, last = getattr(method, "spare_first"), getattr(method, "spare_last")  # noqa: B009  fields of some methods
-        changed = replace(method, spare_first=0, spare_last=0)  # type: ignore[call-arg,type-var]
+        changed = replace(method, spare_first=0, spare_last=0)  # type: ignore[type-var]
         said = (
             f"{method.name} would leave the {first} first and {last} last blocks alone; here they are cut like the rest"
         )
