@@ -145,6 +145,18 @@ def test_masked_equals_removed_on_the_detector(found):
     torch.testing.assert_close(cut(*task.example.inputs), masked(*task.example.inputs), rtol=1e-4, atol=1e-5)
 
 
+def test_what_was_reached_is_counted_over_sites_that_stay_whole_too():
+    model, task = trained("cnn"), make_task("cnn")
+    with torch.no_grad():
+        model.block1.bn1.weight.mul_(1e-3)
+    done = prune(model, GroupChannel(sparsity=0.25, allocation=Global(), steps=0, tune=0, distil=0), task)
+    kept = {row.site: (row.kept, row.units) for row in done.record.sites}
+    assert kept["block1.conv1"] == (1, 8)
+    assert any(stays == units for stays, units in kept.values())
+    assert sum(units for _, units in kept.values()) == 48
+    assert (done.ledger.units, done.ledger.units_removed) == (48, 11)  # 12, less the one that a floor keeps
+
+
 def test_floors_hold_whatever_the_scales(found):
     model, task = copy.deepcopy(found[0]), found[1]
     sites, _ = scaled(model, task.example, couple(model, task.example))

@@ -19,7 +19,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from secateur.axes.patterns import keep_top
 from secateur.edit import Edit, Mask, Update, apply_
 from secateur.errors import SettingError, SiteError
-from secateur.graph import Coupling
+from secateur.graph import Coupling, removals
 from secateur.site import Part, Site, Tensors, tensors
 from secateur.task import Batch
 from secateur.train import seeded
@@ -138,6 +138,15 @@ def channels_kept(sites: Sequence[Scaled], keep: Mapping[str, Tensor], named: Te
             mine = part.expand(keep[one.site.name].reshape(-1), nobody=1.0).reshape(-1)
             found[part.name] = found.get(part.name, torch.ones(len(named[part.name]), dtype=torch.bool)) & mine
     return found
+
+
+def cuts(sites: Sequence[Scaled], keep: Mapping[str, Tensor]) -> list[Edit]:
+    """Edits that take out what is not kept; sites that stay whole come first, as masks that keep all.
+
+    So that what was reached is counted over all sites that could have lost something.
+    """
+    whole = [Mask(one.site, keep[one.site.name]) for one in sites if bool(keep[one.site.name].all())]
+    return [*whole, *removals([one.site for one in sites], keep)]
 
 
 # Thresholds

@@ -22,10 +22,10 @@ from secateur.axes import Allocation, Global, Scores, keep_top
 from secateur.axes.distillation import Distil
 from secateur.axes.penalties import Pressure, ScalePenalty, Weakest
 from secateur.axes.rules import LearningRate
-from secateur.axes.scales import Absorbed, Constants, Scaled, scale_names, scaled
+from secateur.axes.scales import Absorbed, Constants, Scaled, cuts, scale_names, scaled
 from secateur.edit import apply_
 from secateur.errors import SettingError, did_you_mean
-from secateur.graph import couple, removals
+from secateur.graph import couple
 from secateur.method import Budget, Card, Method, check_sparsity
 from secateur.outcome import Outcome
 from secateur.site import Site, tensors
@@ -203,7 +203,7 @@ class GroupChannel(Method):
             history = fit(model, task, self.steps, [ScalePenalty(scale_names(sites), self.strength, self.pressure)])
         keep = self.keep(model, sites)
         edits = apply_(model, self.constants.edits(model, sites, keep, task.example))
-        edits += apply_(model, removals([one.site for one in sites], keep))
+        edits += apply_(model, cuts(sites, keep))
         history = self.recover(model, task, self.tune, [], history)
         history = self.recover(model, task, self.distil, [Distil(teacher, layers, self.attention)], history)
         notes = self.notes(sites, keep) + [f"left alone: {name} is not scaled by norms throughout" for name in others]

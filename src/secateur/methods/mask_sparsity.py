@@ -28,13 +28,14 @@ from secateur.axes.scales import (
     agreed,
     below,
     channels_kept,
+    cuts,
     scale_names,
     scaled,
 )
 from secateur.edit import apply_
 from secateur.errors import SettingError
 from secateur.evidence import Evidence
-from secateur.graph import couple, removals
+from secateur.graph import couple
 from secateur.method import Budget, Card, Method, check_sparsity
 from secateur.outcome import Outcome
 from secateur.site import Site, Tensors, tensors
@@ -215,7 +216,7 @@ class MaskSparsity(Method):
         keep = executed(sites, tensors(model), self.threshold, self.least)
         notes = self.notes(model, task, sites, others, planned, keep)
         edits = apply_(model, self.constants.edits(model, sites, keep, task.example))
-        edits += apply_(model, removals([one.site for one in sites], keep))
+        edits += apply_(model, cuts(sites, keep))
         if self.tune:
             optimizer = task.optimizer([p for p in model.parameters() if p.requires_grad])
             for group in optimizer.param_groups:
