@@ -93,8 +93,8 @@ def page(found: dict[str, Any]) -> str:
     lines = [
         "# What a detector loses to a cut",
         "",
-        "Written by `python -m benchmarks.detection`. FastestDet on the 72 test pictures of BCCD, nothing trained after "
-        "the cut; average precision at IoU 0.5, of all classes and of platelets.",
+        "Written by `python -m benchmarks.detection`. FastestDet on the 72 test pictures of BCCD, nothing trained "
+        "after the cut; average precision at IoU 0.5, of all classes and of platelets.",
         "",
         "| run | sparsity of channels | parameters | precision | platelets |",
         "| --- | ---: | ---: | ---: | ---: |",
