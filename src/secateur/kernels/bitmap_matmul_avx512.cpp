@@ -15,20 +15,12 @@ inline void prefetch(const T* values) {
   _mm_prefetch(reinterpret_cast<const char*>(values) + AHEAD + 64, _MM_HINT_T0);
 }
 
-// The sums of sixteen outputs for N rows of x, for one panel or two side by side: memory gives more to two streams than
-// to one, and neither has to wait for the sum it adds to. float values: one step is one input.
-template <int PANELS, int N>
-void sums(const uint16_t* const* masks, const float** values, int64_t inputs, const float* x, int64_t stride,
-          __m512 (*sum)[N]) {
-  for (int64_t step = 0; step < inputs; step++)
-    for (int p = 0; p < PANELS; p++) {
-      if (step % 2 == 0) prefetch(values[p]);
-      const uint16_t mask = masks[p][step];
-      const __m512 weights = _mm512_maskz_expandloadu_ps(mask, values[p]);
-      values[p] += __builtin_popcount(mask);
-      for (int n = 0; n < N; n++)
-        sum[p][n] = _mm512_fmadd_ps(weights, _mm512_set1_ps(x[n * stride + step]), sum[p][n]);
-    }
+// One step of a panel, float values: one input. Values are taken by reference, and stay in registers when inlined.
+template <int N>
+inline void add(uint16_t mask, const float*& values, const float* x, int64_t stride, __m512* sum) {
+  const __m512 weights = _mm512_maskz_expandloadu_ps(mask, values);
+  values += __builtin_popcount(mask);
+  for (int n = 0; n < N; n++) sum[n] = _mm512_fmadd_ps(weights, _mm512_set1_ps(x[n * stride]), sum[n]);
 }
 
 // The two inputs of each lane of a step of 16-bit values.
@@ -44,21 +36,15 @@ inline __m512 upper(__m512i step, f16) { return lower(_mm512_srli_epi32(step, 16
 
 // The same for 16-bit values, with x widened to floats beforehand: one step is two inputs, the second of which is zero
 // in x where there is none.
-template <int PANELS, int N, class T>
-void sums(const uint32_t* const* masks, const T** values, int64_t inputs, const float* x, int64_t stride,
-          __m512 (*sum)[N]) {
-  for (int64_t step = 0; step < (inputs + 1) / 2; step++)
-    for (int p = 0; p < PANELS; p++) {
-      if (step % 2 == 0) prefetch(values[p]);
-      const uint32_t mask = masks[p][step];
-      const __m512i both = _mm512_maskz_expandloadu_epi16(mask, values[p]);
-      values[p] += __builtin_popcount(mask);
-      const __m512 first = lower(both, T()), second = upper(both, T());
-      for (int n = 0; n < N; n++) {
-        sum[p][n] = _mm512_fmadd_ps(first, _mm512_set1_ps(x[n * stride + 2 * step]), sum[p][n]);
-        sum[p][n] = _mm512_fmadd_ps(second, _mm512_set1_ps(x[n * stride + 2 * step + 1]), sum[p][n]);
-      }
-    }
+template <int N, class T>
+inline void add(uint32_t mask, const T*& values, const float* x, int64_t stride, __m512* sum) {
+  const __m512i both = _mm512_maskz_expandloadu_epi16(mask, values);
+  values += __builtin_popcount(mask);
+  const __m512 first = lower(both, T()), second = upper(both, T());
+  for (int n = 0; n < N; n++) {
+    sum[n] = _mm512_fmadd_ps(first, _mm512_set1_ps(x[n * stride]), sum[n]);
+    sum[n] = _mm512_fmadd_ps(second, _mm512_set1_ps(x[n * stride + 1]), sum[n]);
+  }
 }
 
 template <class T>
@@ -76,19 +62,35 @@ struct Mask<f16> {
   typedef uint32_t Word;
 };
 
+// N rows of x times one panel, or two side by side: memory gives more to two streams than to one, and neither has to
+// wait for the sum it adds to.
 template <int PANELS, int N, class T>
 void rows(const Matmul& call, const Bitmap& weight, int64_t panel, int64_t row, const float* x, int64_t stride) {
   typedef typename Mask<T>::Word Word;
   const int64_t depth = sizeof(Word) / 2, steps = (weight.inputs + depth - 1) / depth;
-  const Word* masks[PANELS];
-  const T* values[PANELS];
+  const Word* const masks = reinterpret_cast<const Word*>(weight.masks) + panel * steps;
+  const Word* const others = masks + (PANELS - 1) * steps;
+  const T* values = static_cast<const T*>(weight.values) + weight.offsets[panel];
+  const T* beside = static_cast<const T*>(weight.values) + weight.offsets[panel + PANELS - 1];
   __m512 sum[PANELS][N];
-  for (int p = 0; p < PANELS; p++) {
-    masks[p] = reinterpret_cast<const Word*>(weight.masks) + (panel + p) * steps;
-    values[p] = static_cast<const T*>(weight.values) + weight.offsets[panel + p];
+  for (int p = 0; p < PANELS; p++)
     for (int n = 0; n < N; n++) sum[p][n] = _mm512_setzero_ps();
+  x += row * stride;
+  int64_t step = 0;
+  for (; step + 2 <= steps; step += 2, x += 2 * depth) {
+    prefetch(values);
+    add<N>(masks[step], values, x, stride, sum[0]);
+    if (PANELS == 2) {
+      prefetch(beside);
+      add<N>(others[step], beside, x, stride, sum[PANELS - 1]);
+    }
+    add<N>(masks[step + 1], values, x + depth, stride, sum[0]);
+    if (PANELS == 2) add<N>(others[step + 1], beside, x + depth, stride, sum[PANELS - 1]);
   }
-  sums<PANELS, N>(masks, values, weight.inputs, x + row * stride, stride, sum);
+  if (step < steps) {
+    add<N>(masks[step], values, x, stride, sum[0]);
+    if (PANELS == 2) add<N>(others[step], beside, x, stride, sum[PANELS - 1]);
+  }
   for (int p = 0; p < PANELS; p++) {
     const int64_t at = (panel + p) * LANES;
     const __mmask16 lanes = first(weight.outputs - at);
