@@ -113,6 +113,36 @@ def plain_wanda(model: nn.Module, ids: Tensor) -> None:
     plain_prune(model, ids, lambda m: {"row": torch.zeros(m.in_features), "count": 0}, add, finish)
 
 
+def plain_sweep(w: Tensor, h: Tensor) -> Tensor:
+    """A matrix [out, in] at 50 % given its damped-to-be gram h, which is changed."""
+    w = w.clone()
+    columns = w.shape[1]
+    dead = h.diagonal() == 0
+    h[dead, dead] = 1
+    w[:, dead] = 0
+    h.diagonal().add_(0.01 * h.diagonal().mean())
+    u = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+    for a in range(0, columns, 128):
+        b = min(a + 128, columns)
+        w1, u1 = w[:, a:b].clone(), u[a:b, a:b]
+        q1, e1 = torch.zeros_like(w1), torch.zeros_like(w1)
+        score = w1**2 / u1.diagonal().reshape(1, -1) ** 2
+        order = torch.sort(score.flatten(), stable=True).indices
+        gone = torch.zeros(score.numel(), dtype=torch.bool).scatter_(0, order[: score.numel() // 2], True)
+        gone = gone.reshape(score.shape)
+        for i in range(b - a):
+            column, d = w1[:, i], u1[i, i]
+            q = column.clone()
+            q[gone[:, i]] = 0
+            q1[:, i] = q
+            e = (column - q) / d
+            w1[:, i:] -= e.unsqueeze(1).matmul(u1[i, i:].unsqueeze(0))
+            e1[:, i] = e
+        w[:, a:b] = q1
+        w[:, b:] -= e1.matmul(u[a:b, b:])
+    return w
+
+
 def plain_sparsegpt(model: nn.Module, ids: Tensor) -> None:
     def add(state: dict[str, Tensor], x: Tensor) -> None:
         count = state["count"]
@@ -122,32 +152,7 @@ def plain_sparsegpt(model: nn.Module, ids: Tensor) -> None:
         state["h"] += x.matmul(x.t())
 
     def finish(linear: nn.Linear, state: dict[str, Tensor]) -> None:
-        w, h = linear.weight.clone(), state["h"]
-        columns = w.shape[1]
-        dead = h.diagonal() == 0
-        h[dead, dead] = 1
-        w[:, dead] = 0
-        h.diagonal().add_(0.01 * h.diagonal().mean())
-        u = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
-        for a in range(0, columns, 128):
-            b = min(a + 128, columns)
-            w1, u1 = w[:, a:b].clone(), u[a:b, a:b]
-            q1, e1 = torch.zeros_like(w1), torch.zeros_like(w1)
-            score = w1**2 / u1.diagonal().reshape(1, -1) ** 2
-            order = torch.sort(score.flatten(), stable=True).indices
-            gone = torch.zeros(score.numel(), dtype=torch.bool).scatter_(0, order[: score.numel() // 2], True)
-            gone = gone.reshape(score.shape)
-            for i in range(b - a):
-                column, d = w1[:, i], u1[i, i]
-                q = column.clone()
-                q[gone[:, i]] = 0
-                q1[:, i] = q
-                e = (column - q) / d
-                w1[:, i:] -= e.unsqueeze(1).matmul(u1[i, i:].unsqueeze(0))
-                e1[:, i] = e
-            w[:, a:b] = q1
-            w[:, b:] -= e1.matmul(u[a:b, b:])
-        linear.weight.copy_(w)
+        linear.weight.copy_(plain_sweep(linear.weight, state["h"]))
 
     def start(linear: nn.Linear) -> dict[str, object]:
         return {"h": torch.zeros(linear.in_features, linear.in_features), "count": 0}

@@ -99,8 +99,10 @@ def gram_factor(gram: Tensor, damp: float, name: str = "") -> tuple[Tensor, Tens
     dead = diagonal == 0
     live = diagonal[~dead]
     mean = float(live.mean()) if len(live) else 1.0
-    for share in (damp, 10 * damp):  # a second try with ten times as much
-        lower = gram.flip(0, 1).double()  # one copy, factored in place: of a wide layer it is larger than the weights
+    # Damped, the gram is far from singular, and float32 is enough; what it cannot factor, float64 may. The last try is
+    # with ten times the damping.
+    for share, dtype in ((damp, torch.float32), (damp, torch.float64), (10 * damp, torch.float64)):
+        lower = gram.flip(0, 1).to(dtype)  # one copy, factored in place: of a wide layer it is larger than the weights
         lower.diagonal().masked_fill_(dead.flip(0), mean).add_(share * mean)
         torch.linalg.cholesky_ex(lower, out=(lower, failed := torch.zeros((), dtype=torch.int32)))
         if not int(failed):

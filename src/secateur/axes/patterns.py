@@ -4,6 +4,7 @@ One selector serves every pattern: of n units the lowest are dropped in the orde
 exactly the asked number stays, ties included.
 """
 
+import ctypes
 from dataclasses import dataclass
 from math import prod
 from typing import Protocol, runtime_checkable
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from secateur import kernels
 from secateur.errors import PatternError
 
 
@@ -41,6 +43,7 @@ class Pattern(Protocol):
         ...
 
 
+ITEM = 1 << 12  # scores a thread takes at a time
 AT_ONCE = 1 << 20  # scores ranked together where rows are apart, so that a wide layer needs no copy of itself
 
 
@@ -56,8 +59,6 @@ def keep_top(score: Tensor, keep: int, within: Tensor | None = None) -> Tensor:
     value = score.detach()
     if value.dtype not in (torch.float32, torch.float64):
         value = value.float()
-    if bool(value.isnan().any()):
-        raise PatternError("units were to be ranked", "some scores are NaN", "Look for NaN in weights or evidence.")
     if within is not None:
         if int(within.sum(-1).min()) < keep:
             raise PatternError(
@@ -68,6 +69,11 @@ def keep_top(score: Tensor, keep: int, within: Tensor | None = None) -> Tensor:
         lowest = torch.finfo(value.dtype).min
         value = value.clamp(min=lowest).masked_fill(~within, -torch.inf)
     drop = n - keep
+    chosen = _compiled(value, drop) if 0 < drop < n else None
+    if chosen is not None:
+        return chosen
+    if bool(value.isnan().any()):
+        raise _not_numbers()
     if drop == 0 or n == 0:
         return torch.ones_like(value, dtype=torch.bool)
     if keep == 0:
@@ -75,6 +81,36 @@ def keep_top(score: Tensor, keep: int, within: Tensor | None = None) -> Tensor:
     if value.dim() == 2 and value.numel() > AT_ONCE and len(value) > 1:  # rows are apart: few need be worked on at once
         return torch.cat([_top(rows, drop) for rows in torch.split(value, max(1, AT_ONCE // n))])
     return _top(value, drop)
+
+
+def _not_numbers() -> PatternError:
+    return PatternError("units were to be ranked", "some scores are NaN", "Look for NaN in weights or evidence.")
+
+
+class Struct(ctypes.Structure):
+    """`Select` of kernels/select.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("score", "keep", "odd")),
+        *((name, ctypes.c_int64) for name in ("rows", "width", "drop", "together")),
+    )
+
+
+def _compiled(value: Tensor, drop: int) -> Tensor | None:
+    """The choice by the compiled kernel; None where there is none for the dtype, the device or this machine."""
+    if value.dtype is not torch.float32 or value.device.type != "cpu" or not value.numel():
+        return None
+    kernel = kernels.find("select_f32")
+    if kernel is None:
+        return None
+    value, width = value.contiguous(), value.shape[-1]
+    out, odd, rows = torch.empty_like(value, dtype=torch.bool), ctypes.c_int32(), value.numel() // width
+    together = max(1, ITEM // width)
+    where = (value.data_ptr(), out.data_ptr(), ctypes.addressof(odd))
+    kernels.run(kernel, Struct(*where, rows, width, drop, together), -(-rows // together))
+    if odd.value:
+        raise _not_numbers()
+    return out
 
 
 def _top(value: Tensor, drop: int) -> Tensor:

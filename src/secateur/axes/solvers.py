@@ -1,11 +1,13 @@
 """Decide one site, mask and weights together."""
 
+import ctypes
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from secateur import kernels
 from secateur.axes.criteria import Criterion, Magnitude, gram_factor
 from secateur.axes.patterns import Pattern, PerRow, PerSlab
 from secateur.axes.refiners import Refiner
@@ -128,16 +130,37 @@ class ObsSweep:
                 kept += share
                 chosen = self.pattern.select(score, share)
                 mask[:, c:d] = chosen
-                stays = chosen.T.contiguous().to(weight.dtype)
                 plain, inner = original[:, c:d].T.contiguous(), inner.T.contiguous()  # [columns here, rows]
                 here = change[c:d]
-                for j in range(d - c):
-                    value = inner[j] if j == 0 else torch.addmv(inner[j], here[:j].T, square[j, :j])
-                    value = torch.add(plain[j], value, alpha=1 / float(square[j, j])).mul_(stays[j])
-                    torch.sub(plain[j], value, out=here[j])
+                if not _compiled(plain, inner, square, chosen.T.contiguous(), here):
+                    stays = chosen.T.contiguous().to(weight.dtype)
+                    for j in range(d - c):
+                        value = inner[j] if j == 0 else torch.addmv(inner[j], here[:j].T, square[j, :j])
+                        value = torch.add(plain[j], value, alpha=1 / float(square[j, j])).mul_(stays[j])
+                        torch.sub(plain[j], value, out=here[j])
                 result[:, c:d] = (plain - here).T
         result[~mask] = 0
         return mask, result
+
+
+class Struct(ctypes.Structure):
+    """`Sweep` of kernels/sweep.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("plain", "push", "factor", "stays", "change")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "stride")),
+    )
+
+
+def _compiled(plain: Tensor, push: Tensor, factor: Tensor, stays: Tensor, change: Tensor) -> bool:
+    """Whether the compiled kernel has written the columns' change [columns, rows]; torch has to where it has not."""
+    kernel = kernels.find("sweep_f32")
+    if kernel is None or plain.dtype is not torch.float32 or plain.device.type != "cpu" or factor.stride(1) != 1:
+        return False
+    columns, rows = plain.shape
+    where = (t.data_ptr() for t in (plain, push, factor, stays, change))
+    kernels.run(kernel, Struct(*where, rows, columns, factor.stride(0)), -(-rows // 16))
+    return True
 
 
 def _gram(site: Site, seen: Evidence) -> Tensor:

@@ -1,0 +1,136 @@
+// Sixteen scores at a time. Groups of 2, 4, 8 or 16 lie side by side in a register and are ranked by turning each group
+// within itself; longer rows are counted against the middle of a range that halves, which ends as soon as a middle
+// parts the row as asked.
+#include <immintrin.h>
+
+#include "select.h"
+
+namespace {
+
+inline __m512i keys_of(__m512 score) {
+  const __m512i bits = _mm512_castps_si512(_mm512_add_ps(score, _mm512_setzero_ps()));
+  const __m512i sign = _mm512_srai_epi32(bits, 31);  // all ones for a negative score
+  return _mm512_xor_si512(bits, _mm512_or_si512(sign, _mm512_set1_epi32(int(0x80000000))));
+}
+
+inline __mmask16 lanes_of(int64_t count) { return count >= 16 ? 0xffff : __mmask16((1u << count) - 1); }
+
+inline void store(uint8_t* keep, __mmask16 lanes, __mmask16 stays) {
+  _mm_mask_storeu_epi8(keep, lanes, _mm_maskz_set1_epi8(stays, 1));
+}
+
+// Groups of `width` lanes, as many as fit, from one register to the next.
+void groups(const Select& call, const float* score, uint8_t* keep, int64_t count) {
+  const int width = int(call.width);
+  __m512i turned[SMALL];
+  __mmask16 before[SMALL];  // lanes whose turned neighbour stands before them
+  alignas(64) int32_t from[16];
+  for (int turn = 1; turn < width; turn++) {
+    before[turn] = 0;
+    for (int lane = 0; lane < 16; lane++) {
+      const int place = lane % width, other = (place + turn) % width;
+      from[lane] = lane - place + other;
+      if (other < place) before[turn] |= __mmask16(1u << lane);
+    }
+    turned[turn] = _mm512_load_si512(from);
+  }
+  const __m512i one = _mm512_set1_epi32(1), drop = _mm512_set1_epi32(int(call.drop));
+  __mmask16 odd = 0;
+  for (int64_t at = 0; at < count; at += 16) {
+    const __mmask16 lanes = lanes_of(count - at);
+    const __m512 x = _mm512_maskz_loadu_ps(lanes, score + at);
+    odd |= _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    const __m512i mine = keys_of(x);
+    __m512i lower = _mm512_setzero_si512();
+    for (int turn = 1; turn < width; turn++) {
+      const __m512i other = _mm512_permutexvar_epi32(turned[turn], mine);
+      const __mmask16 less = _mm512_cmplt_epu32_mask(other, mine) | (_mm512_cmpeq_epu32_mask(other, mine) & before[turn]);
+      lower = _mm512_mask_add_epi32(lower, less, lower, one);
+    }
+    store(keep + at, lanes, _mm512_cmpge_epi32_mask(lower, drop));
+  }
+  if (odd) *call.odd = 1;
+}
+
+int64_t count_up_to(const uint32_t* keys, int64_t width, uint32_t most) {
+  const __m512i limit = _mm512_set1_epi32(int(most));
+  int64_t count = 0;
+  int64_t i = 0;
+  for (; i + 64 <= width; i += 64)
+    count += __builtin_popcountll(
+        uint64_t(_mm512_cmple_epu32_mask(_mm512_load_si512(keys + i), limit)) |
+        uint64_t(_mm512_cmple_epu32_mask(_mm512_load_si512(keys + i + 16), limit)) << 16 |
+        uint64_t(_mm512_cmple_epu32_mask(_mm512_load_si512(keys + i + 32), limit)) << 32 |
+        uint64_t(_mm512_cmple_epu32_mask(_mm512_load_si512(keys + i + 48), limit)) << 48);
+  for (; i < width; i += 16)
+    count += __builtin_popcount(
+        _mm512_mask_cmple_epu32_mask(lanes_of(width - i), _mm512_load_si512(keys + i), limit));
+  return count;
+}
+
+// The highest key that goes; of those that equal it, `ties` do.
+uint32_t by_halving(const Select& call, const float* score, int64_t* ties) {
+  uint32_t* const keys = static_cast<uint32_t*>(scratch((call.width + 16) * sizeof(uint32_t)));
+  __m512i lowest = _mm512_set1_epi32(-1), highest = _mm512_setzero_si512();
+  __mmask16 odd = 0;
+  for (int64_t i = 0; i < call.width; i += 16) {
+    const __mmask16 lanes = lanes_of(call.width - i);
+    const __m512 x = _mm512_maskz_loadu_ps(lanes, score + i);
+    odd |= _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    const __m512i k = keys_of(x);
+    _mm512_store_si512(keys + i, k);
+    lowest = _mm512_mask_min_epu32(lowest, lanes, lowest, k);
+    highest = _mm512_mask_max_epu32(highest, lanes, highest, k);
+  }
+  if (odd) *call.odd = 1;
+  uint32_t low = _mm512_reduce_min_epu32(lowest), high = _mm512_reduce_max_epu32(highest);
+  while (low < high) {
+    const uint32_t middle = low + (high - low) / 2;
+    const int64_t count = count_up_to(keys, call.width, middle);
+    if (count == call.drop) {  // all up to here, and nothing else
+      *ties = call.width;
+      return middle;
+    }
+    if (count > call.drop) high = middle;
+    else low = middle + 1;
+  }
+  *ties = call.drop - (low ? count_up_to(keys, call.width, low - 1) : 0);
+  return low;
+}
+
+// What stands above the edge stays, and of what equals it all but the first `ties`.
+void part(const float* score, uint8_t* keep, int64_t width, uint32_t edge, int64_t ties) {
+  const __m512i limit = _mm512_set1_epi32(int(edge));
+  for (int64_t i = 0; i < width; i += 16) {
+    const __mmask16 lanes = lanes_of(width - i);
+    const __m512i k = keys_of(_mm512_maskz_loadu_ps(lanes, score + i));
+    uint32_t stays = _mm512_cmpgt_epu32_mask(k, limit);
+    const uint32_t equal = _mm512_mask_cmpeq_epu32_mask(lanes, k, limit);
+    if (equal) {
+      const int64_t count = __builtin_popcount(equal), gone = ties < count ? ties : count;
+      stays |= equal & ~_pdep_u32(gone >= 16 ? 0xffffu : (1u << gone) - 1, equal);
+      ties -= gone;
+    }
+    store(keep + i, lanes, __mmask16(stays));
+  }
+}
+
+}  // namespace
+
+extern "C" void select_f32_avx512(const void* pointer, int64_t begin, int64_t end) {
+  const Select& call = *static_cast<const Select*>(pointer);
+  const int64_t first = begin * call.together, to = end * call.together, last = to < call.rows ? to : call.rows;
+  const float* const score = call.score + first * call.width;
+  uint8_t* const keep = call.keep + first * call.width;
+  if (call.width <= SMALL && 16 % call.width == 0) {
+    groups(call, score, keep, (last - first) * call.width);
+    return;
+  }
+  for (int64_t row = 0; row < last - first; row++) {
+    const float* const mine = score + row * call.width;
+    int64_t ties;
+    const uint32_t edge = call.width < LONG ? by_halving(call, mine, &ties)
+                                            : digit_by_digit(mine, call.width, call.drop, &ties, call.odd);
+    part(mine, keep + row * call.width, call.width, edge, ties);
+  }
+}

@@ -1,0 +1,83 @@
+"""The compiled choice and the compiled sweep, against the formulas they stand for, at every level of this machine."""
+
+import pytest
+import torch
+
+from secateur import kernels
+from secateur.axes import NM, keep_top
+from secateur.axes.criteria import gram_factor
+from secateur.axes.solvers import ObsSweep
+from secateur.errors import PatternError
+
+
+def levels():
+    machine = kernels.LEVELS.index(kernels.library().machine) if kernels.library() else 0
+    return kernels.LEVELS[: machine + 1]
+
+
+def plain(score, keep):
+    """By a stable sort: of equals the first go."""
+    order = score.sort(dim=-1, stable=True).indices
+    return torch.ones_like(score, dtype=torch.bool).scatter_(-1, order[..., : score.shape[-1] - keep], False)
+
+
+def scores(kind, shape):
+    made = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=made)
+    if kind == "ties":
+        return (2 * x).round() * torch.where(torch.rand(shape, generator=made) > 0.5, 1.0, -1.0)  # both zeros, too
+    if kind == "alike":
+        return torch.full(shape, -2.5)
+    if kind == "far apart":
+        x = x * 10.0 ** torch.randint(-37, 38, shape, generator=made)
+        x[..., 0], x[..., -1] = float("-inf"), float("inf")
+    return x
+
+
+@pytest.mark.parametrize("kind", ["any", "ties", "alike", "far apart"])
+def test_exactly_those_that_a_stable_sort_would_keep(kind):
+    for shape in ((1, 1), (5, 2), (67, 4), (33, 8), (9, 16), (4, 3), (3, 17), (7, 101), (2, 1030), (1, 40001)):
+        score = scores(kind, shape)
+        for keep in {0, 1, shape[1] // 3, shape[1] // 2, shape[1] - 1, shape[1]}:
+            wanted = plain(score, keep)
+            for level in levels():
+                with kernels.forced(level):
+                    assert torch.equal(keep_top(score, keep), wanted), f"{level} {shape} {keep}"
+
+
+@pytest.mark.parametrize("width", [4, 16, 50, 40000])
+def test_a_score_that_is_no_number_is_refused(width):
+    for place in (0, width - 1):
+        score = scores("any", (3, width))
+        score[2, place] = float("nan")
+        for level in levels():
+            with kernels.forced(level), pytest.raises(PatternError, match="some scores are NaN"):
+                keep_top(score, width // 2)
+
+
+def test_groups_are_the_same_with_and_without_a_kernel(monkeypatch):
+    score = scores("ties", (64, 96))
+    for n, m in ((2, 4), (4, 8), (1, 16), (3, 6), (1, 2)):
+        pattern = NM(n, m)
+        here = pattern.select(score, 64 * 96 * n // m)
+        with monkeypatch.context() as patched:
+            patched.setattr(kernels, "find", lambda name: None)
+            assert torch.equal(pattern.select(score, 64 * 96 * n // m), here)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 37, 70])
+def test_the_sweep_is_that_of_the_formula(rows, monkeypatch):
+    made = torch.Generator().manual_seed(rows)
+    weight, inputs = torch.randn(rows, 150, generator=made), torch.randn(400, 150, generator=made)
+    gram = (inputs.T @ inputs).double()
+    solver = ObsSweep(block=64)
+    with monkeypatch.context() as patched:
+        patched.setattr(kernels, "find", lambda name: None)
+        mask, value = solver.sweep(weight, gram, rows * 75)
+    for level in levels():
+        with kernels.forced(level):
+            found = solver.sweep(weight, gram, rows * 75)
+        assert (found[0] == mask).float().mean() > 0.999
+        same = (found[0] == mask).all(1)
+        torch.testing.assert_close(found[1][same], value[same], atol=1e-4, rtol=1e-3)
+    assert gram_factor(gram, 0.01)[0].stride(1) == 1
