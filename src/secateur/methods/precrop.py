@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from secateur.axes import Allocation, SynExp
 from secateur.axes.donors import Donor
+from secateur.axes.filters import writers
 from secateur.axes.rewinding import reinitialize_
 from secateur.axes.rules import LearningRate
 from secateur.cut import weights
@@ -324,12 +325,7 @@ class Branches:
 
     def of(self, sites: Sequence[Site]) -> list[Site]:
         """See Scope."""
-        return [site for site in sites if sum(_writes(part) for part in site.parts) == 1]
-
-
-def _writes(part: Part) -> bool:
-    """Whether a part is the outputs of a layer that is not depthwise, which has the channels of what it reads."""
-    return part.axis == 0 and len(part.shape) > 1 and (len(part.shape) == 2 or part.shape[1] > 1)
+        return [site for site in sites if len(writers(site)) == 1]
 
 
 @dataclass(frozen=True, kw_only=True)

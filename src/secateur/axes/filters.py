@@ -1,0 +1,51 @@
+"""Filters: what convolutions write, each a unit that goes with all that reads it."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import GraphError
+from secateur.graph import couple
+from secateur.site import Part, Site, Tensors
+from secateur.task import Batch
+
+
+def writers(site: Site) -> list[Part]:
+    """The matrices and kernels whose outputs a site's units are; a depthwise one has the channels of what it reads."""
+    return [p for p in site.parts if p.axis == 0 and len(p.shape) > 1 and (len(p.shape) == 2 or p.shape[1] > 1)]
+
+
+def readers(site: Site) -> list[Part]:
+    """The matrices and kernels whose inputs a site's units are."""
+    return [p for p in site.parts if p.axis == 1 and len(p.shape) > 1]
+
+
+def filters(model: nn.Module, example: Batch) -> tuple[list[Site], list[str]]:
+    """The sites of channels that convolutions alone write, and what is frozen and why.
+
+    Raises GraphError where there are none.
+    """
+    coupling = couple(model, example)
+    found = [s for s in coupling.of("channel") if writers(s) and all(len(part.shape) > 2 for part in writers(s))]
+    if not found:
+        raise GraphError(
+            f"filters of {type(model).__name__} were to be taken out",
+            "it has no convolution whose outputs can be",
+            "Use it for CNNs; l1_norm takes out neurons and heads of other networks.",
+        )
+    return found, [str(frozen) for frozen in coupling.frozen]
+
+
+def alone(sites: Sequence[Site]) -> list[Site]:
+    """Those that one layer writes and one layer reads: neither on a shortcut nor in several branches."""
+    return [site for site in sites if len(writers(site)) == len(readers(site)) == 1]
+
+
+def filter_norm(site: Site, tensors: Tensors) -> Tensor:
+    """The Euclidean norm of each filter; of tied layers, of all its filters together [*site.shape]."""
+    total = torch.zeros(site.shape)
+    for part in writers(site):
+        square = {part.name: tensors[part.name].detach().square()}
+        total = total + Site(site.name, site.kind, site.shape, (part,)).gather(square).cpu()
+    return total.sqrt()
