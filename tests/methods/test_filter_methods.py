@@ -1,4 +1,4 @@
-"""Soft filter pruning, ThiNet, sparse structure selection: by hand, as properties, and on toy images."""
+"""Slimming, soft filters, ThiNet, sparse structure selection: by hand, as properties, and on toy images."""
 
 import copy
 
@@ -10,9 +10,10 @@ from torch import nn
 from secateur.axes.filters import alone, filter_norm, filters, readers
 from secateur.axes.residual import removable_blocks
 from secateur.edit import apply_
-from secateur.errors import GraphError, SettingError
+from secateur.errors import BudgetError, GraphError, SettingError
 from secateur.graph import removals
 from secateur.method import load, prune
+from secateur.methods.slimming import Slimming
 from secateur.methods.soft_filter import SoftFilter, Softly
 from secateur.methods.structure_selection import (
     Factors,
@@ -186,10 +187,38 @@ def test_more_strength_takes_more_out_and_every_layer_keeps_one():
     assert left[1] < left[0]
 
 
+def test_the_smallest_scales_anywhere_go_and_no_layer_may_vanish():
+    task = tiny.make_task("cnn")
+
+    def loud(small):
+        model = tiny.cnn()
+        with torch.no_grad():
+            for module in model.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.weight.fill_(1.0)
+            model.block2.bn1.weight[:small] = 0.01
+            model.bn.weight[0] = 0.001  # its stage has another layer, which is loud
+        return model
+
+    done = Slimming(sparsity=12 / 48, steps=0).run(loud(12), task)
+    assert done.model.block2.conv1.out_channels == 4
+    assert done.model.conv.out_channels == 8
+    with pytest.raises(BudgetError) as caught:
+        Slimming(sparsity=16 / 48, steps=0).run(loud(16), task)
+    assert str(caught.value).startswith(
+        "a sparsity of 0.333333 by one threshold over all scales was asked for, but every channel of block2.conv1 is "
+        "below it"
+    )
+    spared = Slimming(sparsity=16 / 48, steps=0, floor=2).run(loud(16), task)
+    assert spared.model.block2.conv1.out_channels == 2
+    assert sum(int((~e.keep).sum()) for e in spared.edits) == 16
+
+
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
         ("soft_filter", {"sparsity": 0.3, "steps": 80, "every": 4}),
+        ("slimming", {"sparsity": 0.3, "strength": 0.01, "steps": 40, "recover": 30}),
         ("thinet", {"sparsity": 0.3, "samples": 64, "each": 5, "recover": 40}),
         ("structure_selection", {"strength": 0.2, "steps": 60, "recover": 40}),
     ],
