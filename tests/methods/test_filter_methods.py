@@ -212,6 +212,7 @@ def test_the_smallest_scales_anywhere_go_and_no_layer_may_vanish():
     spared = Slimming(sparsity=16 / 48, steps=0, floor=2).run(loud(16), task)
     assert spared.model.block2.conv1.out_channels == 2
     assert sum(int((~e.keep).sum()) for e in spared.edits) == 16
+    assert sum(e.site.units for e in spared.edits) == 48
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from secateur.axes.patterns import keep_top
 from secateur.axes.penalties import ScalePenalty
 from secateur.axes.rules import LearningRate
 from secateur.axes.scales import scale_names, scaled
-from secateur.edit import apply_
+from secateur.edit import Edit, Mask, apply_
 from secateur.errors import BudgetError, SettingError
 from secateur.graph import couple, removals
 from secateur.method import Budget, Card, Method, check_sparsity
@@ -94,9 +94,11 @@ class Slimming(Method):
                 "Ask for less, train with a weaker pull, or keep some everywhere: floor=1.",
             )
         keep = {site.name: keep_top(ranked[site.name], counts[site.name]) for site in sites}
-        edits = apply_(model, removals(sites, keep))
+        # Sites that keep all are masked by nothing, so that the record counts their channels among all of them.
+        whole: list[Edit] = [Mask(site, keep[site.name]) for site in sites if bool(keep[site.name].all())]
+        edits = apply_(model, [*whole, *removals(sites, keep)])
         if self.recover:
             history = history.then(fit(model, task, self.recover, [LearningRate()], epoch=history.epoch))
         widths = ", ".join(f"{site.name} {counts[site.name]}/{site.units}" for site in sites)
         notes = [f"widths found: {widths}", *(f"{name} is left alone: a layer of it has no norm" for name in others)]
-        return Outcome(model, list(edits), history, notes=[*notes, *history.notes])
+        return Outcome(model, edits, history, notes=[*notes, *history.notes])
