@@ -27,7 +27,7 @@ import torch
 from secateur import edit as edits
 from secateur.axes import Rank, patterns, words
 from secateur.evidence import Recorder
-from secateur.method import load, prune
+from secateur.method import load
 from secateur.outcome import about_machine, about_versions, now, write_text
 
 HERE = Path(__file__).resolve().parent
@@ -129,7 +129,8 @@ def measure(name: str, samples: int, window: int, threads: int) -> dict[str, Any
     held = _held("VmRSS")
     clock = Clock()
     clock.watch()
-    outcome = prune(opened.model, method, task, inplace=True)
+    method.check()
+    method.run(opened.model, task)
     seconds = clock.total()
     return {
         "method": name,
@@ -137,7 +138,6 @@ def measure(name: str, samples: int, window: int, threads: int) -> dict[str, Any
         "seconds": sum(seconds.values()),
         "phases": seconds,
         "extra memory": _held("VmHWM") - held,
-        "removed": outcome.ledger.sparsity if outcome.ledger else None,
     }
 
 

@@ -7,12 +7,13 @@ import torch
 from torch import nn
 
 from claims.harness import Claim, Expectation, Settings
+from secateur.axes.gates import gated_blocks
 from secateur.axes.rewinding import reinitialize_
 from secateur.axes.rules import LearningRate
 from secateur.cut import passing
 from secateur.edit import Replace, apply_
 from secateur.method import prune
-from secateur.methods.polarization import Polarization, gated_blocks
+from secateur.methods.polarization import Polarization
 from secateur.models.resnet import CifarResNet
 from secateur.outcome import count_flops
 from secateur.task import Task, generator

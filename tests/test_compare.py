@@ -70,6 +70,23 @@ def test_a_grid_of_five_sparsities_and_two_seeds_is_run_once(tmp_path):
     assert (tmp_path / "again.html").exists()
 
 
+def test_the_dense_model_is_measured_once_for_all_seeds(tmp_path, monkeypatch):
+    from secateur.tasks.labelled import Labelled
+
+    measured = []
+    plain = Labelled.measure
+    monkeypatch.setattr(Labelled, "measure", lambda task, *rest: measured.append(task.seed) or plain(task, *rest))
+    args = (*VECTORS, "--methods", "magnitude", "--seeds", "3", "--out")
+    run(*args, tmp_path / "one.html")
+    assert len(measured) == 1 + 3 * 3  # magnitude, random and int8
+    before = {json.dumps(r.measured("before")) for r in records_of(tmp_path / "one.html")}
+    assert len(before) == 1
+    measured.clear()
+    monkeypatch.setattr(Labelled, "measured_on", lambda task: str(task.seed))  # data that the seed moves
+    run(*args, tmp_path / "three.html")
+    assert len(measured) == 3 + 3 * 3
+
+
 def test_simple_baselines_are_always_there_on_equal_data(tmp_path):
     out = tmp_path / "page.html"
     found = json.loads(run(*TEXT, "--methods", "wanda", "--out", out, "--json").stdout)

@@ -23,6 +23,7 @@ from secateur.edit import load as load_edits
 from secateur.errors import SettingError, TaskError
 from secateur.evidence import Evidence, merging, observe
 from secateur.methods.cfsp import CFSP
+from secateur.methods.ecoflap import ECoFLaP
 from secateur.methods.expert_removal import ExpertRemoval
 from secateur.methods.flap import FLAP
 from secateur.methods.oneshot import OneShot
@@ -52,6 +53,7 @@ WATCHING = {
     "closest run": ("decoder", ShortGPT(samples=16, sparsity=0.5, choice=ClosestRun())),
     "slicegpt": ("decoder", SliceGPT(samples=16)),
     "cfsp": ("decoder", CFSP(samples=16, round_to=8)),
+    "ecoflap": ("decoder", ECoFLaP(samples=16)),
     "expert_removal": ("moe", ExpertRemoval(samples=16)),
     "uncurl": ("moe", UNCURL(samples=16)),
 }

@@ -7,7 +7,8 @@
         ours.agree(done.model)
 
 Evidence is sums and a count, so that what the processes saw, added, is what one of them would have seen. Every process
-holds the whole model and takes the same decisions from the same sums; only the passes over the data are divided.
+holds the whole model and takes the same decisions from the same sums; only the passes over the data are divided. What a
+method sums of activations by itself goes through `secateur.evidence.summed`.
 """
 
 import hashlib

@@ -109,6 +109,15 @@ class Task(Protocol):
         ...
 
 
+@runtime_checkable
+class Seedless(Protocol):
+    """A task that measures the same whatever its seed, so that a comparison over seeds need not measure twice."""
+
+    def measured_on(self) -> str:
+        """The fingerprint but for the seed: tasks that share it say the same of one model."""
+        ...
+
+
 class Around:
     """A task that stands around another: as that one in all that a subclass does not change."""
 

@@ -13,6 +13,17 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
+from secateur.axes.gates import (
+    HOME,
+    ClippedIdentity,
+    SigmoidSlope,
+    blocks_of,
+    gated_blocks,
+    gated_units,
+    insert_,
+    open_for,
+    step,
+)
 from secateur.axes.schedules import Linear, Schedule
 from secateur.cli import main
 from secateur.edit import Remove, Replace
@@ -20,24 +31,15 @@ from secateur.errors import EvidenceError, GraphError, ModelError, SettingError
 from secateur.graph import couple
 from secateur.method import load, prune
 from secateur.methods.polarization import (
-    HOME,
-    ClippedIdentity,
     Consensus,
     Hinge,
     Polarization,
-    SigmoidSlope,
     Squared,
     active,
-    blocks_of,
     consensus,
     disagreement,
-    gated_blocks,
-    gated_units,
     harden_,
-    insert_,
-    open_for,
     polarization,
-    step,
 )
 from secateur.models import save
 from secateur.models.resnet import CifarResNet

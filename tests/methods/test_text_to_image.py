@@ -18,23 +18,12 @@ from pipelines import pixels, stable_diffusion
 
 from secateur import prune
 from secateur.axes import NM, Owl, PerMatrix, PerRow, Wanda
+from secateur.axes.cliffs import AtBudget, Line, cliff, lost
 from secateur.cli import main as command
 from secateur.edit import Mask
 from secateur.errors import PatternError, SecateurError, SettingError, SiteError, TaskError
 from secateur.evidence import observe
-from secateur.methods.text_to_image import (
-    AtBudget,
-    Band,
-    Line,
-    Scope,
-    TextToImage,
-    cliff,
-    components,
-    decibels,
-    lost,
-    nominal,
-    trimmed,
-)
+from secateur.methods.text_to_image import Band, Scope, TextToImage, components, decibels, nominal, trimmed
 from secateur.plan import plan
 from secateur.site import tensors
 from secateur.task import Batch

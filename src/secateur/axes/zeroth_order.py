@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from secateur.axes.allocations import Scores, kept_of, rounded
+from secateur.distributed import present
 from secateur.errors import BudgetError, EvidenceError, SettingError, SiteError, did_you_mean
-from secateur.evidence import calm, observe
+from secateur.evidence import Evidence, calm, observe, summed
 from secateur.method import Budget, check_sparsity
 from secateur.site import Site, Tensors, tensors, total_units
 from secateur.task import Batch, Task, generator
@@ -175,16 +176,23 @@ class ZerothOrder:
         self, model: nn.Module, sites: Sequence[Site], batches: Iterable[Batch], task: Task
     ) -> dict[str, float]:
         """See Steepness. Raises EvidenceError where the loss is not finite."""
-        held, named, found = list(first(batches, self.samples)), tensors(model), {}
+        held, named, found, ours = list(first(batches, self.samples)), tensors(model), {}, present()
         with torch.no_grad(), calm(model):  # dropout would be noise of its own
             for name, members in grouped(sites, self.together).items():
                 places = [_stored(site, named) for site in members]
-                seeds = torch.randint(2**62, (len(held), self.draws), generator=generator(task, f"noise {name}"))
-                total = 0.0
-                for batch, mine in zip(held, seeds.tolist(), strict=True):
-                    there = slopes(lambda batch=batch: task.loss(model, batch), places, mine, self.step)  # type: ignore[misc]
-                    total += sum(abs(p) for p in there)
-                felt = finite(total / seeds.numel(), name)
+                draw = generator(task, f"noise {name}")
+                # Of processes that work together each has every so-manieth batch, with the noise it has in one alone.
+                seeds = torch.randint(2**62, (len(held) * ours.count, self.draws), generator=draw)
+                seeds = seeds[ours.rank :: ours.count]
+
+                def add(places: list[Tensor] = places, seeds: Tensor = seeds) -> Evidence:
+                    total = 0.0
+                    for batch, mine in zip(held, seeds.tolist(), strict=True):
+                        there = slopes(lambda batch=batch: task.loss(model, batch), places, mine, self.step)  # type: ignore[misc]
+                        total += sum(abs(p) for p in there)
+                    return Evidence(seeds.numel(), {"slope": torch.tensor(total, dtype=torch.float64)})
+
+                felt = finite(float(summed(name, add).mean("slope")), name)
                 units = total_units(members)
                 for site, place in zip(members, places, strict=True):
                     size = float(place.double().abs().pow(self.power).sum()) if self.power else 1.0
@@ -213,16 +221,22 @@ class FirstOrder:
         self, model: nn.Module, sites: Sequence[Site], batches: Iterable[Batch], task: Task
     ) -> dict[str, float]:
         """See Steepness. Raises EvidenceError where a weight is frozen or a gradient is not finite."""
-        named, found, count = tensors(model), dict.fromkeys((site.name for site in sites), 0.0), 0
-        for batch in first(batches, self.samples):
-            seen = observe(model, sites, [batch], {"grad_abs"}, task.loss)
-            count += 1
-            for site in sites:
-                steep = seen[site.name].sums["grad_abs"]
-                weight = site.parts[0].read(named).detach().double().abs()
-                value = weight.pow(self.power) * steep.pow(max(self.power, 1))
-                found[site.name] += float(value.norm(self.order))
-        return {name: total / max(count, 1) for name, total in found.items()}
+        named = tensors(model)
+
+        def add() -> Evidence:
+            found, count = dict.fromkeys((site.name for site in sites), 0.0), 0
+            for batch in first(batches, self.samples):
+                seen = observe(model, sites, [batch], {"grad_abs"}, task.loss)
+                count += 1
+                for site in sites:
+                    steep = seen[site.name].sums["grad_abs"]
+                    weight = site.parts[0].read(named).detach().double().abs()
+                    value = weight.pow(self.power) * steep.pow(max(self.power, 1))
+                    found[site.name] += float(value.norm(self.order))
+            return Evidence(count, {name: torch.tensor(v, dtype=torch.float64) for name, v in found.items()})
+
+        every = summed("steepness", add)
+        return {name: float(total) / max(every.count, 1) for name, total in every.sums.items()}
 
 
 def check_samples(samples: int, power: int) -> None:
@@ -255,8 +269,9 @@ def _stored(site: Site, named: Tensors) -> Tensor:
 
 def first(batches: Iterable[Batch], samples: int) -> Iterator[Batch]:
     """Batches until so many examples went by; the last one is used whole, as its loss may compare its examples."""
-    for batch in batches:
-        if samples <= 0:
+    ours = present()
+    for place, batch in enumerate(batches):
+        if samples <= (place * (ours.count - 1) + ours.rank) * batch.size:  # with what other processes have by then
             return
         yield batch
         samples -= batch.size

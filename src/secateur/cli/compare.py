@@ -117,6 +117,7 @@ def command(
     from secateur.errors import GraphError
     from secateur.outcome import fingerprint
     from secateur.plan import check
+    from secateur.task import Seedless
 
     speaker = terminal(spoken)
     set_threads(threads)
@@ -152,20 +153,19 @@ def command(
         problems = {method: _refused(check, method, opened, chosen) for method, chosen in asks.items()}
     _say_what_of(speaker, [method for method, problem in problems.items() if problem is None], opened, tasks[first])
     speaker.say(f"{len(cells)} runs, {len(cells) - len(todo)} of them done before; records in {folder}")
-    dense: dict[int, Seen] = {}
+    shown = {number: each.measured_on() if isinstance(each, Seedless) else number for number, each in tasks.items()}
+    dense: dict[object, Seen] = {}
     try:
         with _stopped_by_term():
             for number, cell in enumerate(todo, 1):
                 label = f"{number} of {len(todo)}  {_label(cell)}"
                 error = problems[cell.method]
                 if error is None:
-                    chosen = tasks[cell.seed]
-                    if cell.seed not in dense:
+                    chosen, same = tasks[cell.seed], shown[cell.seed]
+                    if same not in dense:
                         with speaker.busy("measuring the dense model"):
-                            dense[cell.seed] = look.at(opened.model, chosen, opened.tokenizer)
-                    error = _run(
-                        speaker, cell, opened, chosen, look, dense[cell.seed], timing, command_line(ctx), label
-                    )
+                            dense[same] = look.at(opened.model, chosen, opened.tokenizer)
+                    error = _run(speaker, cell, opened, chosen, look, dense[same], timing, command_line(ctx), label)
                 if error is not None:
                     _fail(cell, error)
                     left_out = cell.always and isinstance(error, GraphError)

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -120,6 +120,10 @@ class Labelled:
     def fingerprint(self) -> str:
         """A short hash of the examples, the labels and the settings."""
         return self._fingerprint
+
+    def measured_on(self) -> str:
+        """The fingerprint but for the seed, which moves calibration and training only."""
+        return replace(self, seed=0).fingerprint()
 
     @cached_property
     def _fingerprint(self) -> str:

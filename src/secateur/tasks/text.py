@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -135,6 +135,10 @@ class Text:
     def fingerprint(self) -> str:
         """A short hash of the token ids and the settings."""
         return self._fingerprint
+
+    def measured_on(self) -> str:
+        """The fingerprint but for the seed, which moves calibration and training only."""
+        return replace(self, seed=0).fingerprint()
 
     @cached_property
     def _fingerprint(self) -> str:
