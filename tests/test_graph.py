@@ -17,6 +17,7 @@ from secateur.edit import Mask, Remove
 from secateur.errors import GraphError
 from secateur.graph import channels, couple, heads, removals
 from secateur.graph.positions import Positions
+from secateur.graph.trace import follow
 from secateur.site import Site
 from secateur.task import Batch
 
@@ -572,6 +573,11 @@ def test_the_neurons_of_experts_go_together():
     assert site.name in coupling.multiples
     keep = {site.name: torch.arange(32) % 4 != 1}
     close(answer(masked(model, [site], keep), batch), answer(removed(model, [site], keep), batch))
+
+
+def test_what_is_held_of_a_graph_grows_with_its_layers_and_no_faster():
+    one, two, three = (len(follow(tiny.decoder(layers=n), tokens()).tracing.positions) for n in (1, 2, 3))
+    assert three - two == two - one
 
 
 # Particulars

@@ -264,6 +264,12 @@ class _Gated(nn.Module):
         return tensor * (factor.transpose(0, -1) if self.part.turned else factor)
 
 
+def gated(model: nn.Module) -> bool:
+    """Whether weights are behind something that pruning put there; a weight norm of the model's own is no gate."""
+    lists = (module for module in model.modules() if isinstance(module, parametrize.ParametrizationList))
+    return any(type(each).__module__.startswith("secateur") for found in lists for each in found)
+
+
 def harden(model: nn.Module) -> nn.Module:
     """Make what the gates show the weights themselves, and take the gates away; the model, without hooks."""
     for module in list(model.modules()):

@@ -313,12 +313,17 @@ def site_rows(edits: Sequence[Edit]) -> list[SiteRow]:
 def count_flops(model: nn.Module, example: Batch) -> int | None:
     """Multiply-adds times two of a forward pass, counted as it runs; None for a model that cannot run here."""
     was_training = model.training
+    trained = [p for p in model.parameters() if p.requires_grad]  # its hooks fail on a parameter handed to a module
     model.eval()
     try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             example.through(model)
         return int(counter.get_total_flops())
     finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
         model.train(was_training)
 
 

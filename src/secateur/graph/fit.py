@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.edit import Mask, _set_tensor
-from secateur.graph.trace import Frozen, answer, plain
+from secateur.graph.trace import Frozen, answer, culprit, plain
 from secateur.site import Number, Part, Site, module_of, tensors
 from secateur.task import Batch
 
@@ -199,22 +199,10 @@ class _Trial:
             Mask(site, keep[site.name]).apply_(self.model)
 
 
-def culprit(model: nn.Module, error: BaseException) -> str | None:
-    """The path of the innermost module of the model in whose own code an error arose, or None."""
-    paths = {id(module): path for path, module in model.named_modules()}
-    found = None
-    frame = error.__traceback__
-    while frame is not None:
-        here = frame.tb_frame.f_locals.get("self")
-        if isinstance(here, nn.Module) and id(here) in paths and not type(here).__module__.startswith("torch.nn."):
-            found = paths[id(here)]
-        frame = frame.tb_next
-    return found
-
-
 def _some(units: int, multiple: int) -> Tensor:
-    """About two thirds of the units, in no order that a model could share, and a multiple of them."""
+    """About two thirds of the units, in no order that a model could share: a multiple of them, else an odd number."""
     gone = max(1, units // 3 // multiple) * multiple
+    gone += multiple == 1 and units > 3 and (units - gone) % 2 == 0  # else what needs a multiple would seem not to
     order = torch.randperm(units, generator=torch.Generator().manual_seed(units))
     keep = torch.ones(units, dtype=torch.bool)
     keep[order[:gone]] = False

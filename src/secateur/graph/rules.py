@@ -15,6 +15,7 @@ from secateur.graph.positions import Ints, Positions
 
 STATISTIC = 1  # something is divided by how many there are: zeroing a unit is not the same as removing it
 ATTENTION = 2  # a dimension of attention heads
+BLANK = 4  # a tensor made of nothing but zeros: as long as whatever it meets, so that it holds nothing fast
 
 _LARGEST = 1 << 22  # a flattened dimension longer than this is not followed
 
@@ -41,7 +42,6 @@ class Tracing:
         self.uses: dict[str, float] = {}
         self.turned: set[str] = set()
         self.outputs: tuple[tuple[int, ...], ...] = ()  # shapes of what comes out of the present operator
-        self.blank: set[int] = set()  # first positions along the last dimension of tensors made of nothing but zeros
 
     @property
     def output(self) -> tuple[int, ...]:
@@ -63,6 +63,10 @@ class Tracing:
             for d in tensor.dims:
                 self.positions.freeze(d)
 
+    def blank(self, d: Ints) -> bool:
+        """Whether a dimension is one of a tensor made of nothing but zeros."""
+        return bool(len(d)) and bool(self.positions.marked(d[:1], BLANK)[0])
+
     def broadcast(self, *tensors: Traced) -> tuple[Ints, ...]:
         """The dimensions of an element-by-element result: what meets lives and dies together."""
         rank = max(len(t.dims) for t in tensors)
@@ -70,6 +74,7 @@ class Tracing:
         for d in range(-rank, 0):
             here = [t.dims[d] for t in tensors if len(t.dims) >= -d]
             wide = [v for v in here if len(v) != 1] or here[:1]
+            wide = [v for v in wide if not self.blank(v)] or wide
             for other in wide[1:]:
                 if other is not wide[0]:
                     self.positions.unify(wide[0], other)
@@ -365,7 +370,7 @@ def _cell(t: Tracing, x: Ints, tensors: Sequence[Traced], times: float, projecte
 
 def _starts(t: Tracing, state: Traced, units: Ints) -> None:
     """The state before the first step; zeros are made as wide as the layer says it is, so they hold nothing fast."""
-    if int(state.dims[-1][0]) not in t.blank:
+    if not t.blank(state.dims[-1]):
         t.positions.unify(state.dims[-1], units)
 
 
@@ -419,13 +424,13 @@ _ELEMENTWISE = """
 __and__ __or__ __xor__ _to_copy abs acos add addcdiv addcmul alias alpha_dropout atan atan2 bfloat16 bitwise_and
 bitwise_not bitwise_or bitwise_xor bool ceil celu clamp clamp_max clamp_min clone contiguous copy cos cosh cpu cuda
 detach detach_ div divide double dropout elu empty_like eq erf erfc erfinv exp exp2 expm1
-fake_quantize_per_tensor_affine feature_dropout float floor floor_divide fmod frac full_like ge gelu greater gt half
-hardshrink hardsigmoid hardswish hardtanh hypot identity int isinf isnan le leaky_relu lerp lift_fresh lift_fresh_copy
-log log10 log1p log2 log_sigmoid logaddexp logical_and logical_not logical_or logical_xor logit long lt masked_fill
-maximum minimum mish mul multiply nan_to_num native_dropout ne neg ones_like positive pow rand_like randn_like
-reciprocal relu relu6 remainder round rrelu rsqrt rsub selu sgn sigmoid sign silu sin sinh softmax_backward softplus
-softshrink sqrt square sub subtract tan tanh tanh_shrink tanhshrink threshold true_divide trunc where xlogy
-zeros_like
+fake_quantize_per_tensor_affine feature_dropout fill float floor floor_divide fmod frac full_like ge gelu greater gt
+half hardshrink hardsigmoid hardswish hardtanh hypot identity int isinf isnan le leaky_relu lerp lift_fresh
+lift_fresh_copy log log10 log1p log2 log_sigmoid logaddexp logical_and logical_not logical_or logical_xor logit long
+lt masked_fill maximum minimum mish mul multiply nan_to_num native_dropout ne neg ones_like positive pow rand_like
+randn_like reciprocal relu relu6 remainder round rrelu rsqrt rsub selu sgn sigmoid sign silu sin sinh softmax_backward
+softplus softshrink sqrt square sub subtract tan tanh tanh_shrink tanhshrink threshold true_divide trunc where xlogy
+zero zeros_like
 """
 
 
@@ -476,7 +481,8 @@ def _new(t: Tracing, a: dict[str, Any]) -> Traced:
 @rule("zeros", "new_zeros")
 def _zeros(t: Tracing, a: dict[str, Any]) -> Traced:
     dims = tuple(t.stay(s) for s in t.output)
-    t.blank |= {int(dims[-1][0])} if dims and len(dims[-1]) else set()
+    for d in dims:
+        t.positions.mark(d, BLANK)
     return Traced(dims)
 
 
@@ -711,6 +717,20 @@ def _index(t: Tracing, a: dict[str, Any]) -> Traced:
     return Traced((*rest[:at], *(t.stay(s) for s in t.output[at : at + new]), *rest[at:]))
 
 
+@rule("index_put", "_index_put_impl", "_unsafe_index_put")
+def _index_put(t: Tracing, a: dict[str, Any]) -> Traced:
+    x, values = a["self"], a["values"]
+    indexed = [i for i, v in enumerate(a["indices"]) if v is not None]
+    for i in indexed:
+        t.positions.freeze(x.dims[i])
+        t.freeze(a["indices"][i])
+    behind = x.dims[indexed[-1] + 1 :] if indexed else x.dims
+    met = min(len(behind), len(values.dims))
+    t.broadcast(Traced(behind[len(behind) - met :]), Traced(values.dims[len(values.dims) - met :])) if met else None
+    t.freeze(Traced(values.dims[: len(values.dims) - met]))
+    return Traced(x.dims)
+
+
 @rule("gather")
 def _gather(t: Tracing, a: dict[str, Any]) -> Traced:
     x, index, dim = a["self"], a["index"], int(a["dim"]) % max(1, len(a["self"].dims))
@@ -722,6 +742,21 @@ def _gather(t: Tracing, a: dict[str, Any]) -> Traced:
             t.positions.freeze(d)
         dims.append(n if i == dim else d[: len(n)])
     return Traced(tuple(dims))
+
+
+@rule("affine_grid_generator")
+def _affine_grid(t: Tracing, a: dict[str, Any]) -> Traced:
+    t.freeze(a["theta"])
+    return Traced(tuple(t.stay(n) for n in t.output))
+
+
+@rule("grid_sampler")
+def _grid_sampler(t: Tracing, a: dict[str, Any]) -> Traced:
+    x, grid = a["input"], a["grid"]
+    t.freeze(grid)
+    for d in x.dims[2:]:
+        t.positions.freeze(d)
+    return Traced((*x.dims[:2], *(t.stay(n) for n in t.output[2:])))
 
 
 @rule("im2col")

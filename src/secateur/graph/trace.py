@@ -6,7 +6,7 @@ import io
 import logging
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,23 +85,87 @@ def answer(model: nn.Module, example: Batch) -> list[Tensor]:
 def follow(model: nn.Module, example: Batch) -> Network:
     """Trace a model and say of every position what lives and dies with it.
 
-    Raises GraphError, with the exporter's reason, for a model that cannot be traced.
+    A module inside the model that cannot be traced is kept whole, with what it reads and writes, and named. Raises
+    GraphError, with the exporter's reason, for a model whose own forward pass cannot be traced.
     """
     args, kwargs = arguments(model, example)
-    with plain(model), _quiet():
-        try:
-            program = torch.export.export(model, args, kwargs, strict=False)
-        except Exception as error:  # the exporter has no class of its own for what it cannot trace
-            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-            raise GraphError(
-                f"the coupling of a {type(model).__name__} was asked for",
-                f"torch.export cannot trace its forward pass: {type(error).__name__}: {reason[:300]}{_line(error)}",
-                "Give the inner network without the step that cannot be traced, or use a method that masks weights, "
-                "which needs no trace.",
-            ) from error
-    run = _Interpreter(model, example.size)
+    held: dict[str, str] = {}
+    program = None
+    while program is None:
+        with plain(model), _quiet(), _held(model, args, kwargs, tuple(held)):
+            try:
+                program = torch.export.export(model, args, kwargs, strict=False)
+            except Exception as error:  # the exporter has no class of its own for what it cannot trace
+                first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+                reason = f"{type(error).__name__}: {first[:300]}{_line(error)}"
+                where = culprit(model, error)
+                if where and where not in held:
+                    held[where] = reason
+                    continue
+                raise GraphError(
+                    f"the coupling of a {type(model).__name__} was asked for",
+                    f"torch.export cannot trace its forward pass: {reason}",
+                    "Put that step into a module of its own, which is then kept whole while the rest is cut; or use a "
+                    "method that masks weights, which needs no trace.",
+                ) from error
+    run = _Interpreter(model, example.size, held)
     run.run_program(program)
     return Network(run.tracing, run.own, tuple(dict.fromkeys(run.frozen)), run.shapes)
+
+
+@contextlib.contextmanager
+def _held(model: nn.Module, args: Any, kwargs: Any, paths: Collection[str]) -> Iterator[None]:
+    """These modules hand on what they gave when the model was run once, through an operator without a rule."""
+    given: dict[str, list[Any]] = {path: [] for path in paths}
+    hooks = [model.get_submodule(p).register_forward_hook(lambda *_, p=p: given[p].append(_[-1])) for p in paths]
+    try:
+        if paths:
+            model(*args, **kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+    def stand_in(path: str) -> Any:
+        calls = iter(given[path])
+
+        def forward(*inputs: Any, **more: Any) -> Any:
+            read = [v for v in pytree.tree_leaves((inputs, more)) if isinstance(v, Tensor)]
+            out = next(calls)
+            return pytree.tree_map(lambda v: _hand_on(v, read) if isinstance(v, Tensor) else v, out)
+
+        return forward
+
+    for path in paths:
+        model.get_submodule(path).forward = stand_in(path)
+    try:
+        yield
+    finally:
+        for path in paths:
+            del model.get_submodule(path).forward
+
+
+@torch.library.custom_op("secateur::held", mutates_args=())
+def _hand_on(value: Tensor, read: list[Tensor]) -> Tensor:
+    """What a module that is not traced gave, tied to what it read."""
+    return value.clone()
+
+
+@_hand_on.register_fake
+def _(value: Tensor, read: list[Tensor]) -> Tensor:
+    return torch.empty_like(value)
+
+
+def culprit(model: nn.Module, error: BaseException) -> str | None:
+    """The path of the innermost module of the model in whose own code an error arose, or None."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    found = None
+    frame = error.__traceback__
+    while frame is not None:
+        here = frame.tb_frame.f_locals.get("self")
+        if isinstance(here, nn.Module) and id(here) in paths and not type(here).__module__.startswith("torch.nn."):
+            found = paths[id(here)]
+        frame = frame.tb_next
+    return found
 
 
 @contextlib.contextmanager
@@ -137,7 +201,8 @@ def _where(node: Any) -> str:
 
 
 class _Interpreter:
-    def __init__(self, model: nn.Module, batch: int) -> None:
+    def __init__(self, model: nn.Module, batch: int, held: Mapping[str, str]) -> None:
+        self.held = held  # modules that are kept whole, and why
         self.tracing = Tracing(batch)
         self.own: dict[str, Traced] = {}
         self.frozen: list[Frozen] = []
@@ -159,6 +224,9 @@ class _Interpreter:
                 continue
             name = named.get(node.name)
             if name is None or not value.is_floating_point():
+                inputs.append(Traced(tuple(self.tracing.stay(n) for n in value.shape)))
+                continue
+            if any(name.startswith(path + ".") for path in self.held):
                 inputs.append(Traced(tuple(self.tracing.stay(n) for n in value.shape)))
                 continue
             tensor = self._named.get(name)
@@ -229,6 +297,13 @@ class _Interpreter:
             if found is not None and tuple(v.shape for v in got) == shapes:
                 return found
             return self.give_up(node, name, touched, shapes, value, "its rule does not cover this use")
+        if name == "secateur.held":
+            self.tracing.freeze(*touched)
+            path = next((p for p in self.held if p == _where(node)), "")
+            kind = type(self._model.get_submodule(path)).__name__
+            why = f"torch.export cannot trace it: {self.held.get(path, '')}"
+            self.frozen.append(Frozen(f"module {kind}", path, why))
+            return self.unknown(shapes, value)
         if all(self.tracing.positions.all_frozen(d) for v in touched for d in v.dims if len(d) > 1):
             return self.unknown(shapes, value)
         return self.give_up(node, name, touched, shapes, value, "there is no rule for this operator")

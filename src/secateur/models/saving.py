@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from secateur import edit as edits_file
-from secateur.edit import Edit, Mask, Merge, Remove, Replace
+from secateur.edit import Edit, Mask, Merge, Remove, Replace, gated
 from secateur.errors import ModelError
 from secateur.models import hf, onnx, pipelines
 from secateur.models.card import model_card
@@ -61,7 +60,7 @@ def save(
     asked = f"a model was to be saved to {folder}"
     _refuse_target(target, asked, overwrite)
     model = outcome.model
-    if any(parametrize.is_parametrized(m) for m in model.modules()):
+    if gated(model):
         raise ModelError(asked, "its weights are still behind gates", "Harden it first: secateur.edit.harden(model).")
     source = opened if isinstance(opened, Opened) else Opened(model, None, type(model).__name__, "", "python")
     partial = None
@@ -252,7 +251,8 @@ def _base_config(model: nn.Module, opened: Opened) -> Any:
         if hasattr(config, name):
             delattr(config, name)
     config.architectures = [type(model).__name__]
-    config._attn_implementation = now._attn_implementation
+    # Of the whole: a part, such as a convolutional backbone, may know no other way of attention than its own.
+    config._attn_implementation = {"": now._attn_implementation}
     return config
 
 
