@@ -11,6 +11,7 @@ claims/README.md                every claim, what was measured, the verdict
 docs/record.schema.json         the run record
 docs/claim.schema.json          the result of a claim
 docs/*speed.md                  the tables of the benchmarks, from their results
+docs/coverage.md                the networks of the zoo, from what tests/test_zoo.py found of each
 """
 
 import argparse
@@ -38,6 +39,7 @@ from secateur.recipe import settings_of, text_of_value  # noqa: E402
 from secateur.report import summary  # noqa: E402
 
 RECORDS = ROOT / "docs" / "records"
+COVERAGE = ROOT / "docs" / "coverage.json"
 NOTE = "<!-- Written by tools/generate.py: do not edit. -->"
 
 
@@ -57,6 +59,8 @@ def generated() -> dict[str, str]:
     for name, module in studies().items():
         pages[f"docs/reference/{name}.md"] = study_page(name, module, measured.get(name))
     pages |= benchmark_pages()
+    if COVERAGE.exists():
+        pages["docs/coverage.md"] = coverage_page(json.loads(COVERAGE.read_text(encoding="utf-8")))
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     readme = between(readme, "methods", method_table(methods, measured, "docs/reference/"))
     readme = between(readme, "session", session(records(RECORDS / "session")))
@@ -235,6 +239,41 @@ def methods_page(methods: dict[str, type[Method]], measured: dict[str, ClaimResu
 
 
 # Pages
+
+
+def coverage_page(rows: dict[str, dict]) -> str:
+    """What the zoo test found of each network: what can be cut out of it, and what cannot and why."""
+    found = [r["verdict"] for r in rows.values()]
+    lines = [
+        NOTE,
+        "# Which networks can be cut",
+        "",
+        f"{len(rows)} networks that nobody adapted: tiny, with random weights, built from the configurations of",
+        "transformers and diffusers and from plain torch. Each is planned, cut by 30 % (channels and heads), checked",
+        "to answer as it does with the same units at zero, saved, loaded, run, and gradients taken; the residual",
+        "stream is cut too. `python tests/test_zoo.py` writes the table anew; a test fails where it is out of date.",
+        "",
+        f"{found.count('works')} work, {found.count('frozen parts')} work with parts that stay, "
+        f"{found.count('refused')} {'is' if found.count('refused') == 1 else 'are'} refused.",
+        "",
+        "- **reach**: the share of the weights in tensors that something can be taken out of. What is missing feeds",
+        "  the model's answer, whose shape stays, or is named in the last column.",
+        "- **left**: the share of the weights that is left.",
+        "- **loads with**: transformers where a stock class takes the result; else `secateur.load`.",
+        "",
+        *table("network", "class", "family", "channels", "heads", "streams", "reach", "left", "loads with", "stays"),
+    ]
+    for name, r in sorted(rows.items(), key=lambda pair: (pair[1]["family"], pair[0])):
+        sites = r.get("sites", {})
+        why = "; ".join(f"{text}{f' ({count} times)' if count > 1 else ''}" for text, count in r["why"].items())
+        why = f"`{why.replace('`', '')}`" if why else ""
+        cells = [sites.get(kind, 0) or "" for kind in ("channel", "head", "stream")]
+        if r["verdict"] == "refused":
+            lines.append(row(name, r["network"], r["family"], *cells, "", "", "refused", why))
+            continue
+        share = [f"{r[key]:.0%}" for key in ("reach", "left")]
+        lines.append(row(name, r["network"], r["family"], *cells, *share, r["loads"], why))
+    return "\n".join([*lines, ""])
 
 
 def reference_index(methods: dict[str, type[Method]]) -> str:
