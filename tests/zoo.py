@@ -683,6 +683,32 @@ hub(
     },
 )
 hub(
+    "wav2vec2",
+    "speech",
+    "Wav2Vec2ForCTC",
+    lambda: Batch({"input_values": _drawn(2, 200)}),
+    **_SMALL,
+    conv_dim=[16, 16],
+    conv_kernel=[5, 3],
+    conv_stride=[4, 2],
+    num_feat_extract_layers=2,
+    num_conv_pos_embeddings=4,
+    num_conv_pos_embedding_groups=2,
+)
+hub(
+    "wavlm",
+    "speech",
+    "WavLMForCTC",
+    lambda: Batch({"input_values": _drawn(2, 200)}),
+    **_SMALL,
+    conv_dim=[16, 16],
+    conv_kernel=[5, 3],
+    conv_stride=[4, 2],
+    num_feat_extract_layers=2,
+    num_conv_pos_embeddings=4,
+    num_conv_pos_embedding_groups=2,
+)
+hub(
     "ast",
     "speech",
     "ASTForAudioClassification",

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from secateur.edit import replacement
 from secateur.errors import SiteError, did_you_mean
-from secateur.site import Part, Site, plain, tensors, unwrapped
+from secateur.site import Part, Site, module_of, plain, tensors, unwrapped
 from secateur.walk import stacks
 
 DEFAULT_EXCLUDE = ("head", "embedding", "router", "norm")
@@ -38,7 +38,7 @@ _ROUTER = re.compile(r"\b(router|gate|shared_expert_gate|classifier_router)\b", 
 
 def role(model: nn.Module, name: str) -> str:
     """What a parameter is for, one of ROLES, by the modules on its path."""
-    path, _, _ = name.rpartition(".")
+    path = module_of(model, name)
     module = model.get_submodule(path)
     value = tensors(model)[name]
     output = getattr(model, "get_output_embeddings", lambda: None)()
