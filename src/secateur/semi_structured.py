@@ -4,8 +4,8 @@
 
     changed, left = semi_structured_(model)      # layers that are multiplied as 2:4, and why the others are not
 
-Two of four weights are skipped by the hardware where many rows go through at once. One row at a time is bound by
-memory, and measured slower than dense by others (pytorch issue 111339): measure before you serve it.
+Two of four weights are skipped by the hardware, which pays for many rows of large matrices only: on an H200 1.3 times
+as fast at 8192 x 8192 and 4096 rows, and many times slower than dense at few rows (LOG.md). Measure first.
 """
 
 import torch
