@@ -109,6 +109,16 @@ class Method(ABC):
         """Raise SettingError for settings that cannot work, before any data is read."""
         self.budget()
 
+    def training_steps(self) -> int | None:
+        """Optimizer steps of a run, for its price: `steps` once and once more a round; None where the run decides.
+
+        A method that trains otherwise says so itself.
+        """
+        steps, rounds = getattr(self, "steps", None), getattr(self, "rounds", 0)
+        if not isinstance(steps, int):
+            return None
+        return steps * (1 + rounds) if isinstance(rounds, int) else steps
+
     @property
     def name(self) -> str:
         """The name it is loaded by: that of its file."""

@@ -350,7 +350,7 @@ def price(method: Method, model: nn.Module, task: Task, *, trial: bool = True) -
     for link in links(method):
         needs, samples = set(link.card.needs), getattr(link, "samples", None)
         if "training" in needs:
-            steps = _steps(link)
+            steps = link.training_steps()
             if steps is None:
                 return Price(None, None, "; ".join([*how, "how long it trains is decided in the run"]))
             size = next((b.size for b in task.batches("train")), 1)
@@ -369,14 +369,6 @@ def price(method: Method, model: nn.Module, task: Task, *, trial: bool = True) -
             seconds += 2 * each
     peak = peak_memory() + held + logits
     return Price(seconds, peak, "; ".join([*how, "measuring the quality before and after is not in it"]))
-
-
-def _steps(method: Method) -> int | None:
-    steps = getattr(method, "steps", None)
-    if not isinstance(steps, int):
-        return None
-    rounds = getattr(method, "rounds", 0)
-    return steps * (1 + rounds) if isinstance(rounds, int) else steps
 
 
 def _walked(samples: int, each: float, blocks: int, found: "_Tried | None") -> tuple[float, str]:

@@ -325,3 +325,10 @@ def test_each_beats_chance_spent_as_evenly():
             load(name)(sparsity=0.97, steps=150).run(model, task)
         found[name] = task.measure(model, "test")["accuracy"]
     assert all(found[name] > found["random"] + 0.02 for name in ("snip", "grasp", "synflow")), found
+
+
+def test_rounds_of_scoring_are_not_priced_as_trainings():
+    from secateur.method import load
+
+    assert load("synflow")(rounds=100, steps=30).training_steps() == 30
+    assert load("lottery")(rounds=3, steps=30).training_steps() == 4 * 30

@@ -373,6 +373,13 @@ def test_any_method_can_prune_what_comes_out_and_its_zeros_stay():
     assert done.ledger.sparsity == pytest.approx(0.6, abs=1e-3)
 
 
+def test_its_price_counts_what_the_metanetwork_takes():
+    training = MetaTraining(networks=3, first=100, steps=10, batches=2)
+    assert MetaPruning(source=Trained(training), settle=5, tune=7).training_steps() == 3 * (100 + 20) + 12
+    assert MetaPruning(source=Kept("x"), settle=5, tune=7).training_steps() == 12
+    assert MetaPruning(source=Kept("x"), settle=5, tune=7, around=Magnitude()).training_steps() == 12
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [

@@ -344,6 +344,12 @@ def test_empty_units_are_taken_out_and_masked_is_removed(family, monkeypatch):
     )
 
 
+def test_its_price_counts_every_step_it_takes():
+    method = TurboVbi(rounds=3, steps=7, every=5, tune=4, samples=64)
+    done = method.run(tiny.mlp(), tiny.toy_vectors())
+    assert method.training_steps() == len(done.history.losses) == 25
+
+
 def test_it_reports_what_it_reached():
     done = prune(tiny.trained("mlp"), TurboVbi(rounds=2, steps=20, every=5, samples=64), tiny.toy_vectors())
     assert TurboVbi().budget() is None

@@ -581,6 +581,10 @@ class Source(Protocol):
         """Raise SettingError for settings that cannot be."""
         ...
 
+    def training_steps(self) -> int:
+        """Batches that go forward and back through a network of the kind before there is one."""
+        ...
+
     def metanetwork(self, model: nn.Module, task: Task, flops: float) -> tuple[Metanetwork, list[str]]:
         """One for networks of a model's kind, and what is to be said of it."""
         ...
@@ -595,6 +599,11 @@ class Trained:
     def check(self) -> None:
         """See Source."""
         self.training.check()
+
+    def training_steps(self) -> int:
+        """See Source."""
+        each = self.training.first + self.training.steps * self.training.batches
+        return self.training.networks * each
 
     def metanetwork(self, model: nn.Module, task: Task, flops: float) -> tuple[Metanetwork, list[str]]:
         """See Source."""
@@ -618,6 +627,10 @@ class Kept:
         """See Source."""
         if not self.path:
             raise SettingError("a metanetwork from a file was asked for", "no file is named", "Give kept(path='...').")
+
+    def training_steps(self) -> int:
+        """See Source."""
+        return 0
 
     def metanetwork(self, model: nn.Module, task: Task, flops: float) -> tuple[Metanetwork, list[str]]:
         """See Source."""
@@ -759,6 +772,11 @@ class MetaPruning(Method):
                 raise SettingError(f"{name}={getattr(self, name)} was given", "a count cannot be negative", "Give 0.")
         if self.around is not None:
             self.around.check()
+
+    def training_steps(self) -> int | None:
+        """See Method."""
+        inside = 0 if self.around is None or "training" not in self.around.card.needs else self.around.training_steps()
+        return None if inside is None else self.source.training_steps() + self.settle + self.tune + inside
 
     def run(self, model: nn.Module, task: Task) -> Outcome:
         """Metanetwork, fine-tuning, pruning, fine-tuning."""

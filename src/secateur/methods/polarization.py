@@ -278,6 +278,10 @@ class Polarization(Method):
         assert self.schedule()
         LearningRate(floor=self.rate_floor)
 
+    def training_steps(self) -> int:
+        """See Method."""
+        return self.steps + self.recover
+
     def schedule(self) -> Schedule:
         """How strongly polarization counts as training goes on."""
         return Schedule(end=self.polarize, until=self.ramp, curve=Linear(), every=1)

@@ -52,6 +52,10 @@ class Synflow(Method):
         self.budget()
         check_training(self.steps, self.rate_floor)
 
+    def training_steps(self) -> int:
+        """See Method: rounds score and cut, and do not train."""
+        return self.steps
+
     def run(self, model: nn.Module, task: Task) -> Outcome:
         """Probe, choose, train."""
         self.check()

@@ -627,6 +627,10 @@ class TurboVbi(Method):
             if not (isfinite(value := getattr(self, name)) and value > 0):
                 raise SettingError(f"{name}={value} was given", "it is above 0", "Leave it out for the default.")
 
+    def training_steps(self) -> int:
+        """See Method."""
+        return self.rounds * self.steps + self.tune
+
     def run(self, model: nn.Module, task: Task) -> Outcome:
         """A, B, A, B, ...; then masks, fine-tuning, and what is empty out."""
         self.check()
