@@ -93,9 +93,13 @@ class Form:
             ]
 
     def tolerance(self, path: Path) -> float:
-        """See Target. llama.cpp rounds what flows through a layer to the precision of its weights."""
+        """See Target. llama.cpp rounds what flows through a layer to the precision of its weights.
+
+        A pruned SmolLM2 answers within 1.2e-5 in float32 and is 0.09 off in bfloat16, by that rounding alone; rows in
+        the wrong order make it 1.
+        """
         kinds = {tensor.tensor_type.name for tensor in _gguf().GGUFReader(str(path)).tensors if len(tensor.shape) > 1}
-        return 0.1 if "Q8_0" in kinds else 0.05 if kinds & {"F16", "BF16"} else 2e-3
+        return 0.2 if kinds & {"Q8_0", "F16", "BF16"} else 2e-3
 
 
 def _notes(kinds: Mapping[str, str], alike: bool) -> list[str]:
