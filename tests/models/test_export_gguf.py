@@ -9,7 +9,7 @@ from torch import nn
 
 from secateur.edit import Remove, apply_
 from secateur.errors import ExportError
-from secateur.export import export
+from secateur.export import export, llama_shaped
 from secateur.export import gguf as gguf_form
 from secateur.export.llama_shaped import Layer, rotary_order, shapes
 from secateur.methods.int8 import rounded
@@ -80,6 +80,21 @@ def test_llama_cpp_answers_alike(kind, tmp_path):
     pytest.importorskip("llama_cpp", reason="llama.cpp is not installed: pip install 'secateur[llamacpp]'")
     done = export(opened(MODELS[kind]()), "gguf", tmp_path / "x.gguf")
     assert done.difference < (1e-5 if kind != "eight" else 0.02) and done.runtime.startswith("llama.cpp ")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.gguf"]
+
+
+@pytest.mark.parametrize("kind", ["uneven", "eight"])
+def test_what_is_rounded_is_tried_with_the_same_numbers_in_float32(kind, tmp_path, monkeypatch):
+    pytest.importorskip("llama_cpp", reason="llama.cpp is not installed: pip install 'secateur[llamacpp]'")
+    model = MODELS[kind]()
+    if kind == "uneven":
+        model = model.to(torch.bfloat16)
+    done = export(opened(model), "gguf", tmp_path / "x.gguf")
+    assert 1e-5 < done.difference < 0.1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.gguf"]
+    monkeypatch.setattr(llama_shaped, "rotary_order", lambda value, heads: value)  # rows in the wrong order
+    with pytest.raises(ExportError, match="the same numbers in float32 answer otherwise there, by"):
+        export(opened(model), "gguf", tmp_path / "y.gguf")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.gguf"]
 
 

@@ -6,7 +6,7 @@ zeros; it knows no norm of queries and keys; and rows of queries and keys stand 
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -19,12 +19,21 @@ from torch import Tensor, nn
 
 from secateur.errors import ExportError
 from secateur.export import llama_shaped
-from secateur.export.exporting import missing
+from secateur.export.exporting import answer, in_float32, missing
 from secateur.export.sparse import int8_of
 from secateur.models import Opened, hf
 
 BLOCK = 32
 """Numbers that share a scale in llama.cpp's 8-bit form; a width of zeros is one block."""
+
+EXACT = 2e-3
+"""How far answers in float32 may be from the model's, as a share of their length."""
+
+ROUNDED = 0.5
+"""The same in 16 and 8 bits, where a twin in float32 has agreed: beyond it what is said is another thing."""
+
+TWIN = 1_000_000_000
+"""Numbers up to which a twin in float32 is written."""
 
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -63,27 +72,29 @@ class Form:
 
     def write(self, opened: Opened, path: Path, probes: Sequence[Mapping[str, Tensor]]) -> list[str]:
         """See Target."""
-        gguf, model = _gguf(), opened.model
-        found = llama_shaped.shapes(model)
-        alike = len(set(found)) == 1 and found[0].width > 0
-        writer = gguf.GGUFWriter(str(path), "llama" if alike else "deci")
-        try:
-            _describe(writer, opened, found, alike)
-            _tokens(writer, opened, model.get_parameter("model.embed_tokens.weight").shape[0])
-            kinds: dict[str, str] = {}
-            for name, value in _tensors(model).items():
-                data, kind = _encoded(gguf, value)
-                kinds[name] = kind.name
-                writer.add_tensor(name, data, raw_dtype=kind)
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
-        finally:
-            writer.close()
-        return _notes(kinds, alike)
+        return _written(opened, path, _encoded)
 
     def answers(self, opened: Opened, path: Path, probes: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
-        """See Target. Keys and values are kept in float32, which by default they are not."""
+        """See Target. Keys and values are kept in float32, which by default they are not.
+
+        Of a file in 16 or 8 bits a twin is tried as well that holds the very same numbers in float32: it has to agree
+        as closely as any, so that all that the file itself is off by is what llama.cpp rounds on the way.
+        """
+        if _narrow(path) and _counts(path) <= TWIN:
+            twin = path.with_name(path.name + ".float32")
+            _written(opened, twin, _widened)
+            for said, given in zip(self._tried(opened, twin, probes), probes, strict=True):
+                off = _off(said, answer(in_float32(opened.model), given).cpu())
+                if not off <= EXACT:
+                    raise ExportError(
+                        f"{opened.source} was to be exported for llama.cpp",
+                        f"the same numbers in float32 answer otherwise there, by {off:.2g} of their length",
+                        "Nothing was left there. Report this, with the recipe of the model.",
+                    )
+            twin.unlink()
+        return self._tried(opened, path, probes)
+
+    def _tried(self, opened: Opened, path: Path, probes: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
         most = max(probe["input_ids"].shape[1] for probe in probes)
         with _loaded(path, most) as (model, context):
             if opened.tokenizer is not None:
@@ -95,11 +106,56 @@ class Form:
     def tolerance(self, path: Path) -> float:
         """See Target. llama.cpp rounds what flows through a layer to the precision of its weights.
 
-        A pruned SmolLM2 answers within 1.2e-5 in float32 and is 0.09 off in bfloat16, by that rounding alone; rows in
-        the wrong order make it 1.
+        How far that takes a model in 16 or 8 bits is the model's affair, and stated as the difference: its twin in
+        float32 has agreed. Where that would be too large a file, what a model that bears rounding well is off by.
         """
-        kinds = {tensor.tensor_type.name for tensor in _gguf().GGUFReader(str(path)).tensors if len(tensor.shape) > 1}
-        return 0.2 if kinds & {"Q8_0", "F16", "BF16"} else 2e-3
+        if not _narrow(path):
+            return EXACT
+        return ROUNDED if _counts(path) <= TWIN else 0.05
+
+
+def _narrow(path: Path) -> set[str]:
+    """The kinds of matrices in a file that have fewer than 32 bits a number."""
+    kinds = {tensor.tensor_type.name for tensor in _gguf().GGUFReader(str(path)).tensors if len(tensor.shape) > 1}
+    return kinds & {"Q8_0", "F16", "BF16"}
+
+
+def _counts(path: Path) -> int:
+    """How many numbers a file holds."""
+    return sum(int(tensor.n_elements) for tensor in _gguf().GGUFReader(str(path)).tensors)
+
+
+def _off(said: Tensor, ours: Tensor) -> float:
+    return float((said - ours).norm() / ours.norm().clamp(min=1e-12)) if said.shape == ours.shape else float("inf")
+
+
+def _written(opened: Opened, path: Path, encoded: Callable[[Any, Tensor], tuple[np.ndarray, Any]]) -> list[str]:
+    """Write a file whose tensors are encoded so; what the user should know of it."""
+    gguf, model = _gguf(), opened.model
+    found = llama_shaped.shapes(model)
+    alike = len(set(found)) == 1 and found[0].width > 0
+    writer = gguf.GGUFWriter(str(path), "llama" if alike else "deci")
+    try:
+        _describe(writer, opened, found, alike)
+        _tokens(writer, opened, model.get_parameter("model.embed_tokens.weight").shape[0])
+        kinds: dict[str, str] = {}
+        for name, value in _tensors(model).items():
+            data, kind = encoded(gguf, value)
+            kinds[name] = kind.name
+            writer.add_tensor(name, data, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
+    return _notes(kinds, alike)
+
+
+def _widened(gguf: Any, value: Tensor) -> tuple[np.ndarray, Any]:
+    """What a tensor's bytes stand for, in float32."""
+    data, kind = _encoded(gguf, value)
+    plain = data if kind == gguf.GGMLQuantizationType.F32 else gguf.quants.dequantize(data, kind)
+    return np.ascontiguousarray(plain, dtype=np.float32).reshape(tuple(value.shape)), gguf.GGMLQuantizationType.F32
 
 
 def _notes(kinds: Mapping[str, str], alike: bool) -> list[str]:
