@@ -67,7 +67,7 @@ def test_settings_survive_the_command_line_and_back(name, monkeypatch):
 class Caught:
     """Takes the settings that a command line came to, and stops there."""
 
-    def __call__(self, method, given, overrides):
+    def __call__(self, method, given, overrides, then=()):
         self.method = recipe.build(load(method), given)
         raise KeyboardInterrupt
 

@@ -55,8 +55,6 @@ def command(
     overrides: tuple[str, ...],
     resume: str | None,
     fresh: bool,
-    then: tuple[str, ...],
-    serve: str | None,
     no_eval: bool,
     timing: bool,
     task: str | None,
@@ -67,6 +65,8 @@ def command(
     threads: int | None,
     online: bool,
     offload: bool = False,
+    then: tuple[str, ...] = (),
+    serve: str | None = None,
     **spoken: Any,
 ) -> int:
     """Prune a model and save it, with its record, its recipe and a card.

@@ -11,6 +11,10 @@ from secateur.errors import SettingError
 from secateur.formats.packed import VALUES, Call, Packed, broken, kept, pointer, refuse, unsuited
 
 
+EMPTIEST = 1 << 20
+"""How many times as many weights as numbers it holds a matrix may have, for a file to be believed."""
+
+
 class Struct(ctypes.Structure):
     """`Block` of kernels/block.h."""
 
@@ -92,6 +96,8 @@ class Block:
         """Raise FormatError unless places, values and offsets agree."""
         places, values, offsets = (packed.tensors[name] for name in self.names)
         outputs, inputs = packed.shape
+        if outputs * inputs > EMPTIEST * (offsets.numel() + values.numel()):  # before memory is taken for it
+            raise broken(packed, f"it says {outputs * inputs:,} weights and holds {values.numel():,} numbers")
         if outputs % self.rows or inputs % self.columns:
             raise broken(packed, f"its shape is no whole number of blocks of {self.name}")
         if places.dtype is not torch.int32 or offsets.dtype is not torch.int64:

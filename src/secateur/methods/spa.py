@@ -171,7 +171,7 @@ class Spa(Method):
         year=2024,
         granularity=("channel", "head", "stream"),
         needs=("calibration",),
-        families=("mlp", "cnn", "decoder", "encoder", "vision transformer", "moe"),
+        families=("mlp", "cnn", "rnn", "decoder", "encoder", "vision transformer", "moe"),
         axes="criterion allocation solver",
         reports="Without fine-tuning or data, ahead of DFPC on ResNet-50 and VGG-19; DistilBERT and ViT pruned too.",
         checked="tests/methods/test_spa.py::test_a_channel_that_two_others_make_up_for_costs_nothing",
