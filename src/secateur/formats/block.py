@@ -10,7 +10,6 @@ from torch import Tensor
 from secateur.errors import SettingError
 from secateur.formats.packed import VALUES, Call, Packed, broken, kept, pointer, refuse, unsuited
 
-
 EMPTIEST = 1 << 20
 """How many times as many weights as numbers it holds a matrix may have, for a file to be believed."""
 
