@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import decoder, make_task, moe, trained
+from transformers import LlamaForCausalLM
 
 import secateur
 from secateur.axes.cached import Anything, Channels, OutputAware, PerChannel, PerToken, kept
@@ -17,6 +18,9 @@ from secateur.errors import ModelError, PatternError, SettingError
 from secateur.formats.bitmap_kv import BitmapKV, pack
 from secateur.method import prune
 from secateur.methods.mustafar import Mustafar, token_bytes
+from secateur.models import Opened
+from secateur.models import load as secateur_load
+from secateur.models import save as secateur_save
 
 CHOICES = [PerToken(), OutputAware(), Channels(), PerChannel(), Anything()]
 
@@ -311,6 +315,19 @@ def test_the_method_changes_no_weight_and_its_edit_brings_the_cache_back(tmp_pat
     ids = words(0, 1, 48)
     assert torch.equal(again(ids).logits, done.model(ids).logits)
     assert not torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_a_saved_folder_is_loaded_with_its_cache_pruned(tmp_path: Path) -> None:
+    model, ids = trained("decoder"), words(0, 1, 60)
+    done = prune(model, Mustafar(sparsity=0.6, window=4), make_task("decoder"))
+    folder = Opened(model, None, "net", "net", "hf", model.config.to_dict())
+    secateur_save(done, folder, tmp_path / "lean")
+    again = secateur_load(tmp_path / "lean")
+    assert again.sparse_cache.pruning.key_sparsity == 0.6
+    out = again.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0, return_dict_in_generate=True)
+    assert out.past_key_values.layers[0].past.packed.tokens == 32
+    stock = LlamaForCausalLM.from_pretrained(tmp_path / "lean")
+    assert torch.equal(stock(ids).logits, model(ids).logits)
 
 
 def test_a_higher_sparsity_costs_more_and_whole_channels_cost_more_still() -> None:

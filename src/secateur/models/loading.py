@@ -61,9 +61,18 @@ def load(folder: str | Path, *, build: Builder | None = None) -> nn.Module:
     _know_modules(saved)
     if saved.get("kind") == "hf":
         model = _stock(place, saved, there) if saved.get("stock") is True else _cut(place, saved, there)
+        if "secateur.cache" in (saved.get("modules") or ()):
+            _join_(model, edits_file.load(place / "edits.safetensors"))
     else:
         model = _built(place, saved, there, build)
     return model.eval()
+
+
+def _join_(model: nn.Module, edits: Iterable[Edit]) -> None:
+    """Put back what holds no weights and so is nothing to a stock class: the pruning of a cache."""
+    for edit in edits:
+        if isinstance(edit, Replace) and edit.name not in dict(model.named_modules()) and hasattr(edit.module, "join_"):
+            apply_(model, edit)
 
 
 def load_edits(folder: str | Path) -> list[Edit]:
