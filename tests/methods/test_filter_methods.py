@@ -228,7 +228,7 @@ def test_each_leaves_a_smaller_network_that_still_knows_toy_images(name, setting
     task, model = tiny.make_task("cnn"), tiny.trained("cnn")
     done = prune(model, load(name)(**settings), task)
     assert done.ledger.after.parameters < 0.85 * done.ledger.before.parameters
-    assert task.measure(done.model)["accuracy"] > task.measure(model)["accuracy"] - 0.15
+    assert task.measure(done.model)["accuracy"] > task.measure(model)["accuracy"] - 0.1
 
 
 def test_what_has_no_filters_is_refused_and_settings_that_cannot_be():

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.hooks import RemovableHandle
 
+from secateur.axes.residual import blocks_of, first_tensor
 from secateur.cut import selected
 from secateur.errors import EvidenceError, GraphError, ModelError, SettingError, did_you_mean
 from secateur.graph import Coupling
@@ -119,15 +120,6 @@ def _width(x: Tensor) -> int:
     return x.shape[1] if x.dim() == 4 else x.shape[-1]
 
 
-def _first(values: Iterable[Any]) -> Tensor | None:
-    for value in values:
-        if isinstance(value, Tensor):
-            return value
-        if isinstance(value, (tuple, list)) and (found := _first(value)) is not None:
-            return found
-    return None
-
-
 # Hooks are objects and no closures: a copy of the model takes copies of them, with the copies of the gates.
 
 
@@ -138,7 +130,7 @@ class _Bypass:
     gate: ConsensusGate
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, answer: Any) -> Any:
-        x = _first([*args, *kwargs.values()])
+        x = first_tensor([*args, *kwargs.values()])
         out = answer if isinstance(answer, Tensor) else answer[0]
         assert x is not None
         opened = self.gate(x).to(out.dtype)
@@ -154,7 +146,7 @@ class _Look:
     gate: ConsensusGate
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        x = _first(args)
+        x = first_tensor(args)
         assert x is not None
         self.gate(x)
 
@@ -283,24 +275,6 @@ def insert_(
 # What can be gated
 
 
-def blocks_of(model: nn.Module) -> list[str]:
-    """The dotted names of a model's like blocks: outermost modules, no containers, of a class met more than once."""
-    inner = {
-        name: module
-        for name, module in model.named_modules()
-        if name
-        and not isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
-        and any(True for _ in module.children())
-        and any(p.dim() > 1 for p in module.parameters())
-    }
-    found: list[str] = []
-    for name, module in inner.items():
-        alike = sum(type(other) is type(module) for other in inner.values())
-        if alike > 1 and not any(name.startswith(block + ".") for block in found):
-            found.append(name)
-    return found
-
-
 @torch.no_grad()
 def gated_blocks(model: nn.Module, example: Batch, include: Sequence[str] = ()) -> tuple[list[Guarded], list[str]]:
     """Blocks that hand on what they are given in the shape it has, to be gated whole; and why others are not.
@@ -318,7 +292,7 @@ def gated_blocks(model: nn.Module, example: Batch, include: Sequence[str] = ()) 
     was_training = model.training
     hooks = [
         modules[name].register_forward_hook(
-            lambda m, args, kwargs, out, name=name: calls[name].append((_first([*args, *kwargs.values()]), out)),
+            lambda m, args, kwargs, out, name=name: calls[name].append((first_tensor([*args, *kwargs.values()]), out)),
             with_kwargs=True,
         )
         for name in names
@@ -338,7 +312,7 @@ def gated_blocks(model: nn.Module, example: Batch, include: Sequence[str] = ()) 
             why = f"it runs {len(calls[name])} times in a forward pass"
         else:
             x, out = calls[name][0]
-            answer = _first([out])
+            answer = first_tensor([out])
             if x is None or answer is None or x.shape != answer.shape:
                 shapes = [list(t.shape) if t is not None else None for t in (x, answer)]
                 why = f"it has no identity path: {shapes[0]} goes in and {shapes[1]} comes out"

@@ -82,7 +82,8 @@ class Past:
         """Keys and values of every token, zeros where elements are gone."""
         if self.packed is None:
             return self.tail
-        return tuple(torch.cat(pair, 2) for pair in zip(self.packed.dense(), self.tail, strict=True))  # type: ignore
+        (keys, values), (newest_keys, newest_values) = self.packed.dense(), self.tail
+        return torch.cat([keys, newest_keys], 2), torch.cat([values, newest_values], 2)
 
     def append_(self, keys: Tensor, values: Tensor) -> None:
         """Take in new tokens [batch, heads, new, width] as they are."""
