@@ -1,11 +1,11 @@
-"""Time and memory of pruning itself: Wanda and SparseGPT here against the published formulas done plainly.
+"""Time and memory of pruning itself: methods here against their published formulas done plainly (plain.py).
 
-    python benchmarks/pruning.py [--samples 8] [--repeats 3] [--threads 1]
+    python benchmarks/pruning.py [--samples 8] [--repeats 3] [--threads 1] [--methods wanda,flap]
 
 Each side prunes the same SmolLM2-135M on the same windows, in turn, and the masks are compared. Memory is the most
 that is held above what the model itself takes, for which the allocator is told to give large pieces back at once:
 it would otherwise keep them, for either side, by what went before. A second table grows the width of a 12-block model.
-Writes results/pruning.json, from which docs/pruning-speed.md is made.
+Writes results/pruning.json, from which docs/pruning-speed.md is made; `--methods` measures some again, keeps the rest.
 """
 
 import argparse
@@ -21,10 +21,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks import plain
+from secateur.axes import Gblm
 from secateur.edit import Edit, Mask
 from secateur.method import Method
+from secateur.methods.dsnot import DSnoT
+from secateur.methods.flap import FLAP
+from secateur.methods.gblm import GBLMPruner
+from secateur.methods.magnitude import Magnitude
+from secateur.methods.shortgpt import ShortGPT
 from secateur.methods.sparsegpt import SparseGPT
 from secateur.methods.wanda import Wanda
 from secateur.outcome import about_machine, about_versions, now, write_text
@@ -34,6 +42,19 @@ HERE = Path(__file__).resolve().parent
 ALLOCATOR = "MALLOC_MMAP_THRESHOLD_"  # of the GNU C library: pieces above it are given back when they are freed
 RESULT = HERE / "results" / "pruning.json"
 PAGE = HERE.parent / "docs" / "pruning-speed.md"
+
+Side = Callable[[nn.Module, Tensor], object]
+
+# Ours with the settings of the plain formulas, for so many windows, and the plain formulas.
+SIDES: dict[str, tuple[Callable[[int], Method], Side]] = {
+    "magnitude": (lambda n: Magnitude(), plain.plain_magnitude),
+    "wanda": (lambda n: Wanda(samples=n), plain.plain_wanda),
+    "sparsegpt": (lambda n: SparseGPT(samples=n), plain.plain_sparsegpt),
+    "gblm": (lambda n: GBLMPruner(samples=n, criterion=Gblm(alpha=100)), plain.plain_gblm),
+    "dsnot": (lambda n: DSnoT(samples=n), plain.plain_dsnot),
+    "flap": (lambda n: FLAP(samples=n), plain.plain_flap),
+    "shortgpt": (lambda n: ShortGPT(samples=n, sparsity=0.2), plain.plain_shortgpt),
+}
 
 
 class Windows:
@@ -51,113 +72,10 @@ class Windows:
     def fingerprint(self) -> str:
         return "windows"
 
-
-# The published formulas, as their authors' scripts go about it: a hook on every matrix, a full sort, and for SparseGPT
-# a factor, an inverse, a factor of that, and a loop over the columns.
-
-
-def inputs_of_first(model: nn.Module, ids: Tensor) -> tuple[list[Tensor], dict[str, object]]:
-    caught: list[Tensor] = []
-    rest: dict[str, object] = {}
-
-    class Caught(Exception):
-        pass
-
-    def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, object]) -> None:
-        caught.append(args[0])
-        rest.update(kwargs)
-        raise Caught
-
-    handle = model.model.layers[0].register_forward_pre_hook(hook, with_kwargs=True)
-    for row in ids:
-        try:
-            model(row.unsqueeze(0), use_cache=False)
-        except Caught:
-            pass
-    handle.remove()
-    return caught, rest
-
-
-def plain_prune(model: nn.Module, ids: Tensor, start: Callable, add: Callable, finish: Callable) -> None:
-    with torch.no_grad():
-        xs, kwargs = inputs_of_first(model, ids)
-        for block in model.model.layers:
-            linears = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
-            state = {n: start(m) for n, m in linears.items()}
-            hooks = [
-                m.register_forward_pre_hook(lambda _, args, n=n: add(state[n], args[0].reshape(-1, args[0].shape[-1])))
-                for n, m in linears.items()
-            ]
-            for x in xs:
-                block(x, **kwargs)
-            for handle in hooks:
-                handle.remove()
-            for name, linear in linears.items():
-                finish(linear, state[name])
-            xs = [block(x, **kwargs) for x in xs]
-
-
-def plain_wanda(model: nn.Module, ids: Tensor) -> None:
-    def add(state: dict[str, Tensor], x: Tensor) -> None:
-        count = state["count"]
-        state["row"] *= count / (count + 1)
-        state["count"] = count + 1
-        state["row"] += torch.norm(x.float().t(), p=2, dim=1) ** 2 / (count + 1)
-
-    def finish(linear: nn.Linear, state: dict[str, Tensor]) -> None:
-        score = linear.weight.abs() * state["row"].sqrt().reshape(1, -1)
-        order = torch.sort(score, dim=-1, stable=True).indices
-        gone = torch.zeros_like(score, dtype=torch.bool).scatter_(1, order[:, : score.shape[1] // 2], True)
-        linear.weight[gone] = 0
-
-    plain_prune(model, ids, lambda m: {"row": torch.zeros(m.in_features), "count": 0}, add, finish)
-
-
-def plain_sweep(w: Tensor, h: Tensor) -> Tensor:
-    """A matrix [out, in] at 50 % given its damped-to-be gram h, which is changed."""
-    w = w.clone()
-    columns = w.shape[1]
-    dead = h.diagonal() == 0
-    h[dead, dead] = 1
-    w[:, dead] = 0
-    h.diagonal().add_(0.01 * h.diagonal().mean())
-    u = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
-    for a in range(0, columns, 128):
-        b = min(a + 128, columns)
-        w1, u1 = w[:, a:b].clone(), u[a:b, a:b]
-        q1, e1 = torch.zeros_like(w1), torch.zeros_like(w1)
-        score = w1**2 / u1.diagonal().reshape(1, -1) ** 2
-        order = torch.sort(score.flatten(), stable=True).indices
-        gone = torch.zeros(score.numel(), dtype=torch.bool).scatter_(0, order[: score.numel() // 2], True)
-        gone = gone.reshape(score.shape)
-        for i in range(b - a):
-            column, d = w1[:, i], u1[i, i]
-            q = column.clone()
-            q[gone[:, i]] = 0
-            q1[:, i] = q
-            e = (column - q) / d
-            w1[:, i:] -= e.unsqueeze(1).matmul(u1[i, i:].unsqueeze(0))
-            e1[:, i] = e
-        w[:, a:b] = q1
-        w[:, b:] -= e1.matmul(u[a:b, b:])
-    return w
-
-
-def plain_sparsegpt(model: nn.Module, ids: Tensor) -> None:
-    def add(state: dict[str, Tensor], x: Tensor) -> None:
-        count = state["count"]
-        state["h"] *= count / (count + 1)
-        state["count"] = count + 1
-        x = (2 / (count + 1)) ** 0.5 * x.t()
-        state["h"] += x.matmul(x.t())
-
-    def finish(linear: nn.Linear, state: dict[str, Tensor]) -> None:
-        linear.weight.copy_(plain_sweep(linear.weight, state["h"]))
-
-    def start(linear: nn.Linear) -> dict[str, object]:
-        return {"h": torch.zeros(linear.in_features, linear.in_features), "count": 0}
-
-    plain_prune(model, ids, start, add, finish)
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Cross-entropy of the next token."""
+        logits = batch.through(model).logits
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), batch.inputs[0][:, 1:].flatten())
 
 
 def ours(method: Method) -> Callable[[nn.Module, Tensor], list[Edit]]:
@@ -187,45 +105,43 @@ def _held(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def side_by_side(model: nn.Module, ids: Tensor, repeats: int) -> list[dict[str, object]]:
+def side_by_side(name: str, model: nn.Module, ids: Tensor, repeats: int) -> dict[str, object]:
+    """One method and its plain formulas, in turn, on copies of a model."""
     block = sum(p.numel() * p.element_size() for p in model.model.layers[0].parameters())
-    activations = ids.numel() * model.config.hidden_size * 4
-    rows = []
-    for name, first, second in (
-        ("wanda", ours(Wanda(samples=len(ids))), plain_wanda),
-        ("sparsegpt", ours(SparseGPT(samples=len(ids))), plain_sparsegpt),
-    ):
-        times: tuple[list[float], list[float]] = ([], [])
-        peaks: tuple[list[int], list[int]] = ([], [])
-        masks: list[dict[str, Tensor]] = [{}, {}]
-        record = 0
-        for _ in range(repeats):
-            for side, run in enumerate((first, second)):
-                work = copy.deepcopy(model)
-                seconds, peak, found = peak_above(lambda run=run, work=work: run(work, ids))
-                times[side].append(seconds)
-                peaks[side].append(peak)
-                masks[side] = zeros(work)
-                if side == 0:  # what a run gives back, one bit a weight, is held to the end
-                    record = sum(-(-e.site.units // 8) for e in found if isinstance(e, Mask))
-                del found
-        same = [float((masks[0][k] == masks[1][k]).float().mean()) for k in masks[0]]
-        ratio = statistics.median(b / a for a, b in zip(*times, strict=True))
-        rows.append(
-            {
-                "method": name,
-                "speed-up": ratio,
-                "seconds": statistics.median(times[0]),
-                "seconds plain": statistics.median(times[1]),
-                "mask agreement": statistics.fmean(same),
-                "in first block": statistics.fmean(s for k, s in zip(masks[0], same, strict=True) if ".0." in k),
-                "extra memory": statistics.median(peaks[0]),
-                "masks": record,
-                "extra memory plain": statistics.median(peaks[1]),
-                "block and activations": block + activations,
-            }
-        )
-    return rows
+    kind, formulas = SIDES[name]
+    times: tuple[list[float], list[float]] = ([], [])
+    peaks: tuple[list[int], list[int]] = ([], [])
+    masks: list[dict[str, Tensor]] = [{}, {}]
+    left = [0, 0]
+    record = 0
+    for _ in range(repeats):
+        for side, run in enumerate((ours(kind(len(ids))), formulas)):
+            work = copy.deepcopy(model)
+            seconds, peak, found = peak_above(lambda run=run, work=work: run(work, ids))
+            times[side].append(seconds)
+            peaks[side].append(peak)
+            masks[side] = zeros(work)
+            left[side] = sum(int(kept.sum()) for kept in masks[side].values())
+            if side == 0:  # what a run gives back, one bit a weight, is held to the end
+                record = sum(-(-e.site.units // 8) for e in found if isinstance(e, Mask))
+            del found
+    assert abs(left[0] - left[1]) < 0.01 * left[1], (name, left)  # both sides did as much
+    shapes = [{k: m.shape for k, m in found.items()} for found in (*masks, zeros(model))]
+    whole = shapes[0] == shapes[1] == shapes[2]
+    same = [float((masks[0][k] == masks[1][k]).float().mean()) for k in masks[0]] if whole else []
+    first = [s for k, s in zip(masks[0], same, strict=True) if ".0." in k] if same else []
+    return {
+        "method": name,
+        "speed-up": statistics.median(b / a for a, b in zip(*times, strict=True)),
+        "seconds": statistics.median(times[0]),
+        "seconds plain": statistics.median(times[1]),
+        "mask agreement": statistics.fmean(same) if same else None,  # where whole structures went there is none
+        "in first block": statistics.fmean(first) if first else None,
+        "extra memory": statistics.median(peaks[0]),
+        "masks": record,
+        "extra memory plain": statistics.median(peaks[1]),
+        "block and activations": block + ids.numel() * model.config.hidden_size * 4,
+    }
 
 
 def growth(widths: tuple[int, ...]) -> list[dict[str, object]]:
@@ -256,6 +172,10 @@ def growth(widths: tuple[int, ...]) -> list[dict[str, object]]:
     return rows
 
 
+def agreement(share: float | None, digits: int) -> str:
+    return "structures" if share is None else f"{share:.{digits}f}"
+
+
 def page(found: dict[str, object]) -> str:
     """The tables as Markdown."""
     mib = 1 << 20
@@ -274,7 +194,7 @@ def page(found: dict[str, object]) -> str:
     for row in found["side by side"]:
         lines.append(
             f"| {row['method']} | {row['speed-up']:.2f} | {row['seconds']:.1f}, {row['seconds plain']:.1f} "
-            f"| {row['mask agreement']:.4f} | {row['in first block']:.6f} "
+            f"| {agreement(row['mask agreement'], 4)} | {agreement(row['in first block'], 6)} "
             f"| {row['extra memory'] / mib:.0f}, {row['extra memory plain'] / mib:.0f} "
             f"| {row['masks'] / mib:.0f} | {row['block and activations'] / mib:.0f} |"
         )
@@ -299,6 +219,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--methods", default=",".join(SIDES))
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     from secateur.models import open_model
@@ -307,12 +228,17 @@ def main() -> None:
     opened = open_model("smollm2")
     task = python_docs(opened.tokenizer, window=asked.window)
     ids = torch.cat([b.inputs[0] for b in task.batches("calibration", asked.samples)])
+    before = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    rows = {row["method"]: row for row in before.get("side by side", [])}
+    for name in asked.methods.split(","):
+        rows[name] = side_by_side(name, opened.model, ids, asked.repeats)
+        print(f"{name:12s} {rows[name]['speed-up']:.2f}", flush=True)
     found = {
         "created": now(),
-        "settings": vars(asked),
+        "settings": {k: v for k, v in vars(asked).items() if k != "methods"},
         "machine": about_machine(),
         "versions": about_versions(),
-        "side by side": side_by_side(opened.model, ids, asked.repeats),
+        "side by side": [rows[name] for name in SIDES if name in rows],
         "growth": growth((256, 512, 1024)),
     }
     machine = found["machine"]

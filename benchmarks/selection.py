@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.pruning import plain_sweep
+from benchmarks.plain import plain_sweep
 from secateur import kernels
 from secateur.axes import NM, ObsSweep, keep_top
 from secateur.axes.cached import PerToken
