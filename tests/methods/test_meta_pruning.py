@@ -397,6 +397,19 @@ def test_settings_that_cannot_be_are_refused(settings, says):
         MetaPruning(**settings).check()
 
 
+def test_a_kept_metanetwork_is_read_and_refused_before_any_data_is(tmp_path):
+    path = tmp_path / "meta.safetensors"
+    with pytest.raises(ModelError, match=f"(?s)was to be read from {path}.*it is none"):
+        MetaPruning(source=Kept(str(path))).check()
+    Metanetwork(hidden=4, layers=1).save(path)
+    method = MetaPruning(source=Kept(str(path)), flops=0.1, settle=0, tune=0)
+    method.check()
+    path.unlink()  # run opens no file
+    done = prune(tiny.mlp(), method, tiny.toy_vectors())
+    assert done.notes[0] == f"the metanetwork is that of {path}"
+    assert MetaPruning(source=Kept(str(path))) == MetaPruning(source=Kept(str(path)))
+
+
 def test_what_comes_out_has_weaker_groups_and_is_ahead_where_most_goes():
     """At toy size: an MLP on clusters, a metanetwork trained on three others, 87 % of the multiply-adds taken out."""
     task, model = tiny.toy_vectors(), tiny.trained("mlp")

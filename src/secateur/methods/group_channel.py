@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import ClassVar, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from secateur.axes import Allocation, Global, Scores, keep_top
@@ -210,16 +211,16 @@ class GroupChannel(Method):
         return Outcome(model, edits, history, notes=notes + history.notes)
 
     def keep(self, model: nn.Module, sites: Sequence[Scaled]) -> dict[str, Tensor]:
-        """Which channels stay: those of the largest merged scales, by the allocation's counts, or the floors."""
+        """Which channels stay: those of the largest merged scales, by the allocation's counts.
+
+        A floor's channels come first whatever their scales, so that a group loses as many as were asked, elsewhere.
+        """
         named = tensors(model)
         scores = {one.site.name: self.merge.score(one.sizes(named)) for one in sites}
-        counts = self.allocation.spread([one.site for one in sites], Budget(self.sparsity, of="units"), scores)
-        found = {}
-        for one in sites:
-            units = one.site.units
-            least = min(units, int(self.floor * units) or self.least)
-            found[one.site.name] = keep_top(scores[one.site.name], max(counts[one.site.name], least))
-        return found
+        least = {s.name: min(s.units, int(self.floor * s.units) or self.least) for s in (one.site for one in sites)}
+        first = {name: score.masked_fill(keep_top(score, least[name]), torch.inf) for name, score in scores.items()}
+        counts = self.allocation.spread([one.site for one in sites], Budget(self.sparsity, of="units"), first)
+        return {name: keep_top(score, max(counts[name], least[name])) for name, score in scores.items()}
 
     def taught(self, sites: Sequence[Scaled], names: Sequence[str]) -> list[str]:
         """The modules whose attention is distilled. Raises SettingError for a glob that matches none."""

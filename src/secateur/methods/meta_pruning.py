@@ -20,6 +20,7 @@ import operator
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from math import isfinite
 from pathlib import Path
@@ -619,14 +620,20 @@ class Trained:
 
 @dataclass(frozen=True)
 class Kept:
-    """As tools/train_metanetwork.py has written it to a file."""
+    """As tools/train_metanetwork.py has written it to a file, which is read once, when settings are checked."""
 
     path: str = ""
 
-    def check(self) -> None:
-        """See Source."""
+    @cached_property
+    def held(self) -> Metanetwork:
+        """What the file holds. Raises SettingError where none is named, ModelError where it is no metanetwork."""
         if not self.path:
             raise SettingError("a metanetwork from a file was asked for", "no file is named", "Give kept(path='...').")
+        return Metanetwork.load(self.path)
+
+    def check(self) -> None:
+        """Raise SettingError or ModelError for a file that is no metanetwork, before any data is read."""
+        _ = self.held
 
     def training_steps(self) -> int:
         """See Source."""
@@ -634,7 +641,7 @@ class Kept:
 
     def metanetwork(self, model: nn.Module, task: Task, flops: float) -> tuple[Metanetwork, list[str]]:
         """See Source."""
-        return Metanetwork.load(self.path), [f"the metanetwork is that of {self.path}"]
+        return copy.deepcopy(self.held), [f"the metanetwork is that of {self.path}"]
 
 
 def best(
