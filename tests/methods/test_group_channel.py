@@ -154,7 +154,10 @@ def test_as_many_channels_go_as_were_asked_floors_and_sites_that_stay_whole_coun
     assert kept["block1.conv1"] == (1, 8)
     assert any(stays == units for stays, units in kept.values())
     assert sum(units for _, units in kept.values()) == 48
-    assert (done.ledger.units, done.ledger.units_removed) == (48, 12)  # the one that a floor keeps is made up for elsewhere
+    assert (done.ledger.units, done.ledger.units_removed) == (
+        48,
+        12,
+    )  # the one that a floor keeps is made up for elsewhere
 
 
 def test_floors_hold_whatever_the_scales(found):
