@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import FormatError
-from secateur.formats import FORMATS, unpack
+from secateur.formats import FORMATS
 from secateur.formats.packed import Format, Packed
+from secateur.formats.state import loaded, now, register
 
 
 class SparseLinear(nn.Module):
@@ -34,9 +35,9 @@ class SparseLinear(nn.Module):
     @property
     def packed(self) -> Packed:
         """The weight, as it is held. Raises FormatError when a tensor of it was replaced by one that does not fit."""
-        names = self._packed.format.names
-        if any(getattr(self, name) is not self._packed.tensors[name] for name in names):
-            self._hold(unpack({name: self.get_buffer(name) for name in ("header", *names)}))
+        current = now(self, self._packed)
+        if current is not self._packed:
+            self._hold(current)
         return self._packed
 
     def dense(self) -> nn.Linear:
@@ -52,9 +53,9 @@ class SparseLinear(nn.Module):
         if torch.compiler.is_compiling():
             tensors = [getattr(self, name) for name in self._packed.format.names]
             return packed_linear(x, self.bias, tensors, self._header)
-        held, now = self._packed, self._buffers  # not by attribute: a module takes a microsecond to find one
+        held, buffers = self._packed, self._buffers  # not by attribute: a module takes a microsecond to find one
         for name, tensor in held.tensors.items():
-            if now[name] is not tensor:
+            if buffers[name] is not tensor:
                 held = self.packed
         return held.matmul(x, self._parameters["bias"])
 
@@ -73,18 +74,10 @@ class SparseLinear(nn.Module):
             )
         self._packed = packed
         self._header = packed.header.tolist()
-        for name, tensor in {"header": packed.header, **packed.tensors}.items():
-            self.register_buffer(name, tensor)
+        register(self, packed)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        # Another mask has another number of values, so what is there is replaced and not filled.
-        given = {
-            name: state_dict[prefix + name]
-            for name in ("header", *self._packed.format.names)
-            if prefix + name in state_dict
-        }
-        if given:
-            self._hold(unpack({name: tensor.detach().clone() for name, tensor in given.items()}))
+        self._hold(loaded(self._packed, state_dict, prefix))
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._hold(Packed(self._packed.format, self._packed.shape, self._packed.tensors))  # copied onto itself
 

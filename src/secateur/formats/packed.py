@@ -24,6 +24,7 @@ class Call:
     kernel: str
     weight: ctypes.Structure
     items: int
+    bias: Tensor | None = None  # that the format holds with the weight and its kernels add
 
 
 class Format(Protocol):
@@ -117,17 +118,12 @@ class Packed:
                 f"it takes {self.dtype} [{self.shape[0]}], contiguous",
                 "Convert the bias.",
             )
-        for tensor, version in self._watched:
-            if tensor._version != version:
-                raise FormatError(
-                    f"{self._said} was to multiply",
-                    "its tensors were changed after packing",
-                    "Change the dense weight and pack it again.",
-                )
-        call = self._call
+        self.unchanged()
+        call = self.prepared
         kernel = kernels.find(call.kernel)
         if kernel is None or ((x.requires_grad or _learns(bias)) and torch.is_grad_enabled()):
-            return F.linear(x, self._kept_dense, bias)
+            y = F.linear(x, self.plain, bias)
+            return y if call.bias is None else y + call.bias
         if x.dim() == 2 and x.is_contiguous():
             y = x.new_empty(x.shape[0], self.shape[0])
             kernels.matmul(kernel, call.weight, x, y, bias, call.items)
@@ -137,13 +133,25 @@ class Packed:
         kernels.matmul(kernel, call.weight, flat, y, bias, call.items)
         return y
 
+    def unchanged(self) -> None:
+        """Raise FormatError when the tensors were changed after packing."""
+        for tensor, version in self._watched:
+            if tensor._version != version:
+                raise FormatError(
+                    f"{self._said} was to multiply",
+                    "its tensors were changed after packing",
+                    "Change the dense weight and pack it again.",
+                )
+
     @cached_property
-    def _call(self) -> Call:
+    def prepared(self) -> Call:
+        """What its kernels are called with, made once."""
         return self.format.call(self)
 
     @cached_property
-    def _kept_dense(self) -> Tensor:
-        return self.dense()
+    def plain(self) -> Tensor:
+        """The dense weight as a matrix, made once and kept."""
+        return self.dense().flatten(1)
 
     @cached_property
     def _watched(self) -> tuple[tuple[Tensor, int], ...]:

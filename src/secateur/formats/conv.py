@@ -1,0 +1,251 @@
+"""A convolution that holds its weight packed, and the operator through which torch.compile and torch.export see it."""
+
+import ctypes
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from secateur import kernels
+from secateur.errors import FormatError
+from secateur.formats.group_cols import GroupCols
+from secateur.formats.packed import Packed
+from secateur.formats.state import loaded, now, register
+
+PIXELS = 256
+"""Of an item: what is summed up of them stays in the second cache."""
+
+ANY = (-math.inf, math.inf)
+Pair = tuple[int, int]
+
+
+class Call(ctypes.Structure):
+    """`GroupColsConv` of kernels/group_cols.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("weight", "x", "y")),
+        *((name, ctypes.c_int64) for name in ("pictures", "channels", "height", "width", "out_height", "out_width")),
+        *((name, ctypes.c_int64) for name in ("taps_high", "taps_wide", "stride_high", "stride_wide")),
+        *((name, ctypes.c_int64) for name in ("pad_high", "pad_wide", "apart_high", "apart_wide")),
+        *((name, ctypes.c_int64) for name in ("chunk", "chunks", "parts")),
+        ("low", ctypes.c_float),
+        ("high", ctypes.c_float),
+    )
+
+
+def convolve(
+    packed: Packed,
+    x: Tensor,
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
+    between: tuple[float, float] = ANY,
+) -> Tensor:
+    """The convolution of x [pictures, channels, high, wide] with a packed weight and its bias, held within bounds.
+
+    (0, inf) is ReLU and (0, 6) ReLU6. Where no kernel is compiled, or a gradient is asked for, it goes through the
+    dense weight, which is then kept. Raises FormatError for a weight that was packed from a matrix, for another dtype,
+    shape or device, and when the tensors were changed after packing.
+    """
+    form = _form(packed)
+    outputs, columns = packed.shape
+    channels = columns // form.taps
+    if x.dtype is not torch.float32 or x.dim() != 4 or x.shape[1] != channels or not x.is_cpu:
+        raise FormatError(
+            f"a {form.name} weight {[outputs, channels, form.high, form.wide]} was to convolve {x.dtype} "
+            f"{list(x.shape)} on {x.device}",
+            f"it takes torch.float32 [pictures, {channels}, high, wide] on the CPU",
+            "Convert what is given, or pack the layer again.",
+        )
+    packed.unchanged()
+    out = out_size(form, x.shape[2:], stride, padding, dilation)
+    call = packed.prepared
+    kernel = kernels.find("group_cols_conv_f32")
+    if kernel is None or (x.requires_grad and torch.is_grad_enabled()):
+        y = F.conv2d(
+            x, packed.plain.view(outputs, channels, form.high, form.wide), call.bias, stride, padding, dilation
+        )
+        return y if between == ANY else y.clamp(*between)
+    x = x.contiguous()
+    y = x.new_empty(x.shape[0], outputs, *out)
+    of_pixels = form.taps == 1 and stride == (1, 1) and padding == (0, 0)
+    size = out[0] * out[1] if of_pixels else out[0]
+    chunk = PIXELS if of_pixels else max(1, PIXELS // out[1])
+    chunks = max(1, -(-size // chunk))
+    chunk = -(-size // chunks)  # as even as can be
+    threads, groups = torch.get_num_threads(), call.items
+    parts = 1 if threads == 1 else min(groups, max(1, 2 * threads // (chunks * x.shape[0])))
+    struct = Call(
+        ctypes.addressof(call.weight),
+        x.data_ptr(),
+        y.data_ptr(),
+        *x.shape,
+        *out,
+        *(form.high, form.wide),
+        *stride,
+        *padding,
+        *dilation,
+        *(chunk, chunks, parts),
+        *between,
+    )
+    kernels.run(kernel, struct, x.shape[0] * chunks * parts if y.numel() else 0)
+    return y
+
+
+def out_size(form: GroupCols, size: Sequence[int], stride: Pair, padding: Pair, dilation: Pair) -> Pair:
+    """How high and wide the outcome is. Raises FormatError when the padded picture is smaller than the kernel."""
+    high, wide = (
+        (of + 2 * pad - apart * (taps - 1) - 1) // step + 1
+        for of, taps, step, pad, apart in zip(size, (form.high, form.wide), stride, padding, dilation, strict=True)
+    )
+    if high < 1 or wide < 1:
+        raise FormatError(
+            f"a kernel of {form.high}x{form.wide} was to convolve pictures of {size[0]}x{size[1]}",
+            f"they are smaller than it, with padding {padding} and dilation {dilation}",
+            "Give larger pictures.",
+        )
+    return high, wide
+
+
+class SparseConv2d(nn.Module):
+    """A convolution with a packed weight and its bias: for inference, on the CPU, in float32.
+
+    Its state holds the packed tensors and their header, so it is saved and loaded like any other. A gradient flows to
+    its input, through the dense weight, but not to what is packed.
+    """
+
+    def __init__(
+        self,
+        packed: Packed,
+        stride: Pair = (1, 1),
+        padding: Pair = (0, 0),
+        dilation: Pair = (1, 1),
+        between: tuple[float, float] = ANY,
+    ) -> None:
+        """A layer of a packed weight, whose outcome is held between two numbers. Raises FormatError for a matrix."""
+        super().__init__()
+        self._hold(packed)
+        self.stride, self.padding, self.dilation, self.between = stride, padding, dilation, between
+
+    @classmethod
+    def of(cls, conv: nn.Conv2d, format: GroupCols, mask: Tensor | None = None) -> "SparseConv2d":
+        """A convolution in a format; without a mask all that is not zero is kept. Raises FormatError on `why_not`."""
+        reason = why_not(conv)
+        if reason is not None:
+            raise FormatError(f"a convolution was to be packed as {format.name}", reason, "Keep it dense.")
+        padding = conv.padding if isinstance(conv.padding, tuple) else (0, 0)
+        if conv.padding == "same":
+            padding = tuple(
+                apart * (taps - 1) // 2 for taps, apart in zip(conv.kernel_size, conv.dilation, strict=True)
+            )
+        packed = format.pack(conv.weight, mask, conv.bias)
+        return cls(packed, _pair(conv.stride), _pair(padding), _pair(conv.dilation))
+
+    @property
+    def packed(self) -> Packed:
+        """The weight, as it is held. Raises FormatError when a tensor of it was replaced by one that does not fit."""
+        current = now(self, self._packed)
+        if current is not self._packed:
+            self._hold(current)
+        return self._packed
+
+    def dense(self) -> nn.Conv2d:
+        """The dense layer that this one stands for; what holds its outcome between two numbers is not in it."""
+        outputs, columns = self.packed.shape
+        form = _form(self.packed)
+        bias = form.bias(self.packed)
+        made = nn.Conv2d(
+            columns // form.taps,
+            outputs,
+            (form.high, form.wide),
+            self.stride,
+            self.padding,
+            self.dilation,
+            bias=bool(bias.any()),
+            device="meta",
+        )
+        made.weight = nn.Parameter(self.packed.dense(), requires_grad=False)
+        if made.bias is not None:
+            made.bias = nn.Parameter(bias, requires_grad=False)
+        return made
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The outcome of x [pictures, channels, high, wide]. Raises FormatError for another dtype, shape or device."""
+        if torch.compiler.is_compiling():
+            tensors = [getattr(self, name) for name in self._packed.format.names]
+            pairs = (*self.stride, *self.padding, *self.dilation)
+            return packed_conv2d(x, tensors, self._header, pairs, self.between)
+        return convolve(self.packed, x, self.stride, self.padding, self.dilation, self.between)
+
+    def extra_repr(self) -> str:
+        """Shape, geometry and format."""
+        form, (outputs, columns) = _form(self._packed), self._packed.shape
+        return (
+            f"{columns // form.taps}, {outputs}, kernel_size=({form.high}, {form.wide}), stride={self.stride}, "
+            f"padding={self.padding}, dilation={self.dilation}, {form.name}"
+        )
+
+    def _hold(self, packed: Packed) -> None:
+        _form(packed)
+        self._packed = packed
+        self._header = packed.header.tolist()
+        register(self, packed)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        self._hold(loaded(self._packed, state_dict, prefix))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._hold(Packed(self._packed.format, self._packed.shape, self._packed.tensors))  # copied onto itself
+
+
+def why_not(conv: nn.Conv2d) -> str | None:
+    """Why a convolution cannot be packed: groups, or padding with anything but zeros; None when it can."""
+    if conv.groups != 1:
+        return f"it has {conv.groups} groups"
+    if conv.padding_mode != "zeros":
+        return f"its padding is {conv.padding_mode}, not of zeros"
+    even = [taps for taps, apart in zip(conv.kernel_size, conv.dilation, strict=True) if apart * (taps - 1) % 2]
+    if conv.padding == "same" and even:
+        return f"its padding is the same size of outcome, which for a kernel of {conv.kernel_size} is no whole number"
+    return None
+
+
+def _form(packed: Packed) -> GroupCols:
+    if not isinstance(packed.format, GroupCols) or not packed.format.high:
+        raise FormatError(
+            f"a {packed.format.name} weight {list(packed.shape)} was to convolve",
+            "it was packed from a matrix",
+            "Pack the weight [out, in, high, wide] of the convolution.",
+        )
+    return packed.format
+
+
+def _pair(value: Any) -> Pair:
+    high, wide = value
+    return int(high), int(wide)
+
+
+@torch.library.custom_op("secateur::packed_conv2d", mutates_args=())
+def packed_conv2d(
+    x: Tensor, tensors: Sequence[Tensor], header: Sequence[int], pairs: Sequence[int], between: Sequence[float]
+) -> Tensor:
+    """A convolution with the weight given by the tensors of its format and its header.
+
+    `pairs` are stride, padding and dilation, `between` the numbers that the outcome is held between.
+    """
+    _, _, outputs, columns, *settings = header
+    kind = GroupCols(*settings)
+    packed = Packed(kind, (outputs, columns), dict(zip(kind.names, tensors, strict=True)))
+    low, high = between
+    return convolve(packed, x, _pair(pairs[:2]), _pair(pairs[2:4]), _pair(pairs[4:]), (low, high))
+
+
+@packed_conv2d.register_fake
+def _(
+    x: Tensor, tensors: Sequence[Tensor], header: Sequence[int], pairs: Sequence[int], between: Sequence[float]
+) -> Tensor:
+    form = GroupCols(*header[4:])
+    stride, padding, dilation = _pair(pairs[:2]), _pair(pairs[2:4]), _pair(pairs[4:])
+    return x.new_empty(x.shape[0], header[2], *out_size(form, x.shape[2:], stride, padding, dilation))

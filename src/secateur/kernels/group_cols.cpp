@@ -1,0 +1,87 @@
+// The oracle: the stream is followed by its steps, for one pixel, or one row of x, at a time. An outcome is NaN where a
+// zero of its output meets something that is not finite, as in a dense product.
+#include "group_cols.h"
+
+#include "numbers.h"
+
+namespace {
+
+inline bool finite(float value) { return (bits_of_float(value) & 0x7f800000) != 0x7f800000; }
+
+// What a column of a convolution sees at a place of the outcome: zero beyond the picture.
+inline float seen(const GroupColsConv& call, const float* picture, int64_t column, int64_t high, int64_t wide) {
+  const int64_t taps = call.taps_high * call.taps_wide, tap = column % taps;
+  const int64_t row = high * call.stride_high - call.pad_high + tap / call.taps_wide * call.apart_high;
+  const int64_t at = wide * call.stride_wide - call.pad_wide + tap % call.taps_wide * call.apart_wide;
+  if (row < 0 || row >= call.height || at < 0 || at >= call.width) return 0;
+  return picture[(column / taps * call.height + row) * call.width + at];
+}
+
+// The outcome of groups [begin, end), for the inputs that `in` gives by their column.
+template <class In, class Out>
+void follow(const GroupCols& weight, int64_t begin, int64_t end, const In& in, const Out& out) {
+  int64_t wild = 0;
+  for (int64_t column = 0; column < weight.columns; column++) wild += !finite(in(column));
+  const float* values = weight.values;
+  const int32_t* step = weight.steps;
+  int64_t column = weight.first;
+  for (int64_t group = 0; group < weight.groups; group++) {
+    const int64_t rows = group < weight.whole ? weight.rows : 1, kept = weight.counts[group];
+    const int64_t output = group < weight.whole ? group * rows : weight.whole * weight.rows + group - weight.whole;
+    const int64_t start = column;
+    for (int64_t row = 0; row < rows && group >= begin && group < end; row++) {
+      float sum = values[row];
+      int64_t met = 0;
+      column = start;
+      for (int64_t k = 0; k < kept; k++) {
+        const float x = in(column);
+        sum += values[(k + 1) * rows + row] * x;
+        met += !finite(x);
+        column += step[k];
+      }
+      out(output + row, met < wild ? float_of_bits(0x7fc00000) : sum);
+    }
+    column = start;
+    for (int64_t k = 0; k < kept; k++) column += step[k];
+    values += (kept + 1) * rows;
+    step += kept;
+  }
+}
+
+inline float held(float value, float low, float high) { return value < low ? low : value > high ? high : value; }
+
+}  // namespace
+
+extern "C" void group_cols_item_f32(const GroupColsConv* pointer, int64_t item) {
+  const GroupColsConv& call = *pointer;
+  const GroupColsItem at = group_cols_item(pointer, item);
+  const int64_t size = call.out_height * call.out_width, unit = of_pixels(pointer) ? 1 : call.out_width;
+  const int64_t first = at.chunk * call.chunk * unit, last = first + call.chunk * unit;
+  const float* picture = call.x + at.picture * call.channels * call.height * call.width;
+  float* y = call.y + at.picture * call.weight->outputs * size;
+  for (int64_t pixel = first; pixel < last && pixel < size; pixel++)
+    follow(
+        *call.weight, at.begin, at.end,
+        [&](int64_t column) { return seen(call, picture, column, pixel / call.out_width, pixel % call.out_width); },
+        [&](int64_t output, float value) { y[output * size + pixel] = held(value, call.low, call.high); });
+}
+
+extern "C" void group_cols_row_f32(const Matmul* call, int64_t begin, int64_t end, int64_t row) {
+  const GroupCols& weight = *static_cast<const GroupCols*>(call->weight);
+  const float* x = static_cast<const float*>(call->x) + row * weight.columns;
+  const float* bias = static_cast<const float*>(call->bias);
+  float* y = static_cast<float*>(call->y) + row * weight.outputs;
+  follow(
+      weight, begin, end, [&](int64_t column) { return x[column]; },
+      [&](int64_t output, float value) { y[output] = bias ? value + bias[output] : value; });
+}
+
+extern "C" void group_cols_conv_f32_base(const void* call, int64_t begin, int64_t end) {
+  for (int64_t item = begin; item < end; item++)
+    group_cols_item_f32(static_cast<const GroupColsConv*>(call), item);
+}
+
+extern "C" void group_cols_matmul_f32_base(const void* pointer, int64_t begin, int64_t end) {
+  const Matmul* call = static_cast<const Matmul*>(pointer);
+  for (int64_t row = 0; row < call->rows; row++) group_cols_row_f32(call, begin, end, row);
+}

@@ -1,0 +1,64 @@
+// Groups of outputs that keep the same columns, as a stream: for each group its biases, then for each column it keeps
+// a weight of every output of the group. A column is an input, or an input and a tap of a convolution. Outputs left
+// over by the groups follow one by one.
+//
+// The stream says where a column is by the step from the one before it, over all groups, and its last step leads back
+// to the first. That is what the oracle follows. The variants go through the inputs slice by slice, so that what they
+// read of them stays in the nearest cache, and need for that where a group is in a slice: `at` and `begins`, laid out
+// from the steps when a weight is first used.
+#pragma once
+#include "kernels.h"
+
+struct GroupCols {
+  int64_t outputs, columns;
+  int64_t rows;  // of a group
+  const float* values;
+  const int32_t* counts;  // [groups]: columns that a group keeps
+  const int32_t* steps;   // [kept]
+  int64_t first;
+  int64_t groups, whole;  // how many there are, and how many of them have all their rows
+  int64_t slice, slices;  // columns in a slice, and how many slices there are
+  const int32_t* at;      // [kept]: which of its slice a column is
+  const int32_t* begins;  // [slices + 1, groups]: the first column in the stream that a group keeps of a slice
+};
+
+// A convolution, or with one tap a product with columns of pixels. An item is some rows of the outcome of one picture,
+// or some of its pixels, of some groups; the last axis varies fastest.
+struct GroupColsConv {
+  const GroupCols* weight;
+  const float* x;  // [pictures, channels, height, width]
+  float* y;        // [pictures, outputs, out_height, out_width]
+  int64_t pictures, channels, height, width, out_height, out_width;
+  int64_t taps_high, taps_wide, stride_high, stride_wide, pad_high, pad_wide, apart_high, apart_wide;
+  int64_t chunk;                // rows of the outcome in an item; with one tap, no stride and no padding, pixels
+  int64_t chunks, parts;        // how many items a picture has, and into how many parts its groups are divided
+  float low, high;              // what the outcome is held between
+};
+
+// What an item of a convolution is.
+struct GroupColsItem {
+  int64_t picture, chunk, begin, end;  // groups [begin, end)
+};
+
+static inline struct GroupColsItem group_cols_item(const GroupColsConv* call, int64_t item) {
+  const int64_t part = item % call->parts, rest = item / call->parts, groups = call->weight->groups;
+  GroupColsItem found = {rest / call->chunks, rest % call->chunks, groups * part / call->parts,
+                         groups * (part + 1) / call->parts};
+  return found;
+}
+
+static inline bool of_pixels(const GroupColsConv* call) {
+  return call->taps_high * call->taps_wide == 1 && call->stride_high * call->stride_wide == 1 &&
+         call->pad_high + call->pad_wide == 0;
+}
+
+// Where the values of a group begin, its biases first, when `before` columns are kept by the groups before it.
+static inline const float* values_of(const GroupCols* weight, int64_t group, int64_t before) {
+  const int64_t tail = weight->begins[weight->whole < weight->groups ? weight->whole : 0];
+  if (group <= weight->whole) return weight->values + (group + before) * weight->rows;
+  return weight->values + (weight->whole + tail) * weight->rows + (group - weight->whole) + (before - tail);
+}
+
+// One item of a convolution, and one row of x for groups [begin, end), whatever is in the inputs.
+extern "C" void group_cols_item_f32(const GroupColsConv* call, int64_t item);
+extern "C" void group_cols_row_f32(const Matmul* call, int64_t begin, int64_t end, int64_t row);

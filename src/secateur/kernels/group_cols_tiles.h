@@ -1,0 +1,341 @@
+// The variants, in vectors of LANES floats that the compiler turns into the instructions of its target: one source for
+// every processor. A lane is a pixel, or a row of x.
+//
+// A tile is as many pixels as V vectors hold. Of one slice of the columns the tile is laid out as a panel, column after
+// column, and every group adds to its sums what it keeps of the slice: an input is loaded once for R outputs, and an
+// output's weight once for V vectors. Sums wait in memory between slices. Where something is not finite the item goes
+// through the oracle, which knows what a zero makes of it.
+//
+// Everything here is static: each file keeps the copy compiled with its own flags.
+#pragma once
+#include "group_cols.h"
+
+#ifndef LANES
+#error "LANES is not defined"
+#endif
+
+namespace {
+
+typedef float Vector __attribute__((vector_size(LANES * 4)));
+typedef float Loose __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+
+enum { WIDEST = 8, REGISTERS = LANES == 16 ? 32 : 16 };
+
+inline Vector load(const float* from) { return *reinterpret_cast<const Loose*>(from); }
+inline void store(float* to, Vector value) { *reinterpret_cast<Loose*>(to) = value; }
+inline Vector all(float value) { return value - Vector{}; }
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Outputs that are computed together, and vectors of pixels, for groups of N rows: what registers hold.
+constexpr int together(int n) { return n > 8 ? 8 : n; }
+constexpr int vectors(int n) {
+  const int most = REGISTERS * 3 / 4 / together(n);
+  return most > WIDEST ? WIDEST : most > 2 ? most / 2 * 2 : most < 1 ? 1 : most;
+}
+
+struct Sums {
+  const float* bias;  // of the rows, where the sums begin, or null
+  const float* from;  // where they go on, rows `pitch` from one another
+  float* to;
+  int64_t pitch, to_pitch;
+  bool held;  // between low and high, when all has been added
+  float low, high;
+};
+
+// R rows of a group of N, over V vectors of pixels: the columns of a panel whose rows are WIDE floats.
+template <int N, int R, int V, int WIDE>
+inline void tile(const float* panel, const int32_t* at, const int32_t* end, const float* values, const Sums& sums) {
+  Vector sum[R][V];
+#pragma GCC unroll 8
+  for (int row = 0; row < R; row++)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++)
+      sum[row][v] = sums.bias ? all(sums.bias[row]) : load(sums.from + row * sums.pitch + v * LANES);
+  for (; at < end; at++, values += N) {
+    const float* from = panel + int64_t(*at) * WIDE;
+    Vector x[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) x[v] = load(from + v * LANES);
+#pragma GCC unroll 8
+    for (int row = 0; row < R; row++)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v++) sum[row][v] += x[v] * values[row];
+  }
+#pragma GCC unroll 8
+  for (int row = 0; row < R; row++)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) {
+      Vector value = sum[row][v];
+      if (sums.held) {
+        value = value < sums.low ? all(sums.low) : value;
+        value = value > sums.high ? all(sums.high) : value;
+      }
+      store(sums.to + row * sums.to_pitch + v * LANES, value);
+    }
+}
+
+// What the groups [begin, end) add to the sums of one tile for the columns they keep of a slice.
+struct Slice {
+  const GroupCols* weight;
+  int64_t number, begin, end;
+  const float* panel;
+  float* sums;  // [outputs of these groups, pitch], at the tile's first pixel
+  int64_t pitch;
+  float* y;  // where the outcome of the first of them goes when this is the last slice, or null to leave it in the sums
+  int64_t y_pitch;
+  float low, high;
+};
+
+template <int N, int R, int V, int WIDE>
+inline void group(const Slice& slice, int64_t number, const float* bias, const float* values, int64_t output) {
+  const GroupCols& weight = *slice.weight;
+  const int32_t* begins = weight.begins + slice.number * weight.groups + number;
+  const bool last = slice.number == weight.slices - 1;
+  for (int row = 0; row < N; row += R) {
+    float* kept = slice.sums + (output + row) * slice.pitch;
+    const bool away = last && slice.y;
+    const Sums sums = {slice.number ? nullptr : bias + row,
+                       kept,
+                       away ? slice.y + (output + row) * slice.y_pitch : kept,
+                       slice.pitch,
+                       away ? slice.y_pitch : slice.pitch,
+                       last,
+                       slice.low,
+                       slice.high};
+    tile<N, R, V, WIDE>(slice.panel, weight.at + *begins, weight.at + begins[weight.groups], values + row, sums);
+  }
+}
+
+template <int N, int V, int WIDE>
+void add(const Slice& slice) {
+  const GroupCols& weight = *slice.weight;
+  const int32_t *begins = weight.begins, *now = begins + slice.number * weight.groups;
+  const int64_t whole = least(slice.end, weight.whole), first = least(slice.begin, weight.whole) * N;
+  for (int64_t g = slice.begin; g < whole; g++)
+    group<N, together(N), V, WIDE>(slice, g, weight.values + (g + begins[g]) * N,
+                                   weight.values + (g + 1 + now[g]) * N, g * N - first);
+  if (slice.end <= weight.whole) return;
+  const int64_t kept = begins[weight.whole];  // by the groups before the single rows
+  const float* single = weight.values + (weight.whole + kept) * N - weight.whole - kept;
+  const int64_t skipped = slice.begin > weight.whole ? slice.begin - weight.whole : 0;
+  for (int64_t g = weight.whole + skipped; g < slice.end; g++)
+    group<1, 1, V, WIDE>(slice, g, single + g + begins[g], single + g + 1 + now[g],
+                         weight.whole * N - first + g - weight.whole - skipped);
+}
+
+// As many vectors as the pixels that are left need.
+template <int N, int V, int WIDE>
+void add_some(const Slice& slice, int64_t pixels) {
+  if constexpr (V > 1)
+    if (pixels <= V / 2 * LANES) return add_some<N, V / 2, WIDE>(slice, pixels);
+  add<N, V, WIDE>(slice);
+}
+
+inline int64_t first_output(const GroupCols& weight, int64_t group) {
+  return group <= weight.whole ? group * weight.rows : weight.whole * weight.rows + group - weight.whole;
+}
+
+// Goes through `pixels` of one item: `fill(panel, wide, begin, end, pixel, count)` lays out columns [begin, end) of the
+// `count` pixels from `pixel` on, and what is not finite in them makes its sum so; `away(pixel, count)` says where
+// their outcome goes, or null. False when something was not finite.
+template <int N, class Fill, class Away>
+void sweep(Slice slice, float* panel, float* sums, int64_t pixels, const Fill& fill, const Away& away) {
+  enum { V = vectors(N), WIDE = V * LANES };
+  const GroupCols& weight = *slice.weight;
+  slice.panel = panel;
+  for (slice.number = 0; slice.number < weight.slices; slice.number++)
+    for (int64_t pixel = 0; pixel < pixels; pixel += WIDE) {
+      const int64_t begin = slice.number * weight.slice, count = least(WIDE, pixels - pixel);
+      fill(panel, WIDE, begin, least(begin + weight.slice, weight.columns), pixel, count);
+      slice.sums = sums + pixel;
+      slice.y = away(pixel, count == WIDE);
+      add_some<N, V, WIDE>(slice, count);
+    }
+}
+
+template <class Fill, class Away>
+void sweep_any(const Slice& slice, float* panel, float* sums, int64_t pixels, const Fill& fill, const Away& away) {
+  switch (slice.weight->rows) {
+    case 1: return sweep<1>(slice, panel, sums, pixels, fill, away);
+    case 2: return sweep<2>(slice, panel, sums, pixels, fill, away);
+    case 4: return sweep<4>(slice, panel, sums, pixels, fill, away);
+    case 8: return sweep<8>(slice, panel, sums, pixels, fill, away);
+    default: return sweep<16>(slice, panel, sums, pixels, fill, away);
+  }
+}
+
+enum { TILE = WIDEST * LANES, AROUND = 64 };  // of floats: the widest tile, and a cache line's worth
+
+inline int64_t rounded(int64_t floats) { return (floats + TILE + AROUND - 1) / AROUND * AROUND; }
+
+// Copies floats, and adds zero to `wild` for each, or NaN for one that is not finite.
+inline void copy(float* to, const float* from, int64_t count, Vector& wild) {
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) {
+    const Vector some = load(from + i);
+    store(to + i, some);
+    wild += some * 0.0f;
+  }
+  for (; i < count; i++) {
+    to[i] = from[i];
+    wild[0] += from[i] * 0.0f;
+  }
+}
+
+inline void clear(float* to, int64_t count) {
+  for (int64_t i = 0; i < count; i++) to[i] = 0;
+}
+
+inline bool finite(Vector wild) {
+  for (int lane = 0; lane < LANES; lane++)
+    if (wild[lane] != 0) return false;
+  return true;
+}
+
+// One tap, no stride, no padding: a column is a channel, and its pixels lie side by side.
+bool pixels_item(const GroupColsConv& call, const GroupColsItem& item, float* y, int64_t outputs) {
+  const GroupCols& weight = *call.weight;
+  const int64_t size = call.height * call.width, first = item.chunk * call.chunk;
+  const int64_t pixels = least(call.chunk, size - first), pitch = rounded(pixels);
+  float* const panel = static_cast<float*>(scratch((rounded(weight.slice * TILE) + outputs * pitch) * sizeof(float)));
+  float* const sums = panel + rounded(weight.slice * TILE);
+  const float* x = call.x + item.picture * call.channels * size + first;
+  Vector wild = {};
+  const auto fill = [&](float* to, int64_t wide, int64_t begin, int64_t end, int64_t pixel, int64_t count) {
+    for (int64_t column = begin; column < end; column++, to += wide) copy(to, x + column * size + pixel, count, wild);
+  };
+  const auto away = [&](int64_t pixel, bool full) { return full ? y + first + pixel : nullptr; };
+  const Slice slice = {&weight, 0, item.begin, item.end, panel, sums, pitch, y, size, call.low, call.high};
+  sweep_any(slice, panel, sums, pixels, fill, away);
+  const int64_t wide = vectors(int(weight.rows)) * LANES, stored = pixels / wide * wide;
+  for (int64_t output = 0; output < outputs; output++)
+    for (int64_t pixel = stored; pixel < pixels; pixel++) y[output * size + first + pixel] = sums[output * pitch + pixel];
+  return finite(wild);
+}
+
+// Any convolution. The rows that an item sees are first laid out with their padding and, with a stride, apart by it, so
+// that what a tap sees of all pixels lies side by side: a pixel's place is its row times the width of a plane, and its
+// column; places that are none, at the end of each row, are computed and not kept.
+bool planes_item(const GroupColsConv& call, const GroupColsItem& item, float* y, int64_t outputs) {
+  const GroupCols& weight = *call.weight;
+  const int64_t sh = call.stride_high, sw = call.stride_wide, taps = call.taps_high * call.taps_wide;
+  const int64_t reach_high = (call.taps_high - 1) * call.apart_high, reach_wide = (call.taps_wide - 1) * call.apart_wide;
+  const int64_t phases_high = least(sh, reach_high + 1), phases_wide = least(sw, reach_wide + 1);
+  const int64_t first = item.chunk * call.chunk, rows = least(call.chunk, call.out_height - first);
+  const int64_t high = rows + reach_high / sh, wide = call.out_width + reach_wide / sw;  // of a plane
+  const int64_t plane = high * wide, channel = plane * phases_high * phases_wide;
+  const int64_t pixels = rows * wide, pitch = rounded(pixels), beyond = TILE + reach_wide / sw;
+  const int64_t needed = rounded(weight.slice * TILE) + outputs * pitch + rounded(call.channels * channel + beyond);
+  float* const panel =
+      static_cast<float*>(scratch(needed * sizeof(float) + taps * sizeof(int64_t)));
+  float* const sums = panel + rounded(weight.slice * TILE);
+  float* const planes = sums + outputs * pitch;
+  int64_t* const places = reinterpret_cast<int64_t*>(panel + needed);
+  for (int64_t tap = 0; tap < taps; tap++) {
+    const int64_t down = tap / call.taps_wide * call.apart_high, right = tap % call.taps_wide * call.apart_wide;
+    places[tap] = (down % sh * phases_wide + right % sw) * plane + down / sh * wide + right / sw;
+  }
+
+  Vector wild = {};
+  float* to = planes;
+  for (int64_t c = 0; c < call.channels; c++)
+    for (int64_t phase_high = 0; phase_high < phases_high; phase_high++)
+      for (int64_t phase_wide = 0; phase_wide < phases_wide; phase_wide++)
+        for (int64_t row = 0; row < high; row++, to += wide) {
+          const int64_t from = (first + row) * sh + phase_high - call.pad_high;
+          const int64_t shift = phase_wide - call.pad_wide;  // column i of the plane is i * sw + shift of the picture
+          if (from < 0 || from >= call.height) {
+            clear(to, wide);
+            continue;
+          }
+          const int64_t begin = least(wide, shift < 0 ? (sw - 1 - shift) / sw : 0);
+          const int64_t end = least(wide, call.width <= shift ? 0 : (call.width - shift + sw - 1) / sw);
+          const float* x = call.x + ((item.picture * call.channels + c) * call.height + from) * call.width + shift;
+          clear(to, begin);
+          if (sw == 1) {
+            copy(to + begin, x + begin, end - begin, wild);
+          } else {
+            for (int64_t i = begin; i < end; i++) {
+              to[i] = x[i * sw];
+              wild[0] += to[i] * 0.0f;
+            }
+          }
+          clear(to + (end < begin ? begin : end), wide - (end < begin ? begin : end));
+        }
+  clear(to, beyond);
+  if (!finite(wild)) return false;
+
+  const auto fill = [&](float* to, int64_t wide, int64_t begin, int64_t end, int64_t pixel, int64_t count) {
+    int64_t tap = begin % taps;
+    const float* from = planes + begin / taps * channel + pixel;
+    const int64_t vectors = (count + LANES - 1) / LANES;
+    for (int64_t column = begin; column < end; column++, to += wide) {
+      for (int64_t v = 0; v < vectors; v++) store(to + v * LANES, load(from + places[tap] + v * LANES));
+      if (++tap == taps) {
+        tap = 0;
+        from += channel;
+      }
+    }
+  };
+  const auto away = [](int64_t, bool) { return static_cast<float*>(nullptr); };
+  const Slice slice = {&weight, 0, item.begin, item.end, panel, sums, pitch, nullptr, 0, call.low, call.high};
+  sweep_any(slice, panel, sums, pixels, fill, away);
+  const int64_t size = call.out_height * call.out_width;
+  for (int64_t output = 0; output < outputs; output++)
+    for (int64_t row = 0; row < rows; row++)
+      for (int64_t i = 0; i < call.out_width; i++)
+        y[output * size + (first + row) * call.out_width + i] = sums[output * pitch + row * wide + i];
+  return true;
+}
+
+void convolve(const void* pointer, int64_t begin, int64_t end) {
+  const GroupColsConv& call = *static_cast<const GroupColsConv*>(pointer);
+  const GroupCols& weight = *call.weight;
+  for (int64_t number = begin; number < end; number++) {
+    const GroupColsItem item = group_cols_item(&call, number);
+    const int64_t output = first_output(weight, item.begin), outputs = first_output(weight, item.end) - output;
+    float* y = call.y + (item.picture * weight.outputs + output) * call.out_height * call.out_width;
+    const bool done =
+        of_pixels(&call) ? pixels_item(call, item, y, outputs) : planes_item(call, item, y, outputs);
+    if (!done) group_cols_item_f32(&call, number);
+  }
+}
+
+// x W^T + bias: the rows of x are the pixels, and so are turned on their side.
+void multiply(const void* pointer, int64_t begin, int64_t end) {
+  const Matmul& call = *static_cast<const Matmul*>(pointer);
+  const GroupCols& weight = *static_cast<const GroupCols*>(call.weight);
+  const int64_t output = first_output(weight, begin), outputs = first_output(weight, end) - output, most = 256;
+  const float* const bias = static_cast<const float*>(call.bias);
+  for (int64_t first = 0; first < call.rows; first += most) {
+    const int64_t rows = least(most, call.rows - first), pitch = rounded(rows);
+    float* const panel = static_cast<float*>(scratch((rounded(weight.slice * TILE) + outputs * pitch) * sizeof(float)));
+    float* const sums = panel + rounded(weight.slice * TILE);
+    const float* x = static_cast<const float*>(call.x) + first * weight.columns;
+    Vector wild = {};
+    const auto fill = [&](float* to, int64_t wide, int64_t begin, int64_t end, int64_t row, int64_t count) {
+      for (int64_t i = 0; i < count; i++) {
+        const float* from = x + (row + i) * weight.columns;
+        float sum = 0;
+        for (int64_t column = begin; column < end; column++) {
+          to[(column - begin) * wide + i] = from[column];
+          sum += from[column] * 0.0f;
+        }
+        wild[0] += sum;
+      }
+    };
+    const auto away = [](int64_t, bool) { return static_cast<float*>(nullptr); };
+    const float most_of_all = __builtin_inff();
+    const Slice slice = {&weight, 0, begin, end, panel, sums, pitch, nullptr, 0, -most_of_all, most_of_all};
+    sweep_any(slice, panel, sums, rows, fill, away);
+    for (int64_t row = 0; row < rows; row++) {
+      float* y = static_cast<float*>(call.y) + (first + row) * weight.outputs + output;
+      for (int64_t i = 0; i < outputs; i++) y[i] = sums[i * pitch + row] + (bias ? bias[output + i] : 0);
+    }
+    if (!finite(wild))
+      for (int64_t row = 0; row < rows; row++) group_cols_row_f32(&call, begin, end, first + row);
+  }
+}
+
+}  // namespace
