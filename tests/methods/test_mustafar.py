@@ -10,8 +10,8 @@ from tiny import decoder, make_task, moe, trained
 from transformers import LlamaForCausalLM
 
 import secateur
-from secateur.axes.cached import Anything, Channels, OutputAware, PerChannel, PerToken, kept
-from secateur.cache import Past, Pruning, SparseCache, sparse_cache
+from secateur.axes.cached import Anything, Channels, HeavyHitters, Newest, OutputAware, PerChannel, PerToken, kept
+from secateur.cache import Eviction, Past, Pruning, SparseCache, evicting_cache, sparse_cache
 from secateur.cache.attention import attend
 from secateur.edit import apply_, load, save
 from secateur.errors import ModelError, PatternError, SettingError
@@ -297,6 +297,70 @@ def test_a_model_that_does_not_read_through_the_interface_is_refused() -> None:
 def test_settings_that_cannot_be(settings: dict, text: str) -> None:
     with pytest.raises(SettingError, match=text):
         Pruning(**settings)
+
+
+# Whole tokens
+
+
+@pytest.mark.parametrize("by", [HeavyHitters(), Newest(2)], ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize("prefill", [1, 20, 70])
+def test_eviction_in_one_pass_is_eviction_step_by_step(by, prefill: int) -> None:
+    model, ids = decoder(), words(0, 2, 98)
+    with evicting_cache(model, 0.5, window=8, chunk=16, by=by) as cache, torch.no_grad():
+        cache.prefill = prefill
+        steps, past = in_steps(model, ids, prefill)
+        torch.testing.assert_close(model(ids).logits, steps, atol=1e-5, rtol=1e-4)
+        left = past.layers[0].past.keys
+        assert left.shape[2] == 40 + 18  # of the 80 behind the window, half; and the rest
+        assert past.get_seq_length() == 98
+        lean = model(ids).logits
+    assert float((model(ids).logits.detach() - lean).abs().max()) > 0.01
+
+
+def test_which_tokens_are_forgotten_by_hand() -> None:
+    past = Eviction(0.5, window=1, chunk=4).begin()
+    keys = torch.tensor([3.0, 0, 2, 0, 1]).reshape(1, 1, 5, 1)
+    past.append_(keys, torch.arange(5.0).reshape(1, 1, 5, 1))
+    out = past.attend(torch.ones(1, 1, 1, 1), None, 1.0)  # the newest asks: tokens 0 and 2 are what it looks at
+    weights = torch.tensor([3.0, 0, 2, 0, 1]).softmax(0)
+    torch.testing.assert_close(float(out), float(weights @ torch.arange(5.0)))
+    past.settle_(torch.ones(1, 1, 1, 1))
+    assert past.values.flatten().tolist() == [0, 2, 4]
+    out = past.attend(torch.ones(1, 1, 1, 1), None, 1.0)  # what is gone gets nothing
+    weights = torch.tensor([3.0, 2, 1]).softmax(0)
+    torch.testing.assert_close(float(out), float(weights @ torch.tensor([0.0, 2, 4])))
+    places, got = torch.arange(6).reshape(1, 1, 6), torch.tensor([[[0.0, 1, 1, 1, 1, 1]]])
+    assert Newest(1).score(got, places).flatten().tolist() == [-1, float("inf"), 2, 3, 4, 5]  # padding goes first
+
+
+def test_generate_with_whole_tokens_forgotten() -> None:
+    model, ids = decoder(), words(0, 1, 60)
+    padded = torch.cat([torch.zeros(1, 32, dtype=torch.long), ids], 1)
+    mask = torch.cat([torch.zeros(1, 32, dtype=torch.long), torch.ones(1, 60, dtype=torch.long)], 1)
+    how = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    dense = model.generate(padded, attention_mask=mask, **how)
+    with evicting_cache(model, 0.0):
+        assert torch.equal(model.generate(padded, attention_mask=mask, **how), dense)
+    with evicting_cache(model, 0.75, window=8):
+        out = model.generate(padded, attention_mask=mask, return_dict_in_generate=True, **how)
+        layer = out.past_key_values.layers[0]
+        assert layer.past.keys.shape[2] == 16 + 39  # a quarter of 64, of the 103 there were
+        assert int(layer.past._places.min()) >= 32  # padding was forgotten first
+        assert model.generate(ids, num_beams=2, **how).shape == (1, 72)
+        layer.crop(-3)
+        assert (layer.get_seq_length(), layer.past.keys.shape[2]) == (100, 52)
+        with pytest.raises(ModelError, match="the newest 37 tokens of a pruned cache were to be taken back"):
+            layer.crop(-37)
+
+
+def test_an_evicting_cache_is_built_again_from_its_settings() -> None:
+    cache = SparseCache(3, Eviction(0.5, window=4, by=Newest(2)))
+    again = SparseCache(**cache.settings())
+    assert (again.prefill, again.pruning) == (3, cache.pruning)
+    with pytest.raises(SettingError, match=r"sparsity 1.0 was asked for"):
+        Eviction(1.0)
+    with pytest.raises(SettingError, match=r"chunks of 0 tokens were asked for"):
+        Eviction(chunk=0)
 
 
 # The method

@@ -6,9 +6,15 @@
     Channels       whole channels, by the size of x and of the queries in them: ThinK
     Anything       at random: the control
 
+and of whole tokens, which of them are worth most:
+
+    HeavyHitters   those that got most of the attention so far: H2O
+    Newest         the newest, and the first few, on which attention rests: StreamingLLM
+
 Tensors are [batch, heads, tokens, width], heads those of keys and values. Joo, Hosseini, Hadidi, Asgari. "Mustafar:
 Promoting Unstructured Sparsity for KV Cache Pruning in LLM Inference." 2025. arXiv:2505.22913, section 2; Xu, Jie,
 Dong, Wang, Lu, Zhou, Saha, Xiong, Sahoo. "ThinK: Thinner Key Cache by Query-Driven Pruning." 2024. arXiv:2407.21018.
+For whole tokens: Zhang et al. "H2O." 2023. arXiv:2306.14048; Xiao et al. "Attention Sinks." 2023. arXiv:2309.17453.
 """
 
 from dataclasses import dataclass
@@ -130,3 +136,34 @@ class Anything:
         draw = torch.Generator().manual_seed(self.seed)
         score = torch.rand(x.shape, generator=draw).to(x.device)
         return keep_top(score, kept(x.shape[-1], sparsity))
+
+
+@runtime_checkable
+class Ranking(Protocol):
+    """What a token is worth to each head."""
+
+    def score(self, received: Tensor, places: Tensor) -> Tensor:
+        """One score per token [batch, heads, tokens], from the attention it received and the place it has."""
+        ...
+
+
+@dataclass(frozen=True)
+class HeavyHitters:
+    """The tokens that got most of the attention of all queries so far."""
+
+    def score(self, received: Tensor, places: Tensor) -> Tensor:
+        """See Ranking."""
+        return received
+
+
+@dataclass(frozen=True)
+class Newest:
+    """The newest tokens, and the first that may be seen: attention that has nowhere else to go rests on them."""
+
+    sinks: int = 4  # how many first ones
+
+    def score(self, received: Tensor, places: Tensor) -> Tensor:
+        """See Ranking."""
+        seen = received > 0  # what stands in the padding gets nothing
+        first = seen & (seen.cumsum(-1) <= self.sinks)
+        return torch.where(seen, places.float(), -1.0).masked_fill(first, float("inf"))

@@ -3,7 +3,8 @@
     with sparse_cache(model, 0.7):
         model.generate(**inputs)
 
-`SparseCache` is the same as a module of the model, so that it can be an edit, saved and loaded.
+`evicting_cache` forgets whole tokens instead, which is what others do. `SparseCache` is the same as a module of the
+model, so that it can be an edit, saved and loaded.
 """
 
 from collections.abc import Iterator
@@ -13,7 +14,8 @@ from typing import Any
 
 from torch import nn
 
-from secateur.axes.cached import Anything, Channels, Choice, OutputAware, PerChannel, PerToken
+from secateur.axes.cached import Anything, Channels, Choice, HeavyHitters, Newest, OutputAware, PerChannel, PerToken
+from secateur.cache.evicting import Eviction
 from secateur.cache.past import Past, Pruning
 from secateur.edit import replacement
 from secateur.errors import ModelError
@@ -22,12 +24,16 @@ __all__ = [
     "Anything",
     "Channels",
     "Choice",
+    "Eviction",
+    "HeavyHitters",
+    "Newest",
     "OutputAware",
     "Past",
     "PerChannel",
     "PerToken",
     "Pruning",
     "SparseCache",
+    "evicting_cache",
     "sparse_cache",
 ]
 
@@ -40,10 +46,10 @@ class SparseCache(nn.Module):
     first `prefill`, so that a perplexity is that of the pruned cache.
     """
 
-    def __init__(self, prefill: int = 0, pruning: Pruning | None = None, **settings: Any) -> None:
+    def __init__(self, prefill: int = 0, pruning: Pruning | Eviction | str | None = None) -> None:
         super().__init__()
         self.prefill = prefill
-        self.pruning = pruning or Pruning(**{k: _choice(v) for k, v in settings.items()})
+        self.pruning: Pruning | Eviction = _rule(pruning) if isinstance(pruning, str) else pruning or Pruning()
         self._joined: list[Any] = []
         self._config: Any = None
         self._before: str | None = None
@@ -52,9 +58,7 @@ class SparseCache(nn.Module):
         """What builds it again."""
         from secateur.axes import text_of
 
-        rule = self.pruning
-        plain = {name: getattr(rule, name) for name in ("key_sparsity", "value_sparsity", "window", "chunk")}
-        return {"prefill": self.prefill, **plain, "keys": text_of(rule.keys), "values": text_of(rule.values)}
+        return {"prefill": self.prefill, "pruning": text_of(self.pruning)}
 
     def join_(self, model: nn.Module) -> None:
         """Begin to prune a model's cache. Raises ModelError for a model whose attention cannot read one."""
@@ -111,8 +115,24 @@ def sparse_cache(model: nn.Module, sparsity: float = 0.7, **settings: Any) -> It
     `settings` are those of `Pruning`: another `key_sparsity` or `value_sparsity`, `window`, `chunk`, and what chooses,
     `keys` and `values`. Raises ModelError for a model whose attention cannot read such a cache.
     """
-    rule = replace(Pruning(key_sparsity=sparsity, value_sparsity=sparsity), **settings)
-    cache = SparseCache(pruning=rule)
+    with _joined(model, replace(Pruning(key_sparsity=sparsity, value_sparsity=sparsity), **settings)) as cache:
+        yield cache
+
+
+@contextmanager
+def evicting_cache(model: nn.Module, sparsity: float = 0.7, **settings: Any) -> Iterator[SparseCache]:
+    """While it lasts, each head forgets this share of the tokens behind the window, whole.
+
+    `settings` are those of `Eviction`: `window`, `chunk`, and `by`, which ranks tokens. Positions stay as they were.
+    Raises ModelError as `sparse_cache` does.
+    """
+    with _joined(model, Eviction(sparsity, **settings)) as cache:
+        yield cache
+
+
+@contextmanager
+def _joined(model: nn.Module, pruning: Pruning | Eviction) -> Iterator[SparseCache]:
+    cache = SparseCache(pruning=pruning)
     cache.join_(model)
     try:
         yield cache
@@ -120,13 +140,12 @@ def sparse_cache(model: nn.Module, sparsity: float = 0.7, **settings: Any) -> It
         cache.leave_()
 
 
-def _choice(value: Any) -> Any:
-    """A choice by its text, as a saved edit has it."""
-    if not isinstance(value, str):
-        return value
-    from secateur.axes import part_of
+def _rule(text: str) -> Any:
+    """What is pruned by its text, as a saved edit has it."""
+    from secateur.axes import part_of, words
+    from secateur.cache import evicting, past
 
-    return part_of(value)
+    return part_of(text, words(past, evicting))
 
 
 def _causal(model: nn.Module) -> bool:

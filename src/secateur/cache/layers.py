@@ -10,21 +10,21 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from secateur.cache.attention import attend, attend_as_decoded
-from secateur.cache.past import Past, Pruning
+from secateur.cache.evicting import Eviction
+from secateur.cache.past import Pruning
 from secateur.errors import ModelError
 
 ATTENTION = "secateur"  # the name under which transformers knows the attention below
 
 
 class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """One layer of a cache, whose tokens are pruned and packed as they leave the window."""
+    """One layer of a cache, whose tokens are pruned or forgotten as they leave the window."""
 
     is_sliding = False
 
-    def __init__(self, pruning: Pruning) -> None:
+    def __init__(self, pruning: Pruning | Eviction) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.past = Past(pruning)
+        self.past = pruning.begin()
         self.waiting = False  # what was handed out has not been attended to by the attention that can read it
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -66,7 +66,7 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def reset(self) -> None:
         """Forget everything."""
-        self.past, self.keys, self.values = Past(self.past.pruning), None, None
+        self.past, self.keys, self.values = self.past.pruning.begin(), None, None
         self.is_initialized = self.waiting = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -95,7 +95,7 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self.past.keep_(self.past.tokens - gone)
 
 
-def prune_(cache: Cache, pruning: Pruning) -> None:
+def prune_(cache: Cache, pruning: Pruning | Eviction) -> None:
     """Make the layers of an empty cache pruned ones; those of a sliding window, and of no attention, stay."""
     if any(isinstance(layer, PrunedLayer) for layer in cache.layers):
         return
@@ -121,7 +121,7 @@ def prune_(cache: Cache, pruning: Pruning) -> None:
 class AsDecoded(threading.local):
     """What this thread's pass, given no cache, is to be computed as; None: as it is."""
 
-    now: tuple[Pruning, int] | None = None
+    now: tuple[Pruning | Eviction, int] | None = None
 
 
 AS_DECODED = AsDecoded()
@@ -154,13 +154,14 @@ def attention(
         )
     if layer is None:
         assert decoded is not None
-        out = attend_as_decoded(query, key, value, attention_mask, scale, *decoded)
-    elif layer.past.packed is None:  # the prompt sees itself as it is
+        pruning, prefill = decoded
+        out = pruning.as_decoded(query, key, value, attention_mask, scale, prefill)
+    elif layer.past.as_it_was:  # the prompt sees itself as it is
         out = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **more)[0]
         layer.attended(query)
         return out, None
     else:
-        out = attend(query, layer.past, attention_mask, scale)
+        out = layer.past.attend(query, attention_mask, scale)
     if layer is not None:
         layer.attended(query)
     return out.transpose(1, 2).contiguous(), None

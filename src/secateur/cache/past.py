@@ -23,15 +23,8 @@ class Pruning:
 
     def __post_init__(self) -> None:
         for name in ("key_sparsity", "value_sparsity"):
-            value = getattr(self, name)
-            if not 0 <= value < 1:
-                raise SettingError(
-                    f"{name} {value} was asked for",
-                    "a sparsity is the fraction removed, in [0, 1)",
-                    "Give a fraction such as 0.7.",
-                )
-        if self.window < 0:
-            raise SettingError(f"a window of {self.window} was asked for", "it is negative", "Give 0 or more tokens.")
+            check_share(name, getattr(self, name))
+        check_window(self.window)
         for choice in (self.keys, self.values):
             step = max(TILE, choice.together)
             if self.chunk < 1 or self.chunk % step:
@@ -43,7 +36,40 @@ class Pruning:
 
     def behind(self, tokens: Tensor) -> Tensor:
         """How many tokens are packed once there are so many."""
-        return ((tokens - self.window) // self.chunk * self.chunk).clamp(min=0)
+        return behind(tokens, self.window, self.chunk)
+
+    def begin(self) -> "Past":
+        """A past with nothing in it."""
+        return Past(self)
+
+    def as_decoded(
+        self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float, prefill: int
+    ) -> Tensor:
+        """What each token of a text would have got, had it been decoded."""
+        from secateur.cache.attention import attend_as_decoded
+
+        return attend_as_decoded(query, keys, values, mask, scaling, self, prefill)
+
+
+def behind(tokens: Tensor, window: int, chunk: int) -> Tensor:
+    """Of so many tokens, how many have left the window, in whole chunks."""
+    return ((tokens - window) // chunk * chunk).clamp(min=0)
+
+
+def check_share(name: str, value: float) -> None:
+    """Raise SettingError for a sparsity that cannot be."""
+    if not 0 <= value < 1:
+        raise SettingError(
+            f"{name} {value} was asked for",
+            "a sparsity is the fraction removed, in [0, 1)",
+            "Give a fraction such as 0.7.",
+        )
+
+
+def check_window(window: int) -> None:
+    """Raise SettingError for a window that cannot be."""
+    if window < 0:
+        raise SettingError(f"a window of {window} was asked for", "it is negative", "Give 0 or more tokens.")
 
 
 class Past:
@@ -55,6 +81,11 @@ class Past:
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
         self._heard: Tensor | None = None  # [batch, heads, tail, width], where a choice listens
+
+    @property
+    def as_it_was(self) -> bool:
+        """Whether nothing is gone yet, so that any attention can read it."""
+        return self.packed is None
 
     @property
     def tokens(self) -> int:
@@ -84,6 +115,12 @@ class Past:
             return self.tail
         (keys, values), (newest_keys, newest_values) = self.packed.dense(), self.tail
         return torch.cat([keys, newest_keys], 2), torch.cat([values, newest_values], 2)
+
+    def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+        """The newest tokens' query [batch, query heads, new, width] against the whole past -> the same shape."""
+        from secateur.cache.attention import attend
+
+        return attend(query, self, mask, scaling)
 
     def append_(self, keys: Tensor, values: Tensor) -> None:
         """Take in new tokens [batch, heads, new, width] as they are."""
