@@ -1,4 +1,4 @@
-"""Slimming, soft filters, ThiNet, sparse structure selection: by hand, as properties, and on toy images."""
+"""Slimming, soft filters, ThiNet, regression, sparse structure selection: by hand, as properties, and on toy images."""
 
 import copy
 
@@ -7,12 +7,14 @@ import tiny
 import torch
 from torch import nn
 
-from secateur.axes.filters import alone, filter_norm, filters, readers
+from secateur.axes import keep_top
+from secateur.axes.filters import alone, filter_norm, filters, read_alone, readers
 from secateur.axes.residual import removable_blocks
 from secateur.edit import apply_
 from secateur.errors import BudgetError, GraphError, SettingError
 from secateur.graph import removals
 from secateur.method import load, prune
+from secateur.methods.regression import Regression, brought, lasso, seen_at, solved, told_from
 from secateur.methods.slimming import Slimming
 from secateur.methods.soft_filter import SoftFilter, Softly
 from secateur.methods.structure_selection import (
@@ -70,14 +72,21 @@ def test_contributions_add_up_to_the_output_without_bias(stride):
     torch.testing.assert_close(found.sum(1), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_filters_that_others_copy_go_and_nothing_changes():
+def copied_cnn():
+    """A trained network in which the last eight filters of a block are copies of the first, and its task."""
     model, task = tiny.trained("cnn"), tiny.make_task("cnn")
     block = model.block2
-    with torch.no_grad():  # the last eight filters of the block are copies of the first
+    with torch.no_grad():
         block.conv1.weight[8:] = block.conv1.weight[:8]
         for name in ("weight", "bias", "running_mean", "running_var"):
             getattr(block.bn1, name)[8:] = getattr(block.bn1, name)[:8]
         block.conv2.weight[:, 8:] = block.conv2.weight[:, :8]
+    return model, task
+
+
+def test_filters_that_others_copy_go_and_nothing_changes():
+    model, task = copied_cnn()
+    block = model.block2
     wanted = copy.deepcopy(model).eval()
     (site,) = [s for s in alone(filters(model, task.example)[0]) if s.name == "block2.conv1"]
     part = readers(site)[0]
@@ -92,6 +101,58 @@ def test_filters_that_others_copy_go_and_nothing_changes():
         apply_(model, removals([site], {site.name: keep}))
         x = task.example.inputs[0]
         torch.testing.assert_close(model.eval()(x), wanted(x), rtol=1e-3, atol=1e-3)
+
+
+def test_the_output_is_told_from_channels_and_weights_are_solved_by_hand():
+    # beta = soft(c / g, lambda / g) where channels have nothing to do with one another
+    gram, cross = torch.diag(torch.tensor([2.0, 2.0, 2.0])), torch.tensor([6.0, -4.0, 1.0])
+    assert lasso(gram, cross, 2.0, torch.zeros(3)).tolist() == pytest.approx([2.0, -1.0, 0.0])
+    assert told_from(gram, cross, 2).tolist() == [True, True, False]
+    # two channels of two taps each, a third column nobody's: y = x W and all is told
+    weight = torch.tensor([[1.0, 0.0, 2.0, 1.0, 5.0]])
+    x = torch.tensor([[1.0, 0.0, 1.0, 0.0, 1.0], [0.0, 2.0, 1.0, 1.0, 0.0]])
+    owner = torch.tensor([0, 0, 1, 1, -1])
+    both, told = brought(weight, owner, 2, x.T @ x, x.T @ (x @ weight.T))
+    assert both.tolist() == [[1.0, 2.0], [2.0, 13.0]]  # Z is [[1, 2], [0, 3]]
+    assert told.tolist() == [3.0, 15.0]  # with [3, 3], what is left of y without nobody's column
+    # a channel that is twice another: the other's weight grows by half of what went
+    alike = torch.tensor([[1.0, 2.0], [2.0, 4.0]], dtype=torch.float64)
+    ones = torch.ones(1, 2, dtype=torch.float64)
+    new = solved(ones, torch.tensor([False, True]), alike, alike @ ones.T, 1e-9)
+    assert new.tolist() == [[0.0, pytest.approx(1.5)]]
+
+
+def test_channels_that_others_copy_go_and_the_next_layer_is_solved_so_that_nothing_changes():
+    model, task = copied_cnn()
+    with torch.no_grad():
+        model.block2.conv2.weight[:, 8:] *= 0.5  # a pull on both is cheaper on the louder
+    wanted = copy.deepcopy(model).eval()
+    (site,) = [s for s in alone(filters(model, task.example)[0]) if s.name == "block2.conv1"]
+    part = readers(site)[0]
+    draw = torch.Generator().manual_seed(0)
+    gram, cross = seen_at(model, wanted, part, task.batches("calibration", 64), 8, draw)
+    weight, owner = model.block2.conv2.weight.detach().flatten(1).double(), torch.arange(16).repeat_interleave(9)
+    keep = told_from(*brought(weight, owner, 16, gram, cross), 8)
+    assert keep.tolist() == [True] * 8 + [False] * 8
+    new = solved(weight, keep[owner], gram, cross, 1e-9).reshape(16, 16, 3, 3)
+    with torch.no_grad():
+        model.block2.conv2.weight.copy_(new)
+        apply_(model, removals([site], {site.name: keep}))
+        x = task.example.inputs[0]
+        torch.testing.assert_close(model.eval()(x), wanted(x), rtol=1e-3, atol=1e-3)
+
+
+def test_regression_mends_what_norms_alone_break():
+    task, model = tiny.make_task("cnn"), tiny.trained("cnn")
+    done = prune(model, Regression(sparsity=0.5, samples=64, recover=0), task)
+    sites, _ = read_alone(model, task.example)
+    cut = copy.deepcopy(model)
+    keep = {s.name: keep_top(filter_norm(s, tensors(model)), s.units // 2) for s in sites}
+    apply_(cut, removals(sites, keep))
+    assert task.measure(done.model)["loss"] < task.measure(cut)["loss"]
+    assert {row.site: row.kept for row in done.record.sites} == {s.name: s.units // 2 for s in sites}
+    with pytest.raises(SettingError, match="damp=0 was given, but a gram of few samples has no inverse"):
+        Regression(damp=0.0).check()
 
 
 def test_a_filter_that_was_zeroed_may_come_back():
@@ -221,6 +282,7 @@ def test_the_smallest_scales_anywhere_go_and_no_layer_may_vanish():
         ("soft_filter", {"sparsity": 0.3, "steps": 80, "every": 4}),
         ("slimming", {"sparsity": 0.3, "strength": 0.01, "steps": 40, "recover": 30}),
         ("thinet", {"sparsity": 0.3, "samples": 64, "each": 5, "recover": 40}),
+        ("regression", {"sparsity": 0.3, "samples": 64, "recover": 40}),
         ("structure_selection", {"strength": 0.2, "steps": 60, "recover": 40}),
     ],
 )

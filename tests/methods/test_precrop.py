@@ -26,6 +26,7 @@ from secateur.methods.precrop import (
     whole_widths,
 )
 from secateur.methods.random_pruning import RandomPruning
+from secateur.models.loading import structure_
 from secateur.outcome import count_flops
 
 
@@ -192,6 +193,32 @@ def test_both_costs_are_reported_whichever_was_limited():
     left, whole = (int(word.replace(",", "")) for word in (work.split()[0], work.split()[2]))
     assert left <= whole / 2
     assert done.ledger.after.flops <= done.ledger.before.flops / 2
+
+
+def test_preconfig_makes_layers_wider_and_narrower_at_the_same_cost(tmp_path):
+    task, model = tiny.make_task("cnn"), chain(4, 24, 4)
+    before = costs_of(model)
+    # two layers of 4 and 24: with a wide middle, more is gained at the ends than lost in it
+    done = prune(model, PreCrop(sparsity=0.0, widest=3.0, steps=2), task)
+    widths = [done.model[place].weight.shape[0] for place in (0, 3, 6)]
+    assert widths[0] > 4
+    assert widths[1] < 24
+    assert max(np.array(widths) / [4, 24, 4]) <= 3
+    assert done.ledger.after.parameters <= done.ledger.before.parameters
+    assert done.ledger.after.flops <= done.ledger.before.flops
+    gained = np.log(before.densities(np.array(widths, dtype=float))).sum()
+    assert gained > 0.5  # of the logarithm of the synaptic flow
+    plain = tiny.seeded(lambda: chain(4, 24, 4), 0)
+    structure_(plain, done.edits)  # as a saved result is built again
+    plain.load_state_dict(done.model.state_dict())
+    x = task.example.inputs[0]
+    assert torch.equal(plain.eval()(x), done.model.eval()(x))
+    assert PreCrop(sparsity=0.0, widest=2.0).budget() is None
+    with pytest.raises(SettingError, match="widest=2 with widths by Nearest was given"):
+        PreCrop(widest=2.0, widths=Nearest()).check()
+    flat = tiny.seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 2)), 0)
+    with pytest.raises(ModelError, match=r"2.weight has 144 entries for its 4 channels"):
+        PreCrop(sparsity=0.0, widest=2.0).run(flat, task)
 
 
 def test_the_narrow_network_does_as_well_as_masks_of_the_same_densities():

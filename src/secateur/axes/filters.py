@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from secateur.errors import GraphError
 from secateur.graph import couple
@@ -40,6 +41,36 @@ def filters(model: nn.Module, example: Batch) -> tuple[list[Site], list[str]]:
 def alone(sites: Sequence[Site]) -> list[Site]:
     """Those that one layer writes and one layer reads: neither on a shortcut nor in several branches."""
     return [site for site in sites if len(writers(site)) == len(readers(site)) == 1]
+
+
+def read_alone(model: nn.Module, example: Batch) -> tuple[list[Site], list[str]]:
+    """Those of `alone` that a plain convolution or a linear layer reads, and why others are left alone.
+
+    Raises GraphError where there are none.
+    """
+    every, notes = filters(model, example)
+    sites = [
+        site for site in alone(every)
+        if isinstance(model.get_submodule(readers(site)[0].name.rpartition(".")[0]), (nn.Conv2d, nn.Linear))
+    ]  # fmt: skip
+    if not sites:
+        raise GraphError(
+            f"filters of {type(model).__name__} were to be taken out by what the next layer notices",
+            "none is written by one layer and read by one",
+            "Use soft_filter or l1_norm, which take out filters of tied layers too.",
+        )
+    return sites, notes + [
+        f"{site.name} is left alone: several layers write or read it" for site in every if site not in sites
+    ]
+
+
+def patches(module: nn.Module, given: Tensor) -> Tensor:
+    """What meets each weight of a layer at each position of its output: [n, in, taps of the kernel, positions]."""
+    if isinstance(module, nn.Conv2d):
+        kernel = module.kernel_size
+        unfolded = F.unfold(given, kernel, module.dilation, module.padding, module.stride)  # type: ignore[arg-type]
+        return unfolded.reshape(len(given), given.shape[1], -1, unfolded.shape[-1])
+    return given.reshape(len(given), -1, given.shape[-1]).transpose(1, 2).unsqueeze(2)
 
 
 def filter_norm(site: Site, tensors: Tensors) -> Tensor:

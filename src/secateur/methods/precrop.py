@@ -8,11 +8,12 @@ random masks over random weights is, but for a constant, the product of all p_l,
 
 (SynExp) needs neither data nor weights. A layer of r_in and r_out of its channels has a density of r_in r_out: widths
 come from densities, found thus or lent by SNIP, GraSP, SynFlow or a rule of shapes, or from the same programme over the
-widths themselves, where layers that share channels share one r. Nothing is searched for.
+widths themselves, where layers that share channels share one r. Nothing is searched for. Without p_l <= 1 the same
+programme is PreConfig, which makes some layers wider and others narrower at the same cost.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
@@ -25,9 +26,9 @@ from secateur.axes.filters import writers
 from secateur.axes.rewinding import reinitialize_
 from secateur.axes.rules import LearningRate
 from secateur.cut import weights
-from secateur.edit import Edit, Mask, apply_
+from secateur.edit import Edit, Mask, Rotate, apply_
 from secateur.errors import BudgetError, ModelError, SettingError
-from secateur.graph import Coupling, couple, removals
+from secateur.graph import Coupling, couple, left_of, removals
 from secateur.method import Budget, Card, Method, check_sparsity
 from secateur.outcome import Outcome
 from secateur.site import Part, Site
@@ -77,6 +78,12 @@ class Costs:
     work: Numbers  # multiply-adds per pair of entries [tensors]
     layers: tuple[str, ...]  # the tensors that are matrices or kernels, by name
     place: Numbers  # where those are among the tensors
+    widest: float = 1.0  # times its channels that a group may have
+
+    @property
+    def top(self) -> Numbers:
+        """The most channels each group may have [groups]."""
+        return np.floor(self.full * self.widest + 1e-9)
 
     @classmethod
     def of(cls, model: nn.Module, sites: Sequence[Site]) -> "Costs":
@@ -141,7 +148,7 @@ class Widths(Protocol):
         ...
 
     def choose(self, costs: Costs, limits: Sequence[Limit], wanted: Numbers) -> Numbers:
-        """Widths [groups] from one channel up to all, within the limits."""
+        """Widths [groups] from one channel up to the most there may be, within the limits."""
         ...
 
 
@@ -232,12 +239,12 @@ def _check_least(costs: Costs, limits: Sequence[Limit], least: Numbers | None = 
 
 
 def _climb(costs: Costs, limits: Sequence[Limit], goal) -> Numbers:  # type: ignore[no-untyped-def]
-    """Widths of one channel up to all, within the limits, at which a goal is highest: Newton's method in logarithms.
+    """Widths of one channel up to the most within the limits, where a goal is highest: Newton's method in logarithms.
 
     Boundaries repel, less and less, as in interior-point methods (Boyd and Vandenberghe 2004, section 11.3).
     """
     _check_least(costs, limits)
-    top = np.log(np.maximum(costs.full, 1 + 1e-9))
+    top = np.log(np.maximum(costs.top, 1 + 1e-9))
     x, start = top * 0.5, 0.5
     while not all(costs.total(np.exp(x), limit.of) < limit.most for limit in limits):
         start /= 4
@@ -282,7 +289,7 @@ def _climb(costs: Costs, limits: Sequence[Limit], goal) -> Numbers:  # type: ign
 def whole_widths(costs: Costs, limits: Sequence[Limit], real: Numbers, multiples: Numbers) -> Numbers:
     """Whole numbers of channels: rounded down, then one more where most is missing, as long as the budgets allow."""
     least = np.minimum(multiples, costs.full)
-    found = np.clip(np.floor(real / multiples + 1e-9) * multiples, least, costs.full)
+    found = np.clip(np.floor(real / multiples + 1e-9) * multiples, least, costs.top)
     if not _within(costs, limits, found):
         _check_least(costs, limits, least)
         found = least.copy()
@@ -290,7 +297,7 @@ def whole_widths(costs: Costs, limits: Sequence[Limit], real: Numbers, multiples
     while room.any():
         group = int(np.argmax(np.where(room, real / found, -1)))
         more = found.copy()
-        more[group] = min(more[group] + multiples[group], costs.full[group])
+        more[group] = min(more[group] + multiples[group], costs.top[group])
         if more[group] > found[group] and _within(costs, limits, more):
             found = more
         else:
@@ -337,6 +344,7 @@ class PreCrop(Method):
     densities: Allocation = SynExp()  # what each layer is to keep; donor(probe='snip'): as in that probe's mask
     widths: Widths = Programme()  # densities to widths: nearest, roots; programme is SynExp on the widths themselves
     scope: Scope = Everything()  # what may be narrowed; branches: the inside of residual blocks
+    widest: float = 1.0  # times its channels that a layer may have; above 1 some become wider: PreConfig
     round_to: int = 1  # widths are multiples of this
     steps: int = 1000  # of training the narrow network; 0: none
     rate_floor: float = 0.0  # learning rate at the end of its cosine, as a fraction of that at the start
@@ -357,7 +365,7 @@ class PreCrop(Method):
         differs=(
             "reconstructed without code: the programme over widths and the nearest widths are this project's; roots is "
             "our reading of the paper's rule",
-            "no layer is made wider than it was (PreConfig): the budgets only cut",
+            "PreConfig (widest above 1) holds both parameters and multiply-adds to what they were, or to less",
             "biases and norms count as parameters, and so does the classifier",
         ),
     )
@@ -365,7 +373,7 @@ class PreCrop(Method):
 
     def budget(self) -> Budget | None:
         """The fraction of parameters, or of multiply-adds; none where both are limited, as one may not bind."""
-        if self.sparsity and self.flops:
+        if (self.sparsity and self.flops) or self.widest > 1:
             return None
         return Budget(self.flops, of="flops") if self.flops else Budget(self.sparsity)
 
@@ -382,6 +390,12 @@ class PreCrop(Method):
                 "the programme finds widths without looking at densities",
                 "Give widths=nearest or widths=roots, or leave densities at syn-exp.",
             )
+        if not 1 <= self.widest < np.inf or (self.widest > 1 and self.widths.by_densities):
+            raise SettingError(
+                f"widest={self.widest:g} with widths by {type(self.widths).__name__} was given",
+                "a layer may have all of its channels at least, and densities above 1 only a programme finds",
+                "Give widest=2 and widths=programme, or leave both out.",
+            )
         LearningRate(floor=self.rate_floor)
 
     def run(self, model: nn.Module, task: Task) -> Outcome:
@@ -396,10 +410,11 @@ class PreCrop(Method):
                 "a shortcut ties every channel",
                 "Give scope=everything.",
             )
-        costs = Costs.of(model, sites)
+        costs = replace(Costs.of(model, sites), widest=self.widest)
         limits = self.limits(costs)
         wanted, notes = self.wanted(model, task, costs)
         real = self.widths.choose(costs, limits, wanted)
+        self.check_widens(sites)
         multiples = np.array([np.lcm(self.round_to, coupling.multiples.get(site.name, 1)) for site in sites])
         found = whole_widths(costs, limits, real, multiples)
         edits = cropped_(model, sites, found)
@@ -408,14 +423,25 @@ class PreCrop(Method):
         notes += self.report(costs, sites, found, coupling)
         return Outcome(model, edits, history, notes=notes + history.notes)
 
+    def check_widens(self, sites: Sequence[Site]) -> None:
+        """Raise ModelError for a tensor that has not one entry for each channel, where layers may become wider."""
+        for site in sites if self.widest > 1 else ():
+            for part in site.parts:
+                if part.owned().numel() != site.units:
+                    raise ModelError(
+                        f"{site.name} was to be made wider",
+                        f"{part.key} has {part.owned().numel()} entries for its {site.units} channels",
+                        "Use it without concatenations and with pooling before the classifier, or leave widest at 1.",
+                    )
+
     def limits(self, costs: Costs) -> list[Limit]:
-        """The budgets."""
+        """The budgets; where layers may become wider, neither cost may be more than it was."""
         found = []
         for share, of, what in (
             (self.sparsity, costs.weights, "parameters"),
             (self.flops, costs.work, "multiply-adds"),
         ):
-            if share:
+            if share or self.widest > 1:
                 found.append(Limit(of, (1 - share) * costs.total(costs.full, of), what))
         return found
 
@@ -448,13 +474,19 @@ class PreCrop(Method):
 
 
 def cropped_(model: nn.Module, sites: Sequence[Site], widths: Sequence[float] | Numbers) -> list[Edit]:
-    """Keep the first channels of each site, so many; before training one is as good as another. Changes the model."""
-    keep: Mapping[str, Tensor] = {
-        site.name: torch.arange(site.units) < int(count) for site, count in zip(sites, widths, strict=True)
-    }
+    """Keep the first channels of each site, so many; before training one is as good as another. Changes the model.
+
+    Where more are asked for than there are, channels are repeated: a basis of more directions than units.
+    """
+    counts = {site.name: int(count) for site, count in zip(sites, widths, strict=True)}
+    keep: Mapping[str, Tensor] = {site.name: torch.arange(site.units) < counts[site.name] for site in sites}
     # A site that keeps all is masked by nothing, so that the record counts its weights among those that could go.
     whole: list[Edit] = [Mask(site, keep[site.name]) for site in sites if bool(keep[site.name].all())]
-    return apply_(model, [*whole, *removals(sites, keep)])
+    edits = apply_(model, [*whole, *removals(sites, keep)])
+    wider = [site for site in left_of(sites, keep) if counts[site.name] > site.units]
+    return edits + apply_(
+        model, [Rotate(site, torch.eye(site.units)[:, torch.arange(counts[site.name]) % site.units]) for site in wider]
+    )
 
 
 def _check_plain(model: nn.Module) -> None:

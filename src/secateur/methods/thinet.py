@@ -16,14 +16,13 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from secateur.axes import kept_of
-from secateur.axes.filters import alone, filters, readers
+from secateur.axes.filters import patches, read_alone, readers
 from secateur.axes.recalibration import some
 from secateur.axes.rules import LearningRate
 from secateur.edit import Edit, Update, apply_
-from secateur.errors import EvidenceError, GraphError, SettingError
+from secateur.errors import EvidenceError, SettingError
 from secateur.graph import left_of, removals
 from secateur.method import Budget, Card, Method, check_sparsity
 from secateur.outcome import Outcome
@@ -55,12 +54,7 @@ def contributions(
 ) -> Tensor:
     """What each unit brings to the output of a layer at random places, without bias [places of each example, units]."""
     weight, owner = part.view(module.get_parameter("weight").detach()), part.owned().reshape(-1)
-    if isinstance(module, nn.Conv2d):
-        kernel = module.kernel_size
-        unfolded = F.unfold(given, kernel, module.dilation, module.padding, module.stride)  # type: ignore[arg-type]
-        unfolded = unfolded.reshape(len(given), weight.shape[1], -1, unfolded.shape[-1])  # [n, in, kernel, positions]
-    else:
-        unfolded = given.reshape(len(given), -1, given.shape[-1]).transpose(1, 2).unsqueeze(2)
+    unfolded = patches(module, given)  # [n, in, kernel, positions]
     n, positions = len(given), unfolded.shape[-1]
     at = torch.randint(positions, (n, places), generator=draw)
     output = torch.randint(weight.shape[0], (n, places), generator=draw)
@@ -144,18 +138,7 @@ class ThiNet(Method):
     def run(self, model: nn.Module, task: Task) -> Outcome:
         """Of each layer in turn: measure, choose, scale, take out, train."""
         self.check()
-        every, notes = filters(model, task.example)
-        sites = [
-            site for site in alone(every)
-            if isinstance(model.get_submodule(readers(site)[0].name.rpartition(".")[0]), (nn.Conv2d, nn.Linear))
-        ]  # fmt: skip
-        if not sites:
-            raise GraphError(
-                f"filters of {type(model).__name__} were to be taken out by what the next layer notices",
-                "none is written by one layer and read by one",
-                "Use soft_filter or l1_norm, which take out filters of tied layers too.",
-            )
-        notes += [f"{site.name} is left alone: several layers write or read it" for site in every if site not in sites]
+        sites, notes = read_alone(model, task.example)
         draw, edits, history = generator(task, "places"), list[Edit](), History()
         for place in range(len(sites)):
             site = sites[place]
