@@ -112,6 +112,33 @@ def test_a_permutation_is_a_rotation() -> None:
     assert torch.equal(model.up.weight, rows[order])
 
 
+def test_an_order_of_units_moves_all_that_each_owns_and_no_bit_of_it_changes() -> None:
+    model, x, order = net(), draw(5, 4), torch.tensor([3, 1, 5, 0, 2, 4])
+    other, before = copy.deepcopy(model), model(x)
+    edit = Rotate(NEURONS, order)
+    apply_(model, edit)
+    apply_(other, Rotate(NEURONS, torch.eye(6)[:, order]))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    torch.testing.assert_close(model(x), before)
+    apply_(model, Rotate(NEURONS, torch.argsort(order)))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), net().parameters(), strict=True))
+    assert edit.describe() == "rotate hidden: 6 channels in another order"
+
+
+def test_an_order_fits_units_of_several_entries_and_leaves_alone_what_is_nobodys() -> None:
+    owner = torch.tensor([-1, 0, 0, 1, 1, -1, 2, 2])
+    site = Site("wide", "channel", (3,), (Part("weight", (2, 8), owner.reshape(1, 8)),))
+    model = nn.Linear(8, 2, bias=False)
+    model.weight.data = torch.arange(16.0).reshape(2, 8)
+    apply_(model, Rotate(site, torch.tensor([2, 0, 1])))
+    assert model.weight[0].tolist() == [0, 6, 7, 1, 2, 5, 3, 4]
+    uneven = Site("w", "channel", (3,), (Part("weight", (2, 8), torch.tensor([0, 0, 1, 1, 2, 2, 2, 2]).reshape(1, 8)),))
+    with pytest.raises(SiteError, match=r"they own unequal shares of weight \[2, 8\]"):
+        apply_(model, Rotate(uneven, torch.tensor([2, 0, 1])))
+    with pytest.raises(SiteError, match="it has 3, each to be named once"):
+        Rotate(site, torch.tensor([0, 1, 1]))
+
+
 def test_merging_averages_units() -> None:
     model = net()
     rows = model.up.weight.detach().clone()
@@ -173,6 +200,7 @@ def edits() -> list:
         Update("down.bias", draw(3)),
         Mask(SINGLE, draw(6, 4) > 0),
         Rotate(NEURONS, torch.eye(6)[:, torch.tensor([5, 4, 3, 2, 1, 0])]),
+        Rotate(NEURONS, torch.tensor([1, 0, 2, 5, 4, 3])),
         Remove(NEURONS, KEEP),
         Replace("out", scale),
     ]

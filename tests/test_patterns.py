@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from secateur.axes import NM, Blocks, PerMatrix, PerRow, PerSlab, keep_top
+from secateur.axes import NM, Blocks, ChannelBlocks, PerMatrix, PerRow, PerSlab, Taps, keep_top
 from secateur.axes.patterns import check_pattern
 from secateur.errors import PatternError
 
@@ -69,6 +69,7 @@ def test_only_what_is_within_is_kept() -> None:
 
 
 PATTERNS = [PerMatrix(), PerRow(), PerSlab(3), PerSlab(128), NM(2, 4), NM(1, 4), NM(4, 8), Blocks(4, 1), Blocks(2, 2)]
+PATTERNS += [ChannelBlocks(n) for n in (1, 3, 4, 16)]
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
@@ -100,7 +101,48 @@ def test_blocks_live_or_die_whole() -> None:
     assert Blocks(2, 1).select(score, 4).tolist() == [[False, True], [False, True], [True, False], [True, False]]
 
 
+def test_blocks_of_output_channels_are_whole_kernels_and_the_last_rows_are_alone() -> None:
+    score = torch.tensor([[1.0, 9], [2, 0], [5, 1], [1, 6], [0, 3]])  # blocks of two: 3, 9 and 6, 7; a row alone: 0, 3
+    assert ChannelBlocks(2).select(score, 5).tolist() == [[False, True]] * 2 + [[False, True]] * 2 + [[False, True]]
+    kernels = score[:4].reshape(4, 2, 1, 1).expand(4, 2, 3, 3)
+    chosen = ChannelBlocks(2).select(kernels, 18)
+    assert chosen[:, :, 1, 1].tolist() == [[False, True]] * 2 + [[False, False]] * 2
+    assert torch.equal(chosen, chosen[:, :, :1, :1].expand(4, 2, 3, 3))
+    within = torch.ones(4, 2, dtype=torch.bool)
+    within[0, 1] = False  # a block of which one is not allowed is not
+    assert ChannelBlocks(2).select(score[:4], 2, within).tolist() == [[False, False]] * 2 + [[False, True]] * 2
+
+
+@given(st.integers(1, 9), st.integers(1, 20), st.integers(1, 6), st.sampled_from([(), (3,), (2, 2)]), st.data())
+def test_a_nearest_count_of_channel_blocks_is_its_own(n: int, rows: int, inputs: int, kernel: tuple, data) -> None:
+    shape, pattern = (rows, inputs, *kernel), ChannelBlocks(n)
+    keep = data.draw(st.integers(0, torch.Size(shape).numel()))
+    near = pattern.nearest(shape, keep)
+    assert pattern.nearest(shape, near) == near
+    assert abs(near - keep) <= (n + 1) / 2 * torch.Size(kernel).numel()
+    chosen = pattern.select(torch.rand(shape, generator=torch.Generator().manual_seed(0)), near)
+    assert int(chosen.sum()) == near
+
+
+def test_a_kernel_keeps_four_taps_in_the_shape_that_holds_most() -> None:
+    corner = torch.tensor([[9.0, 8, 0], [1, 5, 2], [0, 3, 9]])  # the square at the left top: 23; no other above 19
+    beside = torch.tensor([[0.0, 4, 0], [4, 1, 4], [0, 3, 0]])  # the centre and all beside it but the last
+    chosen = Taps().select(torch.stack([corner, beside]).reshape(2, 1, 3, 3), 8)
+    assert chosen[0, 0].int().tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 0]]
+    assert chosen[1, 0].int().tolist() == [[0, 1, 0], [1, 1, 1], [0, 0, 0]]
+    with pytest.raises(PatternError, match=r"the shape is \[2, 1, 5, 5\]"):
+        Taps().nearest((2, 1, 5, 5), 8)
+    with pytest.raises(PatternError, match="no shape left"):
+        Taps().select(torch.ones(1, 1, 3, 3), 4, torch.zeros(1, 1, 3, 3, dtype=torch.bool))
+
+
 def test_shapes_and_counts_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(PatternError, match="a block has 18"):
+        ChannelBlocks(2).select(torch.rand(4, 2, 3, 3), 9)
+    with pytest.raises(PatternError, match=r"the shape is \[4\]"):
+        ChannelBlocks(2).nearest((4,), 2)
+    with pytest.raises(PatternError, match="a block has one at least"):
+        ChannelBlocks(0)
     with pytest.raises(PatternError, match=r"multiple of 4.*\[64, 30\]"):
         NM(2, 4).nearest((64, 30), 960)
     with pytest.raises(PatternError, match="it keeps 8"):

@@ -143,6 +143,13 @@ def _sites_of(model: nn.Module, name: str, value: Tensor, blocks_: Sequence[str]
     yield Site(name, "weight", shape, (part,), block=block)
 
 
+def without_classifier(sites: Sequence[Site]) -> list[Site]:
+    """All but the last matrix, where that stands alone behind the others and is not in a stack of blocks."""
+    last = sites[-1]
+    alone = len(sites) > 1 and len(last.shape) == 2 and not last.block and last.parts[0].index is None
+    return list(sites[:-1] if alone else sites)
+
+
 def blocks(
     model: nn.Module, size: tuple[int, int], include: Sequence[str] = (), exclude: Sequence[str] = DEFAULT_EXCLUDE
 ) -> list[Site]:

@@ -115,27 +115,41 @@ class Rotate:
     """A change of basis along each part's own axis: x becomes x Q, for readers and writers alike.
 
     The matrix is [old, new]: square and orthogonal to leave the function alone, narrower to slice as well. A
-    permutation is one.
+    permutation is one, and may be given and kept as the order of the units [units]: place j gets unit order[j], with
+    all that it owns, so that it also fits units with several entries along an axis.
     """
 
     def __init__(self, site: Site, matrix: Tensor) -> None:
-        if matrix.dim() != 2 or matrix.shape[0] != site.units:
+        ordered = matrix.dim() == 1 and not matrix.is_floating_point()
+        if ordered and matrix.sort().values.tolist() != list(range(site.units)):
+            raise SiteError(
+                f"an order of {len(matrix)} units for {site.name} was given",
+                f"it has {site.units}, each to be named once",
+                f"Give a permutation of 0 to {site.units - 1}.",
+            )
+        if not ordered and (matrix.dim() != 2 or matrix.shape[0] != site.units):
             raise SiteError(
                 f"a basis of {list(matrix.shape)} for {site.name} was given",
                 f"it has {site.units} directions",
                 "Give a matrix of [directions, directions kept].",
             )
-        self.site, self.matrix = site, matrix.detach().double().cpu()
+        self.site = site
+        self.matrix = matrix.detach().cpu().long() if ordered else matrix.detach().double().cpu()
 
     def apply_(self, model: nn.Module) -> None:
-        """Contract every part with the matrix, in float64."""
+        """Contract every part with the matrix, in float64; or put its entries in the order, as they are."""
         named = tensors(model)
+        if self.matrix.dim() == 1:
+            _reorder_(named, self.site, self.matrix)
+            return
         for part in self.site.parts:
             _contract(model, named, part, self.matrix, self.site.name)
         _refit(model, self.site, self.matrix.shape[1])
 
     def describe(self) -> str:
-        """`rotate blocks.0.stream: 576 -> 432 directions`."""
+        """`rotate blocks.0.stream: 576 -> 432 directions`; `rotate layer1: 16 channels in another order`."""
+        if self.matrix.dim() == 1:
+            return f"rotate {self.site.name}: {self.site.units} {self.site.kind}s in another order"
         return f"rotate {self.site.name}: {self.matrix.shape[0]} -> {self.matrix.shape[1]} directions"
 
 
@@ -340,6 +354,28 @@ def _contract(model: nn.Module, named: dict[str, Tensor], part: Part, matrix: Te
         value = torch.tensordot(seen.double(), basis, dims=([axis], [0])).movedim(-1, axis).to(seen.dtype)
     value = value.transpose(0, -1).contiguous() if part.turned else value.contiguous()
     named[part.name] = _set_tensor(model, part.name, value)
+
+
+def _reorder_(named: Tensors, site: Site, order: Tensor) -> None:
+    """Put what each unit owns of every part where the unit whose place it takes has its own, in place."""
+    places = []
+    for part in site.parts:
+        owner = torch.arange(site.units) if part.owner is None else part.owner.reshape(-1)
+        mine = torch.argsort(owner, stable=True)[int((owner < 0).sum()) :]  # by unit, in each as they lie
+        counts = torch.bincount(owner[owner >= 0], minlength=site.units)
+        if part.axis is None or len(counts) != site.units or int(counts.min()) != int(counts.max()):
+            raise SiteError(
+                f"the units of {site.name} were to be put in another order",
+                f"they own unequal shares of {part.key} {list(part.shape)}, or have no one axis of it",
+                "Cut the site so that each unit owns as many positions of one axis.",
+            )
+        came = torch.arange(len(owner))
+        came[mine] = mine.reshape(site.units, -1)[order].reshape(-1)
+        places.append((part, part.axis, came))
+    with torch.no_grad():
+        for part, axis, came in places:
+            seen = part.read(named)
+            seen.copy_(seen.index_select(axis, came.to(seen.device)))
 
 
 def _refit(model: nn.Module, site: Site, left: int) -> None:

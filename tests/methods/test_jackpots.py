@@ -10,12 +10,12 @@ from torch import nn
 from secateur.axes import Global, Magnitude, Random, Uniform
 from secateur.axes.probes import Given
 from secateur.axes.trained_masks import AtOnce, Swaps
-from secateur.cut import weights
+from secateur.cut import weights, without_classifier
 from secateur.edit import Mask, Update, apply_, load, save
 from secateur.errors import BudgetError, SettingError
 from secateur.method import load as load_method
 from secateur.method import prune
-from secateur.methods.jackpots import Jackpots, doubts, first_scores, without_classifier
+from secateur.methods.jackpots import Jackpots, doubts, first_scores
 from secateur.site import tensors
 from secateur.task import Batch
 

@@ -24,6 +24,7 @@ from secateur.axes import (
     groups,
     growth,
     influence,
+    orders,
     patterns,
     penalties,
     pq,
@@ -59,7 +60,7 @@ from secateur.axes.allocations import (
     kept_of,
 )
 from secateur.axes.criteria import Criterion, Gblm, Gradient, Magnitude, Obs, Random, Wanda
-from secateur.axes.patterns import NM, Blocks, Pattern, PerMatrix, PerRow, PerSlab, keep_top
+from secateur.axes.patterns import NM, Blocks, ChannelBlocks, Pattern, PerMatrix, PerRow, PerSlab, Taps, keep_top
 from secateur.axes.refiners import Dsnot, Refiner
 from secateur.axes.schedules import Cosine, Curve, Exponential, Jump, Linear, Power, Schedule
 from secateur.axes.solvers import ObsSweep, Rank, Solver
@@ -72,6 +73,7 @@ __all__ = [
     "Allocation",
     "Blocks",
     "ByName",
+    "ChannelBlocks",
     "Cosine",
     "Criterion",
     "Curve",
@@ -106,6 +108,7 @@ __all__ = [
     "Scores",
     "Solver",
     "SynExp",
+    "Taps",
     "Uniform",
     "UniformPlus",
     "Wanda",
@@ -131,6 +134,7 @@ PARTS = (
     groups,
     growth,
     influence,
+    orders,
     patterns,
     penalties,
     pq,

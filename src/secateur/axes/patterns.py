@@ -7,7 +7,7 @@ exactly the asked number stays, ties included.
 import ctypes
 from dataclasses import dataclass
 from math import prod
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -309,6 +309,121 @@ class Blocks:
                 "Leave the site out with exclude, or use other blocks.",
             )
         return shape[0] // self.r, inputs // self.c
+
+
+@dataclass(frozen=True)
+class ChannelBlocks:
+    """Whole kernels of n consecutive output channels at one input channel live or die together, by their sum.
+
+    A block is n x 1 in a matrix and n x 1 x k x k in a convolution: a kernel loads an input once for n outputs. Rows
+    left over at the end are blocks of one, and keep their share. Lin et al. "1xN Pattern for Pruning Convolutional
+    Neural Networks", 2021, arXiv:2105.14713; "SparseByteNN", 2023, arXiv:2310.19509.
+    """
+
+    n: int = 4
+
+    span = None
+    fixed = None
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise PatternError(
+                f"blocks of {self.n} output channels were asked for", "a block has one at least", "Give 4, say."
+            )
+
+    def select(self, score: Tensor, keep: int, within: Tensor | None = None) -> Tensor:
+        """See Pattern."""
+        shape = tuple(score.shape)
+        if keep != self.nearest(shape, keep):
+            raise PatternError(
+                f"{keep} of {score.numel()} units were to be kept in blocks of {self.n} output channels",
+                f"a block has {self.n * prod(shape[2:])}",
+                f"Keep {self.nearest(shape, keep)}.",
+            )
+        blocks, single = self.counts(shape, keep)
+        chosen = []
+        for n, rows, many in (
+            (self.n, slice(0, self.whole(shape)), blocks),
+            (1, slice(self.whole(shape), None), single),
+        ):
+            body = score[rows].reshape(-1, n, shape[1], prod(shape[2:]))
+            allowed = None if within is None else within[rows].reshape(body.shape).all(3).all(1).reshape(-1)
+            grid = keep_top(body.sum((1, 3)).reshape(-1), many, allowed).reshape(-1, 1, shape[1], 1)
+            chosen.append(grid.expand(body.shape).reshape(-1, *shape[1:]))
+        return torch.cat(chosen)
+
+    def nearest(self, shape: tuple[int, ...], keep: int) -> int:
+        """The nearest number of whole blocks, those of the last rows in proportion."""
+        blocks, single = self.counts(shape, keep)
+        return (blocks * self.n + single) * prod(shape[2:])
+
+    def whole(self, shape: tuple[int, ...]) -> int:
+        """How many rows are in blocks of n; those after them are blocks of one."""
+        return shape[0] // self.n * self.n
+
+    def counts(self, shape: tuple[int, ...], keep: int) -> tuple[int, int]:
+        """How many blocks of n, and of one, stand for so many units."""
+        if len(shape) < 2:
+            raise PatternError(
+                f"blocks of {self.n} output channels were asked for",
+                f"the shape is {list(shape)}",
+                "Give a matrix or a kernel: outputs, inputs and perhaps more.",
+            )
+        size, rows = prod(shape[2:]), self.whole(shape)
+        kernels = min(max((2 * keep + size) // (2 * size), 0), shape[0] * shape[1])
+        blocks = (2 * kernels * rows + self.n * shape[0]) // (2 * self.n * shape[0])  # their share, rounded
+        return blocks, min(max(kernels - blocks * self.n, 0), (shape[0] - rows) * shape[1])
+
+
+@dataclass(frozen=True)
+class Taps:
+    """Each 3x3 kernel keeps four taps in the one of eight shapes that keeps the most of it.
+
+    The centre and three neighbours: a square towards a corner, or all but one of the taps beside it. Niu et al.
+    "PatDNN", 2020, arXiv:2001.00138, has such sets of patterns.
+    """
+
+    span = None
+    fixed: ClassVar[float] = 5 / 9
+
+    def select(self, score: Tensor, keep: int, within: Tensor | None = None) -> Tensor:
+        """See Pattern. Raises PatternError where no shape lies within what is allowed."""
+        if keep != self.nearest(tuple(score.shape), keep):
+            raise PatternError(
+                f"{keep} of {score.numel()} units were to be kept, four taps of each kernel",
+                f"that is {score.numel() * 4 // 9}",
+                "Ask for that many.",
+            )
+        allowed = score if within is None else score.masked_fill(~within, -torch.inf)
+        worth = torch.stack([allowed.reshape(-1, 9)[:, shape].sum(1) for shape in SHAPES.tolist()], 1)
+        if bool(worth.isnan().any()) or bool((worth.amax(1) == -torch.inf).any()):
+            raise PatternError(
+                "four taps of each kernel were to be kept",
+                "some scores are NaN, or some kernel has no shape left among what is allowed",
+                "Look for NaN in weights, or allow more.",
+            )
+        best = SHAPES.to(score.device)[worth.argmax(1)]
+        return (
+            torch.zeros(worth.shape[0], 9, dtype=torch.bool, device=score.device)
+            .scatter(1, best, True)
+            .reshape(score.shape)
+        )
+
+    def nearest(self, shape: tuple[int, ...], keep: int) -> int:
+        """Four of nine, whatever was asked."""
+        if len(shape) != 4 or shape[2:] != (3, 3):
+            raise PatternError(
+                "four taps of each 3x3 kernel were to be kept",
+                f"the shape is {list(shape)}",
+                "Leave the site out with exclude, or use another pattern.",
+            )
+        return prod(shape) // 9 * 4
+
+
+SHAPES = torch.tensor(
+    [(0, 1, 3, 4), (1, 2, 4, 5), (3, 4, 6, 7), (4, 5, 7, 8), (1, 3, 4, 5), (1, 3, 4, 7), (1, 4, 5, 7), (3, 4, 5, 7)]
+)
+"""The taps each shape of `Taps` keeps, of nine counted along the rows."""
 
 
 def check_pattern(pattern: Pattern, sparsity: float) -> None:

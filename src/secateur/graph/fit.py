@@ -186,7 +186,7 @@ class _Trial:
                     return f"without some of its units the forward pass fails: {line.strip()[:200]}"
         if [v.shape for v in masked] != [v.shape for v in cut]:
             return "without some of its units the model gives another shape"
-        if exact and not all(_close(a, b) for a, b in zip(masked, cut, strict=True)):
+        if exact and not all(close(a, b) for a, b in zip(masked, cut, strict=True)):
             return "without some of its units the model gives something else than with those at zero"
         return ""
 
@@ -209,7 +209,8 @@ def _some(units: int, multiple: int) -> Tensor:
     return keep
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
+def close(a: Tensor, b: Tensor) -> bool:
+    """Whether two answers are one but for rounding: by 1e-3 of the largest in float32, 5e-2 in less."""
     tolerance = {torch.float64: 1e-6, torch.float32: 1e-3}.get(a.dtype, 5e-2)
     a, b = a.double(), b.double()
     return bool((a - b).abs().max() <= tolerance * a.abs().max().clamp(min=1e-6)) if a.numel() else True

@@ -6,7 +6,6 @@ which learns from w * dL/dz, z being the masked weights; the best scores stay, t
 made at a time (short restriction), which falls to almost none. Weights, biases and norms never move.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log
 from typing import ClassVar
@@ -18,7 +17,7 @@ from secateur.axes import Allocation, Criterion, Global, Magnitude, keep_top
 from secateur.axes.recalibration import recalibrate_, some
 from secateur.axes.rules import Hold, LearningRate
 from secateur.axes.trained_masks import Swaps, TrainedMask, Transition
-from secateur.cut import DEFAULT_EXCLUDE, weights
+from secateur.cut import DEFAULT_EXCLUDE, weights, without_classifier
 from secateur.edit import Edit, Mask, apply_
 from secateur.errors import BudgetError, SettingError
 from secateur.evidence import Evidence, observe
@@ -155,13 +154,6 @@ class Jackpots(Method):
 def first_scores(keep: Tensor, margin: float) -> Tensor:
     """1 where a mask keeps, and a little less where it does not."""
     return 1 - margin * (~keep).float()
-
-
-def without_classifier(sites: Sequence[Site]) -> list[Site]:
-    """All but the last matrix, where that stands alone behind the others and is not in a stack of blocks."""
-    last = sites[-1]
-    alone = len(sites) > 1 and len(last.shape) == 2 and not last.block and last.parts[0].index is None
-    return list(sites[:-1] if alone else sites)
 
 
 def doubts(model: nn.Module, task: Task) -> list[str]:

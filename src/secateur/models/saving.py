@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur import edit as edits_file
-from secateur.edit import Edit, Mask, Merge, Remove, Replace, gated
+from secateur.edit import Edit, Mask, Merge, Remove, Replace, Rotate, gated
 from secateur.errors import ModelError
 from secateur.models import hf, onnx, pipelines
 from secateur.models.card import model_card
@@ -346,11 +346,13 @@ def _check_replay(
 def index_maps(edits: Sequence[Edit], earlier: Mapping[str, Sequence[int]] | None = None) -> dict[str, list[int]]:
     """Site -> which of the original's units it kept, through every cut of that site; single weights left out.
 
-    For merged units, the first of the original's units in each cluster.
+    For merged units, the first of the original's units in each cluster; for units put in another order, in that order.
     """
     found = {name: list(units) for name, units in (earlier or {}).items()}
     for edit in edits:
-        if not isinstance(edit, (Remove, Merge, Mask)) or edit.site.kind in ("weight", "block"):
+        if not isinstance(edit, (Remove, Merge, Mask, Rotate)) or edit.site.kind in ("weight", "block"):
+            continue
+        if isinstance(edit, Rotate) and edit.matrix.dim() != 1:  # in another basis no unit is what it was
             continue
         before = found.get(edit.site.name)
         if before is None or (isinstance(edit, Mask) and len(before) != edit.site.units):
@@ -360,6 +362,8 @@ def index_maps(edits: Sequence[Edit], earlier: Mapping[str, Sequence[int]] | Non
         if isinstance(edit, Merge):
             assignment = edit.assignment.tolist()
             now_kept = [assignment.index(c) for c in range(max(assignment) + 1)]
+        elif isinstance(edit, Rotate):
+            now_kept = edit.matrix.tolist()
         else:
             now_kept = edit.keep.reshape(-1).nonzero().reshape(-1).tolist()
         found[edit.site.name] = [before[i] for i in now_kept]
