@@ -10,7 +10,6 @@ as fast at 8192 x 8192 and 4096 rows, and many times slower than dense at few ro
 
 import torch
 from torch import Tensor, nn
-from torch.sparse import to_sparse_semi_structured
 
 from secateur.errors import FormatError
 
@@ -43,6 +42,8 @@ def semi_structured_(model: nn.Module) -> tuple[list[str], dict[str, str]]:
     if torch.cuda.get_device_capability() < (8, 0):
         name = torch.cuda.get_device_name()
         raise FormatError(asked, f"{name} has no sparse tensor cores", "Use a card of the Ampere generation or later.")
+    from torch.sparse import to_sparse_semi_structured  # a torch built without it is told the rest all the same
+
     counts: dict[int, int] = {}
     for _, value in model.named_parameters(remove_duplicate=False):
         counts[id(value)] = counts.get(id(value), 0) + 1

@@ -15,6 +15,7 @@ A format of our own; bitmaps as in Joo, Hosseini, Hadidi, Asgari. "Mustafar." 20
 
 import ctypes
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -104,8 +105,13 @@ def attend(
     """Attention of one new token, query [batch, query heads, 1, width], to packed tokens and the newest as they are.
 
     `keys` and `values` [batch, heads, tail, width]; `bias` [batch, tokens] is added to the scores. None where no
-    kernel is compiled, or the dtype or device has none.
+    kernel is compiled, or the dtype or device has none. On an NVIDIA card it is Triton's.
     """
+    if query.is_cuda and query.dtype in VALUES and find_spec("triton"):
+        from secateur.kernels import bitmap_kv_triton
+
+        with torch.cuda.device(query.device):
+            return bitmap_kv_triton.attend(packed, keys, values, query, bias, scaling)
     kernel = kernels.find(f"bitmap_kv_attend_{VALUES.get(query.dtype)}")
     parts = (*packed._tensors(), keys, values, query)
     if kernel is None or any(t.device.type != "cpu" for t in parts) or keys.dtype is not query.dtype:
