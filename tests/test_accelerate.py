@@ -84,6 +84,15 @@ def timing(milliseconds):
     return Timing(milliseconds, 0.0, 20, 1, 1, "float32")
 
 
+def test_a_whole_weight_is_tried_as_a_bitmap_for_few_rows_of_16_bits(cost, monkeypatch):
+    cost(2.0, 1.0)
+    monkeypatch.setattr(MODULE, "time_pair", lambda *_: (timing(2.0), timing(1.0)))
+    few = accelerate(Slow(), X.repeat(16, 1), dtype=torch.bfloat16)
+    assert few.choices[0].layer == "full" and few.choices[0].chosen == "bitmap"
+    assert [t.name for t in few.choices[0].trials] == ["dense", "bitmap"]  # others would say of each weight where it is
+    assert accelerate(Slow(), X.repeat(17, 1), dtype=torch.bfloat16).choices[0].chosen == "dense"
+
+
 def test_what_loses_stays_dense(cost):
     cost(1.0, 0.97)  # less than noise
     found = accelerate(Slow(), X)

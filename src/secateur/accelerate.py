@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from secateur import kernels
 from secateur.errors import SettingError
-from secateur.formats import Bitmap, Format, Sell16
+from secateur.formats import Bitmap, BitmapInt8, Format, Sell16
 from secateur.formats.linear import SparseLinear
 from secateur.formats.packed import Packed
 from secateur.outcome import Timing, time_pair
@@ -24,7 +24,8 @@ from secateur.task import Batch
 FORMATS: tuple[Format, ...] = (Bitmap(), Sell16())
 """What is tried for a layer, unless other formats are asked for."""
 
-WORTH = 0.3  # sparsity below which no format was ever faster: such layers are not packed
+WORTH = 0.3  # sparsity below which no format was ever faster with many rows, or in float32: such layers are not packed
+FEW = 16  # rows of 16 bits up to which a bitmap of a whole weight is read faster than F.linear reads the weight
 MARGIN = 0.05  # of the dense time that a format must save: less is noise
 AT_ONCE = 2**29  # bytes of dense weights that are measured together
 ROUNDS = 9
@@ -183,10 +184,10 @@ def _measured(
         packed[name] = []
         if rows.get(name) is None:
             reasons[name] = "the example does not reach it"
-        elif (sparsity := _sparsity(layer.weight)) < WORTH:
-            reasons[name] = f"{sparsity:.0%} of it is zero, and below {WORTH:.0%} no format is faster"
+        elif not (tried := _worth_trying(formats, layer.weight, rows[name])):
+            reasons[name] = f"{_sparsity(layer.weight):.0%} of it is zero, and below {WORTH:.0%} no format is faster"
         else:
-            for format in formats:
+            for format in tried:
                 why = format.why_not(layer.weight)
                 if why is None:
                     packed[name].append(format.pack(layer.weight))
@@ -219,6 +220,15 @@ def _measured(
             why = f"{trials[0].milliseconds / best.milliseconds:.2f} times as fast as dense"
             found = next(p for p in packed[name] if p.format.name == best.name)
             yield Choice(name, shape, rows[name], sparsity, best.name, why, tuple(trials)), found
+
+
+def _worth_trying(formats: Sequence[Format], weight: Tensor, rows: int) -> list[Format]:
+    """The formats that may be faster for a weight: below a sparsity only bitmaps, for a few rows of 16 bits."""
+    if _sparsity(weight) >= WORTH:
+        return list(formats)
+    if rows > FEW or weight.dtype is torch.float32:
+        return []
+    return [format for format in formats if isinstance(format, (Bitmap, BitmapInt8))]
 
 
 def _medians(calls: Sequence[Any], rounds: int) -> list[float]:
