@@ -1,17 +1,20 @@
 """Layers chosen by what was measured: the same answers, dense where sparse loses, and a table that says why."""
 
+import io
 import json
 import sys
 
 import pytest
 import torch
 from click.testing import CliRunner
+from rich.console import Console
 from torch import nn
 
 from secateur import accelerate as front
 from secateur import kernels
-from secateur.accelerate import Trial, accelerate, break_even, memory_speed
-from secateur.cli import main
+from secateur.accelerate import Accelerated, Choice, Trial, accelerate, break_even, memory_speed
+from secateur.cli import bench, main
+from secateur.cli.terminal import Terminal
 from secateur.errors import SettingError
 from secateur.formats import Bitmap
 from secateur.formats.linear import SparseLinear
@@ -150,6 +153,31 @@ def test_bench_says_what_was_chosen_and_why(monkeypatch):
     assert told["level"] == kernels.level()
     assert told["layers"][0]["chosen"] == "dense"
     assert set(told) >= {"dense", "now", "error", "memory_bytes_per_second", "break_even"}
+
+
+def test_the_table_of_bench_fits_into_80_columns(monkeypatch):
+    layers = [f"model.layers.{place}.self_attn.q_proj" for place in (0, 29)] + ["lm_head"]
+    trials = (Trial("dense", 12.345, 56_623_104), Trial("bitmap-int8", 6.789, 31_850_496))
+    choices = [Choice(n, (49152, 576), 1, 0.5, "bitmap-int8", "1.82 times as fast as dense", trials) for n in layers]
+    choices[2] = Choice("lm_head", (49152, 576), 1, 0.0, "dense", "bitmap takes 13 ms, dense 12", trials)
+    lone = nn.Linear(2, 2)
+    found = Accelerated(lone, tuple(choices), timing(2.0), timing(1.0), 0.0, "amx")
+    speaker, told = Terminal(), {"memory_bytes_per_second": 1e10, "break_even": {"49152x576 at 1": {"bitmap": 0.4}}}
+    speaker.result = Console(width=80, file=io.StringIO())
+    bench._explain(speaker, found, told)
+    lines = speaker.result.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert len(lines) == 9  # a line a layer
+    assert lines[1].split() == [
+        "…ers.0.self_attn.q_proj",
+        "49152x576",
+        "50%",
+        "12.345",
+        "6.789",
+        "bitmap-int8",
+        "47%",
+    ]
+    assert "dense: lm_head, as bitmap takes 13 ms, dense 12" in lines
 
 
 def test_a_format_that_does_not_exist_is_refused_with_the_nearest():

@@ -154,25 +154,47 @@ def _explain(speaker: "Terminal", found: "Accelerated", told: dict[str, Any]) ->
     from secateur.cli.terminal import table
 
     speed = told["memory_bytes_per_second"]
-    heads = ("layer", "shape", "rows", "zeros", "dense ms", "chosen", "ms", "of memory", "why")
-    shown = table(*heads, right=("rows", "zeros", "dense ms", "ms", "of memory"))
+    rows = {choice.rows for choice in found.choices if choice.rows}
+    lines = []
     for choice in found.choices:
         dense, now = choice.trial("dense"), choice.trial(choice.chosen)
         share = now.nbytes / (now.milliseconds / 1e3) / speed if now and speed else None
-        shown.add_row(
-            escape(choice.layer),
-            "x".join(map(str, choice.shape)),
-            str(choice.rows),
-            f"{choice.sparsity:.0%}",
-            f"{dense.milliseconds:.3f}" if dense else "",
-            choice.chosen,
-            f"{now.milliseconds:.3f}" if now else "",
-            f"{share:.0%}" if share else "",
-            choice.why,
+        lines.append(
+            (
+                choice.layer,
+                "x".join(map(str, choice.shape)) + (f" at {choice.rows}" if len(rows) > 1 else ""),
+                f"{choice.sparsity:.0%}",
+                f"{dense.milliseconds:.3f}" if dense else "",
+                f"{now.milliseconds:.3f}" if now else "",
+                choice.chosen,
+                f"{share:.0%}" if share else "",
+            )
         )
+    heads = ("layer", "shape", "zeros", "dense ms", "ms", "as", "memory")
+    shown = table(*heads, right=("zeros", "dense ms", "ms", "memory"), whole=("shape", "as"))
+    room = speaker.result.width - sum(
+        2 + max(len(line[place]) for line in (heads, *lines)) for place in range(1, len(heads))
+    )
+    for name, *cells in lines:
+        shown.add_row(escape(_shortened(name, room)), *cells)
     speaker.show(shown)
+    if len(rows) == 1:
+        speaker.show(f"\neach layer multiplies {rows.pop()} row(s) at a time")
+    reasons: dict[str, list[str]] = {}
+    for choice in found.choices:
+        if choice.chosen == "dense":
+            reasons.setdefault(choice.why, []).append(choice.layer)
+    for why, layers in reasons.items():
+        more = f" and {len(layers) - 1} more" if len(layers) > 1 else ""
+        speaker.show(f"dense: {layers[0]}{more}, as {why}")
     if speed:
-        speaker.show(f"\nmemory gives {speed / 1e9:.1f} GB/s; a share above 100 % came from the cache")
+        speaker.show(f"memory gives {speed / 1e9:.1f} GB/s; a share above 100 % came from the cache")
     for shape, even in told["break_even"].items():
         found_at = ", ".join(f"{name} {'never' if at is None else f'from {at:.0%}'}" for name, at in even.items())
         speaker.show(f"{shape} rows: faster than dense {found_at}")
+
+
+def _shortened(name: str, room: int) -> str:
+    """A layer's name in so many letters: its end, which tells it from others; never less than twelve."""
+    room = max(room, 12)
+    return name if len(name) <= room else "…" + name[len(name) - room + 1 :]
