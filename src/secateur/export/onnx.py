@@ -26,6 +26,9 @@ OPSET = 18
 EXACT = ("session.qdq_matmulnbits_accuracy_level", "1")
 """What to put in a session's options so that 8-bit matrices are multiplied with float32, as they are by torch."""
 
+LARGE = 2**16
+"""Numbers from which a matrix is worth keeping once when it is there twice."""
+
 LARGEST = 2**31 - 2**20
 """What one ONNX file may hold, in bytes, less some for the graph itself."""
 
@@ -86,6 +89,7 @@ class Form:
             notes.append(f"{smaller} matrices are kept in 8 bits with a scale a row")
             notes.append("ONNX Runtime rounds what they are multiplied with to 8 bits too: for these answers, set "
                          f"{EXACT[0]} to {EXACT[1]} in the session's options")  # fmt: skip
+        _keep_once(path)
         return notes
 
     def answers(self, opened: Opened, path: Path, probes: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
@@ -179,6 +183,35 @@ def _keep_int8(path: Path, dense: Sequence[Tensor], packed: Sequence[Any]) -> in
         graph.node.insert(0, node)
     onnx.save(model, str(path))
     return done
+
+
+def _keep_once(path: Path) -> None:
+    """Keep a large matrix once where a graph has it as it is and turned, as an embedding that is tied to the head.
+
+    The tracer writes both out. A run-time turns it when it loads the graph, and not again.
+    """
+    onnx = _onnx()
+    from onnx import helper, numpy_helper
+
+    model = onnx.load(str(path))
+    graph = model.graph
+    large = [c for c in graph.initializer if len(c.dims) == 2 and c.dims[0] * c.dims[1] >= LARGE]
+    first: dict[tuple[int, int, int], list[tuple[str, Any]]] = {}
+    nodes = []
+    for constant in large:
+        rows, columns = constant.dims
+        turned = first.get((constant.data_type, columns, rows), [])
+        value = numpy_helper.to_array(constant)
+        name = next((n for n, o in turned if (value[0] == o[:, 0]).all() and (value == o.T).all()), None)
+        if name is None:
+            first.setdefault((constant.data_type, rows, columns), []).append((constant.name, value))
+            continue
+        nodes.append(helper.make_node("Transpose", [name], [constant.name], perm=[1, 0]))
+        graph.initializer.remove(constant)
+    if nodes:
+        for node in reversed(nodes):
+            graph.node.insert(0, node)
+        onnx.save(model, str(path))
 
 
 def _onnx() -> Any:

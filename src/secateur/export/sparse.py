@@ -28,6 +28,8 @@ from torch import Tensor, nn
 from secateur import stored
 from secateur.errors import ExportError, ModelError
 from secateur.export.exporting import answer, in_float32
+from secateur.formats import bits
+from secateur.formats.nm import place_bits, places_of
 from secateur.models import Opened, hf
 from secateur.models.folder import Entry, few, header, refuse_pickle
 
@@ -101,7 +103,7 @@ def packed(name: str, value: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]
     there = rows != 0
     each, count = value.element_size(), int(there.sum())
     sizes: dict[tuple[str, int, int], int] = {
-        ("nm", n, m): value.numel() // m * n * each + math.ceil(value.numel() // m * n * _bits(m) / 8)
+        ("nm", n, m): value.numel() // m * n * each + math.ceil(value.numel() // m * n * place_bits(m) / 8)
         for n, m in GROUPS
         if _fits(there, n, m)
     }
@@ -112,15 +114,11 @@ def packed(name: str, value: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]
     if layout == "dense":
         return extra | {name: value}, about
     if layout == "bitmap":
-        made = {f"{name}.bitmap": to_bits(there.reshape(-1), 1), f"{name}.values": rows[there]}
+        made = {f"{name}.bitmap": bits.written(there.reshape(-1), 1), f"{name}.values": rows[there]}
         return extra | made, about
     places, values = _grouped(rows, there, n, m)
-    made = {f"{name}.values": values, f"{name}.places": to_bits(places.reshape(-1), _bits(m))}
+    made = {f"{name}.values": values, f"{name}.places": bits.written(places.reshape(-1), place_bits(m))}
     return extra | made, about | {"n": n, "m": m}
-
-
-def _bits(m: int) -> int:
-    return 2 if m <= 4 else 4
 
 
 def _fits(there: Tensor, n: int, m: int) -> bool:
@@ -130,24 +128,9 @@ def _fits(there: Tensor, n: int, m: int) -> bool:
 def _grouped(rows: Tensor, there: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
     """The place in its group of each number that is kept, in order, and the numbers: [r, c / m * n] both."""
     groups = there.reshape(rows.shape[0], -1, m)
-    order = torch.argsort(groups.to(torch.int8), dim=2, descending=True, stable=True)[..., :n].sort(dim=2).values
+    order = places_of(groups, n).sort(dim=2).values
     values = rows.reshape(groups.shape).gather(2, order)
     return order.flatten(1), values.flatten(1)
-
-
-def to_bits(numbers: Tensor, width: int) -> Tensor:
-    """Small numbers [n], `width` bits each, packed in bytes with the first in the lowest bits."""
-    each = 8 // width
-    padded = torch.zeros(math.ceil(numbers.numel() / each) * each, dtype=torch.uint8)
-    padded[: numbers.numel()] = numbers.to(torch.uint8)
-    shifts = torch.arange(each, dtype=torch.uint8) * width
-    return (padded.reshape(-1, each) << shifts).sum(1, dtype=torch.uint8)
-
-
-def from_bits(packed_: Tensor, width: int, count: int) -> Tensor:
-    """The first `count` small numbers of packed bytes."""
-    shifts = torch.arange(8 // width, dtype=torch.uint8) * width
-    return ((packed_[:, None] >> shifts) & (2**width - 1)).reshape(-1)[:count]
 
 
 def write(values: Mapping[str, Tensor], path: Path, about: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -248,7 +231,7 @@ def _parts(name: str, each: Mapping[str, Any]) -> dict[str, Entry]:
     n, m = each["n"], each["m"]
     count = total // m * n
     wide = count // rows if rows else 0
-    places = Entry((math.ceil(count * _bits(m) / 8),), torch.uint8)
+    places = Entry((math.ceil(count * place_bits(m) / 8),), torch.uint8)
     return wanted | {f"{name}.values": Entry((rows, wide), kept), f"{name}.places": places}
 
 
@@ -283,7 +266,7 @@ def _dense(path: Path, name: str, each: Mapping[str, Any], get: Any) -> Tensor:
     if each["layout"] == "dense":
         value = get(name).clone()  # not the file itself, which may be written anew
     elif each["layout"] == "bitmap":
-        marks = from_bits(get(f"{name}.bitmap"), 1, total).bool()
+        marks = bits.read(get(f"{name}.bitmap"), 1)[:total].bool()
         kept = get(f"{name}.values")
         if int(marks.sum()) != kept.numel():
             _refuse(path, name, f"its bitmap marks {int(marks.sum()):,} numbers and {kept.numel():,} are there")
@@ -291,7 +274,7 @@ def _dense(path: Path, name: str, each: Mapping[str, Any], get: Any) -> Tensor:
         value[marks] = kept
     else:
         kept, n, m = get(f"{name}.values"), each["n"], each["m"]
-        places = from_bits(get(f"{name}.places"), _bits(m), kept.numel()).long().reshape(-1, n)
+        places = bits.read(get(f"{name}.places"), place_bits(m))[: kept.numel()].long().reshape(-1, n)
         if places.numel() and (int(places.max()) >= m or bool((places.diff(dim=1) <= 0).any())):
             _refuse(path, name, f"the places in its groups of {m} do not rise")
         value = torch.zeros(total // m, m, dtype=kept.dtype).scatter_(1, places, kept.reshape(-1, n))

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from secateur.formats import bits
 from secateur.formats.packed import VALUES, Call, Packed, broken, kept, pointer, refuse, unsuited
 
 LANES = 16
 """Outputs that are computed side by side: a panel."""
 
-BITS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
 COUNTS = torch.tensor([i.bit_count() for i in range(256)], dtype=torch.uint8)
 
 
@@ -100,12 +100,12 @@ def masks_of(keep: Tensor) -> tuple[Tensor, Tensor]:
     """What is kept [panels, steps, bits] as bytes [panels, steps, bits / 8], and where the values of a panel begin."""
     offsets = torch.zeros(keep.shape[0] + 1, dtype=torch.int64)
     offsets[1:] = keep.sum((1, 2)).cumsum(0)
-    return (keep.view(*keep.shape[:2], -1, 8) * BITS).sum(-1, dtype=torch.uint8), offsets
+    return bits.written(keep, 1), offsets
 
 
 def spread(masks: Tensor, values: Tensor) -> Tensor:
     """The values in their places among zeros: [panels, steps, bits]."""
-    keep = (masks.unsqueeze(-1) & BITS).ne(0).flatten(2)
+    keep = bits.read(masks, 1).bool()
     return values.new_zeros(keep.shape).masked_scatter_(keep, values)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from secateur.errors import SettingError
+from secateur.formats import bits
 from secateur.formats.bitmap import LANES
 from secateur.formats.packed import VALUES, Call, Packed, broken, kept, pointer, refuse, unsuited
 
@@ -83,19 +84,18 @@ class NM:
         weight = weight.detach().cpu()
         outputs, inputs = weight.shape
         keep = kept(weight, mask).cpu().view(outputs, -1, self.m)
-        # What is kept first, each part in the order of the inputs: a stable sort, of what is not kept before what is.
-        places = torch.sort(keep.logical_not().to(torch.uint8), dim=2, stable=True).indices[..., : self.n]
+        places = places_of(keep, self.n)
         there = keep.gather(2, places)
         values = weight.view(outputs, -1, self.m).gather(2, places) * there
         slots = _slots(values).contiguous()  # [panels, groups, n, lanes]
-        tensors = {"places": _written(_slots(places * there), _bits(self.m)), "values": slots}
+        tensors = {"places": bits.written(_slots(places * there), place_bits(self.m)), "values": slots}
         return Packed(self, (outputs, inputs), tensors)
 
     def dense(self, packed: Packed) -> Tensor:
         """The weight that was packed."""
         outputs, inputs = packed.shape
         values = _rows(packed.tensors["values"])[:outputs]  # [out, groups, n]
-        places = _rows(_read(packed.tensors["places"], _bits(self.m)))[:outputs].long()
+        places = _rows(bits.read(packed.tensors["places"], place_bits(self.m)))[:outputs].long()
         made = values.new_zeros(outputs, inputs // self.m, self.m)
         # Added, not set: what is missing is a zero at the first input of its group.
         return made.scatter_add_(2, places, values).view(outputs, inputs)
@@ -107,9 +107,9 @@ class NM:
         slots = (-(-outputs // LANES), inputs // self.m, self.n)
         if values.shape != (*slots, LANES) or inputs % self.m:
             raise broken(packed, f"its values are {list(values.shape)}, where {[*slots, LANES]} belong")
-        if places.dtype is not torch.uint8 or places.shape != (*slots, 2 * _bits(self.m)):
+        if places.dtype is not torch.uint8 or places.shape != (*slots, 2 * place_bits(self.m)):
             raise broken(packed, f"its places are {places.dtype} {list(places.shape)}")
-        if self.m in (2, 8) and int(_read(places, _bits(self.m)).max()) >= self.m:
+        if self.m in (2, 8) and int(bits.read(places, place_bits(self.m)).max()) >= self.m:
             raise broken(packed, f"a place is beyond its group of {self.m}")
 
     def call(self, packed: Packed) -> Call:
@@ -119,7 +119,13 @@ class NM:
         return Call(f"nm_matmul_{VALUES[packed.dtype]}", struct, len(given["values"]))
 
 
-def _bits(m: int) -> int:
+def places_of(keep: Tensor, n: int) -> Tensor:
+    """The places of n of each group [..., m], those that are kept first, and both parts in order: [..., n]."""
+    return torch.sort(keep.logical_not().to(torch.uint8), dim=-1, stable=True).indices[..., :n]
+
+
+def place_bits(m: int) -> int:
+    """The bits that a place in a group of m is written in."""
     return 2 if m <= 4 else 4
 
 
@@ -132,16 +138,3 @@ def _slots(rows: Tensor) -> Tensor:
 def _rows(slots: Tensor) -> Tensor:
     """What `_slots` was made of, filled up: [panels * 16, groups, n]."""
     return slots.permute(0, 3, 1, 2).reshape(-1, *slots.shape[1:3])
-
-
-def _written(places: Tensor, bits: int) -> Tensor:
-    """Small numbers [..., 16] in bytes [..., 2 * bits], the first lowest."""
-    each = 8 // bits
-    shifts = bits * torch.arange(each)
-    return (places.reshape(*places.shape[:-1], -1, each) << shifts).sum(-1).to(torch.uint8)
-
-
-def _read(written: Tensor, bits: int) -> Tensor:
-    """What `_written` wrote."""
-    shifts = bits * torch.arange(8 // bits, dtype=torch.uint8)
-    return (written.unsqueeze(-1) >> shifts & (2**bits - 1)).flatten(-2)
