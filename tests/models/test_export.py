@@ -1,5 +1,6 @@
 """Exports: written, tried in the run-time, and only then there; what a run-time does not take is refused with why."""
 
+import importlib
 import json
 
 import numpy as np
@@ -96,6 +97,15 @@ def test_onnx_keeps_eight_bits(folders, tmp_path):
     assert types == {onnx.TensorProto.INT8}
     assert done.difference < 1e-5
     assert done.bytes < export(folders / "masked", "onnx", tmp_path / "y.onnx").bytes
+
+
+def test_an_embedding_tied_to_the_head_stands_once_in_a_graph(folders, tmp_path, monkeypatch):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(importlib.import_module("secateur.export.onnx"), "LARGE", 50 * 32)
+    done = export(folders / "uneven", "onnx", tmp_path / "x.onnx")
+    held = [c.name for c in onnx.load(str(tmp_path / "x.onnx")).graph.initializer if sorted(c.dims) == [32, 50]]
+    assert len(held) == 1 and done.difference < 1e-5
 
 
 def test_openvino_loads_what_was_cut(folders, tmp_path):

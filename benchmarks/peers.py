@@ -1,0 +1,359 @@
+"""Other run-times at the same weights: ONNX Runtime, OpenVINO, llama.cpp and DeepSparse beside an accelerated model.
+
+    python benchmarks/peers.py [--rounds 9] [--only mlp] [--model smollm2] [--deepsparse /path/to/python]
+
+Two networks, one example at a time, one thread each: a perceptron of 1024-4096-4096-4096-1024 in float32 under masks
+at random of several sparsities, and SmolLM2-135M with half of the weights of its layers at zero, one token with
+nothing before it. All take turns, round by round; a time is the processor's for all threads of the process. What is
+not installed is left out, and the page says why. DeepSparse 1.8 wants older packages than secateur, so it lives in an
+environment of its own, and its python is named; it runs there, told by lines when to. Writes results/peers.json, from
+which docs/peers-speed.md is made.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from importlib import metadata
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.whole_models import mask_
+from secateur import kernels
+from secateur.accelerate import accelerate
+from secateur.errors import SecateurError
+from secateur.export import gguf, onnx
+from secateur.formats import BitmapInt8
+from secateur.models import Opened, open_model
+from secateur.outcome import about_machine, about_versions, now, write_text
+
+HERE = Path(__file__).resolve().parent
+RESULT = HERE / "results" / "peers.json"
+PAGE = HERE.parent / "docs" / "peers-speed.md"
+
+SIZES = (1024, 4096, 4096, 4096, 1024)
+SPARSITIES = (0.5, 0.8, 0.9, 0.95)
+CALLS = 5  # in a turn
+
+CHILD = """
+import os, sys, time
+os.environ["NM_DISABLE_ANALYTICS"] = "True"
+import numpy
+from deepsparse import Engine
+out, sys.stdout = sys.stdout, sys.stderr
+engine = Engine(model=sys.argv[1], batch_size=1, num_cores=1)
+given = [numpy.load(path) for path in sys.argv[3:]]
+numpy.save(sys.argv[2], engine.run(given)[0])
+print("ready", file=out, flush=True)
+for line in sys.stdin:
+    start = time.process_time()
+    for _ in range(int(line)):
+        engine.run(given)
+    print(time.process_time() - start, file=out, flush=True)
+"""
+"""What runs under the other python: loads a graph, answers once into a file, then runs it as often as a line says."""
+
+Ways = dict[str, Callable[[], float]]
+"""A name -> a call that runs a turn and returns its processor time."""
+
+
+def turn(call: Callable[[], Any]) -> Callable[[], float]:
+    """A turn of calls in this process, in seconds."""
+
+    def run() -> float:
+        start = time.process_time()
+        for _ in range(CALLS):
+            call()
+        return time.process_time() - start
+
+    return run
+
+
+class Without(Exception):
+    """A peer that cannot take part, and why."""
+
+
+def onnx_runtime(path: Path, given: dict[str, np.ndarray]) -> tuple[Callable[[], Any], np.ndarray]:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise Without("it is not installed") from error
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return lambda: session.run(None, given), session.run(None, given)[0]
+
+
+def openvino(path: Path, given: dict[str, np.ndarray], precision: str) -> tuple[Callable[[], Any], np.ndarray]:
+    try:
+        import openvino as vino
+    except ImportError as error:
+        raise Without("it is not installed") from error
+    how = {"INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": precision}
+    model = vino.Core().compile_model(vino.Core().read_model(str(path)), "CPU", how)
+    request = model.create_infer_request()
+    return lambda: request.infer(given), request.infer(given)[0].copy()
+
+
+def deepsparse(python: str, path: Path, given: dict[str, np.ndarray]) -> tuple[Callable[[], float], np.ndarray]:
+    """A turn in the other process, and its first answer."""
+    if not python:
+        raise Without("no python of an environment with it was named (--deepsparse)")
+    files = []
+    for name, value in given.items():
+        files.append(str(path.with_name(f"{path.stem}.{name}.npy")))
+        np.save(files[-1], value)
+    answer = str(path.with_name(f"{path.stem}.answer.npy"))
+    child = subprocess.Popen(
+        [python, "-c", CHILD, str(path), answer, *files],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert child.stdin is not None and child.stdout is not None and child.stderr is not None
+    if child.stdout.readline().strip() != "ready":
+        said = child.communicate()[1].strip().splitlines()
+        raise Without(f"it stopped: {said[-1][:200] if said else 'without a word'}")
+
+    def run() -> float:
+        child.stdin.write(f"{CALLS}\n")
+        child.stdin.flush()
+        return float(child.stdout.readline())
+
+    return run, np.load(answer)
+
+
+def mlp(sparsity: float, place: Path, python: str) -> tuple[Ways, dict[str, str], dict[str, float]]:
+    """The perceptron at one sparsity: the ways, who is left out and why, and how far answers differ."""
+    made = torch.Generator().manual_seed(0)
+    layers: list[nn.Module] = []
+    for inputs, outputs in pairwise(SIZES):
+        layer = nn.Linear(inputs, outputs)
+        layer.weight.data = torch.randn(outputs, inputs, generator=made) * (2 / inputs / (1 - sparsity)) ** 0.5
+        layer.weight.data.mul_(torch.rand(outputs, inputs, generator=made) >= sparsity)
+        layers += [layer, nn.ReLU()]
+    model = nn.Sequential(*layers[:-1]).eval().requires_grad_(False)
+    x = torch.randn(1, SIZES[0], generator=made)
+    path = place / f"mlp{sparsity}.onnx"
+    onnx._trace(model, path, {"x": x})
+    fast = accelerate(model, x).model
+    wanted, given = model(x).numpy(), {"x": x.numpy()}
+    ways: Ways = {"torch": turn(lambda: model(x)), "secateur": turn(lambda: fast(x))}
+    return joined(ways, {"secateur": fast(x).numpy()}, wanted, path, given, python, ("f32",))
+
+
+def joined(
+    ways: Ways,
+    answers: dict[str, np.ndarray],
+    wanted: np.ndarray,
+    path: Path,
+    given: dict[str, np.ndarray],
+    python: str,
+    precisions: tuple[str, ...],
+) -> tuple[Ways, dict[str, str], dict[str, float]]:
+    """The run-times that take a graph, beside the ways there are."""
+    left_out: dict[str, str] = {}
+    peers: dict[str, Callable[[], tuple[Callable[[], Any], np.ndarray]]] = {
+        "ONNX Runtime": lambda: onnx_runtime(path, given)
+    }
+    for precision in precisions:
+        peers[f"OpenVINO {precision}"] = lambda p=precision: openvino(path, given, p)
+    for name, peer in peers.items():
+        try:
+            call, answers[name] = peer()
+            ways[name] = turn(call)
+        except Without as why:
+            left_out[name] = str(why)
+    try:
+        ways["DeepSparse"], answers["DeepSparse"] = deepsparse(python, path, given)
+    except Without as why:
+        left_out["DeepSparse"] = str(why)
+    off = {name: float(np.abs(said - wanted).max() / np.abs(wanted).max()) for name, said in answers.items()}
+    return ways, left_out, off
+
+
+def smollm2(model: str, place: Path, python: str) -> tuple[Ways, dict[str, str], dict[str, float]]:
+    """SmolLM2 with half of its layers' weights at zero: the same numbers everywhere but where 8 or 4 bits are said."""
+    opened = open_model(model, dtype="bfloat16")
+    net = opened.model.requires_grad_(False)
+    mask_(net, 0.5)
+    ids = torch.tensor([[504]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    path = place / "smollm2.onnx"
+    onnx._trace(net, path, {name: value.repeat(1, 3) for name, value in inputs.items()})
+
+    def said(one: nn.Module) -> Tensor:
+        return one(**inputs, use_cache=False).logits
+
+    ways: Ways = {"torch bf16": turn(lambda: said(net))}
+    answers: dict[str, np.ndarray] = {"torch bf16": said(net).float().numpy()}
+    for name, formats in (("secateur bf16", {}), ("secateur 8 bits", {"formats": (BitmapInt8(),)})):
+        fast = accelerate(net, inputs, **formats).model
+        ways[name] = turn(lambda fast=fast: said(fast))
+        answers[name] = said(fast).float().numpy()
+    exact = onnx.in_float32(net)
+    wanted = said(exact).numpy()
+    given = {name: value.numpy() for name, value in inputs.items()}
+    ways, left_out, off = joined(ways, answers, wanted, path, given, python, ("f32", "bf16"))
+    try:
+        for name, encoded in (("bf16", gguf._encoded), ("Q8_0", in_kind("Q8_0")), ("Q4_0", in_kind("Q4_0"))):
+            call, answer = llama(opened, place / f"{name}.gguf", encoded, ids)
+            ways[f"llama.cpp {name}"] = turn(call)
+            off[f"llama.cpp {name}"] = float(np.abs(answer - wanted).max() / np.abs(wanted).max())
+    except SecateurError as error:
+        left_out["llama.cpp"] = str(error).splitlines()[0]
+    return ways, left_out, off
+
+
+def in_kind(name: str) -> Callable[[Any, Tensor], tuple[np.ndarray, Any]]:
+    """Matrices in one of llama.cpp's kinds, vectors in float32."""
+
+    def encoded(package: Any, value: Tensor) -> tuple[np.ndarray, Any]:
+        kind = package.GGMLQuantizationType[name if value.ndim > 1 else "F32"]
+        plain = value.float().numpy()
+        return (package.quants.quantize(plain, kind) if value.ndim > 1 else plain), kind
+
+    return encoded
+
+
+def llama(
+    opened: Opened, path: Path, encoded: Callable[[Any, Tensor], tuple[np.ndarray, Any]], ids: Tensor
+) -> tuple[Callable[[], Any], np.ndarray]:
+    """One token by llama.cpp. What was loaded stays until the process ends."""
+    gguf._written(opened, path, encoded)
+    held = gguf._loaded(path, 64)
+    model, context = held.__enter__()
+    HELD.append(held)
+    tokens = ids[0].tolist()
+    return lambda: gguf._logits(model, context, tokens), gguf._logits(model, context, tokens).numpy()
+
+
+HELD: list[Any] = []
+
+
+def measured(name: str, ways: Ways, rounds: int) -> dict[str, Any]:
+    """Milliseconds of one call of each way, all in turn; the first round is not counted."""
+    kept: dict[str, list[float]] = {way: [] for way in ways}
+    for at in range(rounds + 1):
+        for way, run in ways.items():
+            seconds = run()
+            if at:
+                kept[way].append(1e3 * seconds / CALLS)
+    found = {way: statistics.median(times) for way, times in kept.items()}
+    print(name, {way: round(ms, 2) for way, ms in found.items()}, flush=True)
+    return {"name": name, "milliseconds": found, "load": os.getloadavg()[0]}
+
+
+def page(found: dict[str, Any]) -> str:
+    """The tables as Markdown."""
+    lines = [
+        "# Other run-times at the same weights",
+        "",
+        "Written by `python benchmarks/peers.py`. One example at a time and one thread; milliseconds are medians of "
+        "processor time, over rounds in which all took turns. `off` is the largest difference of an answer from that "
+        "of the model in float32, over the largest number there. What a run-time gains from zeros it gains by itself: "
+        "no settings were tried beyond its number of threads and its precision. llama.cpp reads weights as the file "
+        "has them (`use_extra_bufts` off: rearranged for AMX, 8-bit ones ended the process here).",
+        "",
+        str(found["about"]),
+    ]
+    titles = {
+        "mlp": "A perceptron of 1024-4096-4096-4096-1024, float32, masks at random",
+        "smollm2": "SmolLM2-135M, half of the weights of its layers at zero, one token with nothing before it",
+    }
+    for kind, title in titles.items():
+        cells = [cell for cell in found["cells"] if cell["name"].startswith(kind)]
+        if not cells:
+            continue
+        lines += ["", f"## {title}", ""]
+        if kind == "mlp":
+            names = [n for n in cells[0]["milliseconds"] if n != "secateur"]
+            lines += ["| zeros | secateur (ms) | " + " | ".join(f"{n} (ms): over it" for n in names) + " |"]
+            lines += ["| --- |" + " --- |" * (len(names) + 1)]
+            for cell in sorted(cells, key=lambda cell: cell["name"]):
+                ms = cell["milliseconds"]
+                ours = ms["secateur"]
+                others = " | ".join(f"{ms[n]:.2f}: {ms[n] / ours:.2f}" if n in ms else "" for n in names)
+                lines.append(f"| {float(cell['name'].split()[1]):.0%} | {ours:.2f} | {others} |")
+        else:
+            ms, off = cells[0]["milliseconds"], cells[0]["off"]
+            lines += ["| run-time | ms a token | secateur bf16 over it | secateur 8 bits over it | off |"]
+            lines += ["| --- |" + " --- |" * 4]
+            for n, one in ms.items():
+                ratios = " | ".join(f"{one / ms[ours]:.2f}" for ours in ("secateur bf16", "secateur 8 bits"))
+                lines.append(f"| {n} | {one:.1f} | {ratios} | {off[n]:.1g} |")
+        missing = {n: why for cell in cells for n, why in cell["left_out"].items()}
+        lines += [line for n, why in missing.items() for line in ("", f"{n} is not here: {why}.")]
+    return "\n".join(lines) + "\n"
+
+
+def about(found: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in found["runtimes"].items())
+    loads = [cell["load"] for cell in found["cells"]]
+    return (
+        f"{found['machine']['processor']}, {found['machine']['cores']} cores; kernels for {found['level']}, torch "
+        f"{found['versions']['torch']}, {versions}; {found['settings']['rounds']} rounds of {CALLS} calls, load "
+        f"{min(loads):.0f} to {max(loads):.0f}, {found['created']}."
+    )
+
+
+def runtimes(python: str) -> dict[str, str]:
+    """The run-times that are here, with their versions."""
+    found = {}
+    for package in ("onnxruntime", "openvino", "llama_cpp_python"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    if python:
+        asked = "from importlib.metadata import version; print(version('deepsparse'))"
+        said = subprocess.run([python, "-c", asked], capture_output=True, text=True, check=False)
+        found |= {"deepsparse": said.stdout.strip()} if not said.returncode else {}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--only", choices=("mlp", "smollm2"))
+    parser.add_argument("--model", default="smollm2", help="a name, or a folder with the same model, opened sooner")
+    parser.add_argument("--deepsparse", default="", metavar="PYTHON", help="of an environment that has DeepSparse 1.8")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    found = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {"cells": []}
+    found |= {
+        "created": now(),
+        "settings": {"rounds": asked.rounds},
+        "machine": about_machine(),
+        "versions": about_versions(),
+        "runtimes": runtimes(asked.deepsparse) or found.get("runtimes", {}),
+        "level": kernels.level(),
+    }
+    kinds = (asked.only,) if asked.only else ("mlp", "smollm2")
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        jobs: dict[str, Callable[[], tuple[Ways, dict[str, str], dict[str, float]]]] = {}
+        if "mlp" in kinds:
+            jobs |= {f"mlp {s}": lambda s=s: mlp(s, Path(folder), asked.deepsparse) for s in SPARSITIES}
+        if "smollm2" in kinds:
+            jobs["smollm2 0.5"] = lambda: smollm2(asked.model, Path(folder), asked.deepsparse)
+        for name, prepare in jobs.items():
+            ways, left_out, off = prepare()
+            cell = measured(name, ways, asked.rounds) | {"left_out": left_out, "off": off}
+            print(left_out, {n: f"{v:.1g}" for n, v in off.items()}, flush=True)
+            found["cells"] = [*(c for c in found["cells"] if c["name"] != name), cell]
+            found["about"] = about(found)
+            RESULT.parent.mkdir(exist_ok=True)
+            write_text(RESULT, json.dumps(found, indent=1) + "\n")
+    write_text(PAGE, page(found))
+    print(page(found))
+
+
+if __name__ == "__main__":
+    main()
