@@ -134,7 +134,7 @@ def language(device: str, tiny: bool) -> Setting:
         model,
         (ids, ids),
         lambda net, pair: net(input_ids=pair[0], labels=pair[1]).loss,
-        # Fused: the other one's square root takes ten times as long where second moments are zero, as a mask leaves them.
+        # Fused: the other takes ten times as long for roots where second moments are zero, as a mask leaves them.
         lambda net: torch.optim.AdamW(net.parameters(), 1e-4, weight_decay=0.1, fused=True),
     )
 
