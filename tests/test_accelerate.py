@@ -16,7 +16,8 @@ from secateur.accelerate import Accelerated, Choice, Trial, accelerate, break_ev
 from secateur.cli import bench, main
 from secateur.cli.terminal import Terminal
 from secateur.errors import SettingError
-from secateur.formats import Bitmap
+from secateur.formats import Bitmap, GroupCols
+from secateur.formats.conv import SparseConv2d
 from secateur.formats.linear import SparseLinear
 
 MODULE = sys.modules[accelerate.__module__]  # the package's name of it is the function
@@ -41,13 +42,14 @@ class Slow(nn.Module):
 
 
 class Clock:
-    """Time as it is told: each call takes what its storage costs. A packed one carries its weight, a default more."""
+    """Time as it is told: each call takes what its storage costs. A packed one carries its layer as a default."""
 
     def __init__(self, cost):
         self.cost = cost
 
     def __call__(self, calls, rounds):
-        return [self.cost[len(call.__defaults__) - 2] for call in calls]
+        layers = [(call.__defaults__ or (None,))[-1] for call in calls]
+        return [self.cost[isinstance(layer, (SparseLinear, SparseConv2d))] for layer in layers]
 
 
 @pytest.fixture
@@ -111,6 +113,87 @@ def test_a_model_that_is_slower_as_a_whole_stays_dense(cost, monkeypatch):
     assert found.choices[1].why == "the whole model was slower with it: 2.5 ms, dense 2"
     assert found.now is found.dense
     assert isinstance(found.model.thin, nn.Linear)
+
+
+class Pictures(nn.Module):
+    """A convolution of groups, one of single weights, one that is dense, a depthwise one, and a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.first, self.groups = nn.Conv2d(3, 16, 3, padding=1, stride=2), nn.Conv2d(16, 24, 1)
+            self.depth, self.single = nn.Conv2d(24, 24, 3, padding="same", groups=24), nn.Conv2d(24, 9, 3, bias=False)
+            self.head = nn.Linear(9, 5)
+        made = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            self.groups.weight *= (torch.rand(6, 16, 1, 1, generator=made) > 0.8).repeat_interleave(4, 0)
+            self.single.weight *= torch.rand(self.single.weight.shape, generator=made) > 0.8
+            self.depth.weight[:, :, 1] = 0
+
+    def forward(self, x):
+        x = self.depth(self.groups(self.first(x).relu()))
+        return self.head(self.single(x).mean((-1, -2)))
+
+
+def test_convolutions_are_packed_in_groups_that_are_full(cost, monkeypatch):
+    cost(2.0, 1.0)
+    monkeypatch.setattr(MODULE, "time_pair", lambda *_: (timing(2.0), timing(1.0)))
+    model, x = Pictures(), torch.randn(1, 3, 18, 18, generator=torch.Generator().manual_seed(0))
+    found = accelerate(model, x)
+    assert {c.layer: c.chosen for c in found.choices} == {
+        "first": "dense",
+        "groups": "group-cols-1",  # as fast as any here, and the first
+        "depth": "dense",
+        "single": "group-cols-1",
+        "head": "dense",
+    }
+    by_name = {c.layer: c for c in found.choices}
+    tried = [t.name for t in by_name["groups"].trials]
+    dense = ["dense", "dense, as a product", "dense, channels last"]
+    assert tried == [*dense, "group-cols-1", "group-cols-2", "group-cols-4"]
+    assert [t.name for t in by_name["single"].trials] == ["dense", "dense, channels last", "group-cols-1"]
+    assert by_name["depth"].why == "it has 24 groups"
+    assert (by_name["single"].shape, by_name["single"].rows) == ((9, 24, 3, 3), 49)
+    assert isinstance(found.model.groups, SparseConv2d)
+    torch.testing.assert_close(found.model(x), model(x))
+    # One picture without a batch, and channels last, are seen as such.
+    assert accelerate(model.single, torch.randn(24, 9, 9)).choices[0].rows == 49
+    last = accelerate(model, x.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(last.model(x), model(x))
+
+
+def test_a_convolution_that_loses_to_any_dense_way_stays(monkeypatch):
+    ways = {"dense": 3.0, "dense, channels last": 1.0, "group-cols-1": 2.0}
+    names = []
+
+    def medians(calls, rounds):
+        layers = [(call.__defaults__ or (None,))[-1] for call in calls]
+        names.extend(layers)
+        dense = iter(["dense", "dense, channels last"])
+        return [ways["group-cols-1"] if isinstance(at, SparseConv2d) else ways[next(dense)] for at in layers]
+
+    monkeypatch.setattr(MODULE, "_medians", medians)
+    found = accelerate(Pictures().single, torch.randn(1, 24, 9, 9))
+    assert found.chosen == {"dense": 1}
+    assert found.choices[0].why == "group-cols-1 takes 2e+03 ms, dense, channels last 1e+03"
+    assert len(names) == 3
+
+
+def test_linear_layers_with_rows_enough_are_tried_in_groups(cost):
+    cost(2.0, 1.0)
+    found = accelerate(Slow(), torch.randn(16, 256), formats=[GroupCols(2), GroupCols(1)])
+    assert [t.name for t in found.choices[1].trials] == ["dense", "group-cols-1"]
+    few = accelerate(Slow(), torch.randn(15, 256), formats=[GroupCols(1)])
+    assert few.choices[1].why == "group-cols-1: 15 rows leave its lanes empty"
+
+
+def test_the_break_even_of_a_convolution(monkeypatch):
+    ask = iter([(1.0, 1.3), (1.0, 1.1), (1.0, 0.9)])
+    monkeypatch.setattr(MODULE, "_medians", lambda calls, _: [call() for call in calls] and next(ask))
+    slid = MODULE.Slide(2, (9, 7), (2, 1), (1, 1), (1, 1))
+    assert break_even((10, 3, 3, 3), 70, torch.float32, GroupCols(4), slid) == pytest.approx(0.4)
+    assert break_even((10, 3), 70, torch.bfloat16, GroupCols(4)) is None
 
 
 def test_a_real_race_in_another_dtype_gives_back_the_threads():

@@ -1,11 +1,12 @@
-"""Every linear layer in the storage that is fastest on this machine, as measured here: dense where sparse loses."""
+"""Every layer in the storage that is fastest on this machine, as measured here: dense where sparse loses."""
 
 import copy
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,20 +16,25 @@ from torch.nn.utils import parametrize
 
 from secateur import kernels
 from secateur.errors import SettingError
-from secateur.formats import Bitmap, BitmapInt8, Format, Sell16
+from secateur.formats import Bitmap, BitmapInt8, Format, GroupCols, Sell16
+from secateur.formats import conv as convolutions
+from secateur.formats.conv import SparseConv2d
 from secateur.formats.linear import SparseLinear
-from secateur.formats.packed import Packed
 from secateur.outcome import Timing, time_pair
 from secateur.task import Batch
 
-FORMATS: tuple[Format, ...] = (Bitmap(), Sell16())
-"""What is tried for a layer, unless other formats are asked for."""
+FORMATS: tuple[Format, ...] = (Bitmap(), Sell16(), *(GroupCols(rows) for rows in (1, 2, 4, 8)))
+"""What is tried for a layer, unless other formats are asked for: of these a convolution takes `GroupCols`."""
+
+Layer = nn.Linear | nn.Conv2d
 
 WORTH = 0.3  # sparsity below which no format was ever faster with many rows, or in float32: such layers are not packed
 FEW = 16  # rows of 16 bits up to which a bitmap of a whole weight is read faster than F.linear reads the weight
 MARGIN = 0.05  # of the dense time that a format must save: less is noise
 AT_ONCE = 2**29  # bytes of dense weights that are measured together
 ROUNDS = 9
+FEWEST = 16  # rows of an input below which the lanes of `GroupCols` are empty
+FULLEST = 0.8  # of what groups store that must not be zero: with less, smaller groups do less
 
 
 @dataclass(frozen=True)
@@ -41,16 +47,28 @@ class Trial:
 
 
 @dataclass(frozen=True)
+class Slide:
+    """How a kernel goes over the pictures of the example."""
+
+    pictures: int
+    size: tuple[int, int]  # of a picture: high, wide
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class Choice:
     """What became of a layer, and why."""
 
     layer: str
-    shape: tuple[int, int]  # outputs, inputs
-    rows: int  # of its input, in the example
+    shape: tuple[int, ...]  # outputs, inputs, and the kernel of a convolution
+    rows: int  # of its input, in the example; of a convolution the pixels of its outcome
     sparsity: float
     chosen: str  # the name of a trial
     why: str
     trials: tuple[Trial, ...] = ()  # dense first; none when nothing was tried
+    slid: "Slide | None" = None  # of a convolution, where there are trials
 
     def trial(self, name: str) -> Trial | None:
         """What a way of storing it came to, or None when it was not tried."""
@@ -83,14 +101,18 @@ def accelerate(
     threads: int | None = None,
     formats: Sequence[Format] = FORMATS,
 ) -> Accelerated:
-    """A copy of a model for inference, with each linear layer in the storage that was fastest on this example.
+    """A copy of a model for inference, with each layer in the storage that was fastest on this example.
+
+    Layers are linear ones and two-dimensional convolutions. One stays dense unless it is faster packed than in the
+    fastest of the ways torch has for it: as the model calls it, for convolutions with channels last too, and those
+    that look at one pixel as a product.
 
     The example has the batch and the number of tokens that the model will be used with: one token for decoding, a
     window for reading prompts. Layers are timed one after the other, as the model calls them, so that weights come from
     where they will. The whole is then timed in turn with the dense model, and stays dense when it is not faster.
     `dtype` converts the copy first; `threads` are used here, and are those to use it with.
 
-    Raises SettingError for a model that is not on the CPU or has no linear layer, and for threads below one.
+    Raises SettingError for a model that is not on the CPU or has no such layer, and for threads below one.
     """
     batch = _batch(example)
     devices = {p.device.type for p in model.parameters()} - {"cpu"}
@@ -107,24 +129,24 @@ def accelerate(
     layers = {
         name: module
         for name, module in dense.named_modules()
-        if type(module) is nn.Linear and not parametrize.is_parametrized(module)
+        if type(module) in (nn.Linear, nn.Conv2d) and not parametrize.is_parametrized(module)
     }
     if not layers:
         raise SettingError(
-            "a model was to be accelerated", f"{type(model).__name__} has no linear layer", "Give one that has."
+            "a model was to be accelerated",
+            f"{type(model).__name__} has no linear layer and no convolution",
+            "Give one that has.",
         )
     with _threads(threads), torch.no_grad():
-        rows = _rows(dense, layers, batch)
-        chosen: dict[str, Packed] = {}
+        seen = _seen(dense, layers, batch)
+        chosen: dict[str, nn.Module] = {}
         choices: list[Choice] = []
         for some in _at_once(layers):
-            for choice, packed in _measured(some, rows, formats):
+            for choice, packed in _measured(some, seen, formats):
                 choices.append(choice)
                 if packed is not None:
                     chosen[choice.layer] = packed
-        sparse = _with(
-            dense, {layers[name]: SparseLinear(packed, layers[name].bias) for name, packed in chosen.items()}
-        )
+        sparse = _with(dense, {layers[name]: packed for name, packed in chosen.items()})
         before, after = time_pair(dense, sparse, batch)
         if chosen and after.milliseconds > before.milliseconds:
             why = f"the whole model was slower with it: {after.milliseconds:.3g} ms, dense {before.milliseconds:.3g}"
@@ -134,21 +156,36 @@ def accelerate(
     return Accelerated(sparse, tuple(choices), before, after, error, kernels.level())
 
 
-def break_even(shape: tuple[int, int], rows: int, dtype: torch.dtype, format: Format) -> float | None:
+def break_even(
+    shape: tuple[int, ...], rows: int, dtype: torch.dtype, format: Format, slid: Slide | None = None
+) -> float | None:
     """The sparsity from which a format is faster than dense at a shape, measured on random masks; None for never.
 
-    Outputs beyond 4096 are left out: time grows with them, for dense as for sparse.
+    The masks keep whole groups of outputs where the format has them. Outputs beyond 4096 are left out: time grows with
+    them, for dense as for sparse. A convolution says with `slid` what it goes over.
     """
     made = torch.Generator().manual_seed(0)
-    outputs, inputs = min(shape[0], 4096), shape[1]
-    weight = torch.randn(outputs, inputs, generator=made).to(dtype)
-    noise = torch.rand(outputs, inputs, generator=made)
-    x = torch.randn(rows, inputs, generator=made).to(dtype)
+    shape = (min(shape[0], 4096), *shape[1:])
+    weight = torch.randn(shape, generator=made).to(dtype)
+    of_group = format.rows if isinstance(format, GroupCols) else 1
+    noise = torch.rand(-(-shape[0] // of_group), *shape[1:], generator=made).repeat_interleave(of_group, 0)[: shape[0]]
+    x = torch.randn((rows, shape[1]) if slid is None else (slid.pictures, shape[1], *slid.size), generator=made)
+    x = x.to(dtype)
+    if format.why_not(weight) is not None:
+        return None
     before: tuple[float, float] | None = None
     with torch.no_grad():
         for sparsity in (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95):
             packed = format.pack(weight, noise >= sparsity)
-            dense, sparse = _medians([lambda: F.linear(x, weight), lambda p=packed: p.matmul(x)], ROUNDS)
+            if slid is None:
+                ways = [lambda: F.linear(x, weight), lambda p=packed: p.matmul(x)]
+            else:
+                how = slid.stride, slid.padding, slid.dilation
+                ways = [
+                    lambda how=how: F.conv2d(x, weight, None, *how),
+                    lambda p=packed, how=how: convolutions.convolve(p, x, *how),
+                ]
+            dense, sparse = _medians(ways, ROUNDS)
             gain = dense - sparse
             if gain >= 0:
                 if before is None:
@@ -174,52 +211,98 @@ def memory_speed(nbytes: int = 2**28) -> float | None:
 
 
 def _measured(
-    layers: Mapping[str, nn.Linear], rows: Mapping[str, int], formats: Sequence[Format]
-) -> Iterator[tuple[Choice, Packed | None]]:
-    """Each layer with what was chosen for it, packed unless that is dense."""
-    packed: dict[str, list[Packed]] = {}
+    layers: Mapping[str, Layer], seen: Mapping[str, "Seen"], formats: Sequence[Format]
+) -> Iterator[tuple[Choice, nn.Module | None]]:
+    """Each layer with what was chosen for it, the packed layer unless that is dense."""
+    packed: dict[str, dict[str, SparseLinear | SparseConv2d]] = {}
     reasons: dict[str, str] = {}
     calls: list[tuple[str, str, Any]] = []
     for name, layer in layers.items():
-        packed[name] = []
-        if rows.get(name) is None:
+        packed[name] = {}
+        why_none = convolutions.why_not(layer) if isinstance(layer, nn.Conv2d) else None
+        if seen.get(name) is None:
             reasons[name] = "the example does not reach it"
-        elif not (tried := _worth_trying(formats, layer.weight, rows[name])):
+            reasons[name] = "the example does not reach it"
+        elif why_none is not None:
+            reasons[name] = why_none
+        elif not (tried := _worth_trying(formats, layer.weight, seen[name].rows(layer))):
             reasons[name] = f"{_sparsity(layer.weight):.0%} of it is zero, and below {WORTH:.0%} no format is faster"
-        else:
-            for format in tried:
-                why = format.why_not(layer.weight)
                 if why is None:
-                    packed[name].append(format.pack(layer.weight))
+                    packed[name][format.name] = _packed(layer, format)
                 else:
                     reasons[name] = f"{format.name}: {why}"
         if not packed[name]:
+            reasons.setdefault(name, "none of the formats is for it")
             continue
-        x = torch.randn(rows[name], layer.in_features, generator=torch.Generator().manual_seed(0)).to(
-            layer.weight.dtype
-        )
-        calls.append((name, "dense", lambda x=x, at=layer: F.linear(x, at.weight, at.bias)))
-        for each in packed[name]:
-            calls.append((name, each.format.name, lambda x=x, at=layer, p=each: p.matmul(x, at.bias)))
+        x = seen[name].example(layer)
+        calls += [(name, way, call) for way, call in _dense_ways(layer, x)]
+        calls += [(name, way, lambda x=x, at=at: at(x)) for way, at in packed[name].items()]
     # Way by way through all layers, so that a layer's weights were pushed out by the others' as they will be.
     calls.sort(key=lambda call: call[1] != "dense")
     calls.sort(key=lambda call: call[1])
-    times = dict(zip([call[:2] for call in calls], _medians([call[2] for call in calls], ROUNDS), strict=True))
+    medians = _medians([call[2] for call in calls], ROUNDS)
+    times: dict[str, dict[str, float]] = {name: {} for name in layers}
+    for (name, way, _), seconds in zip(calls, medians, strict=True):
+        times[name][way] = seconds * 1e3
     for name, layer in layers.items():
-        size = layer.weight.numel() * layer.weight.element_size()
-        trials = [Trial("dense", times[name, "dense"] * 1e3, size)] if packed[name] else []
-        trials += [Trial(p.format.name, times[name, p.format.name] * 1e3, p.nbytes) for p in packed[name]]
-        shape, sparsity = (layer.out_features, layer.in_features), _sparsity(layer.weight)
-        best = min(trials[1:], key=lambda trial: trial.milliseconds, default=None)
-        if best is None:
-            yield Choice(name, shape, rows.get(name, 0), sparsity, "dense", reasons[name]), None
-        elif best.milliseconds > trials[0].milliseconds * (1 - MARGIN):
-            why = f"{best.name} takes {best.milliseconds:.3g} ms, dense {trials[0].milliseconds:.3g}"
-            yield Choice(name, shape, rows[name], sparsity, "dense", why, tuple(trials)), None
+        size, held = layer.weight.numel() * layer.weight.element_size(), packed[name]
+        ways = [*(way for way in times[name] if way not in held), *held]
+        trials = tuple(Trial(at, times[name][at], held[at].packed.nbytes if at in held else size) for at in ways)
+        shape, sparsity, rows = tuple(layer.weight.shape), _sparsity(layer.weight), 0
+        if name in seen:
+            rows = seen[name].rows(layer)
+        if not trials:
+            yield Choice(name, shape, rows, sparsity, "dense", reasons[name]), None
+            continue
+        slid = seen[name].slid(layer) if isinstance(layer, nn.Conv2d) else None
+        best = min((t for t in trials if t.name in held), key=lambda trial: trial.milliseconds)
+        dense = min((t for t in trials if t.name not in held), key=lambda trial: trial.milliseconds)
+        if best.milliseconds > dense.milliseconds * (1 - MARGIN):
+            why = f"{best.name} takes {best.milliseconds:.3g} ms, {dense.name} {dense.milliseconds:.3g}"
+            yield Choice(name, shape, rows, sparsity, "dense", why, trials, slid), None
         else:
-            why = f"{trials[0].milliseconds / best.milliseconds:.2f} times as fast as dense"
-            found = next(p for p in packed[name] if p.format.name == best.name)
-            yield Choice(name, shape, rows[name], sparsity, best.name, why, tuple(trials)), found
+            why = f"{dense.milliseconds / best.milliseconds:.2f} times as fast as {dense.name}"
+            yield Choice(name, shape, rows, sparsity, best.name, why, trials, slid), held[best.name]
+
+
+def _why_not(format: Format, layer: Layer, seen: "Seen") -> str | None:
+    """Why a format is not tried for a layer; None when it is."""
+    if isinstance(layer, nn.Conv2d) and not isinstance(format, GroupCols):
+        return "it holds no convolution"
+    reason = format.why_not(layer.weight)
+    if reason is not None or not isinstance(format, GroupCols):
+        return reason
+    rows, full = seen.rows(layer), format.fullness(layer.weight)
+    if rows < FEWEST:
+        return f"{rows} rows leave its lanes empty"
+    return f"{full:.0%} of what its groups store is not zero" if full < FULLEST else None
+
+
+def _packed(layer: Layer, format: Format) -> SparseLinear | SparseConv2d:
+    if isinstance(layer, nn.Linear):
+        return SparseLinear.of(layer, format)
+    if not isinstance(format, GroupCols):
+        raise TypeError(format)
+    return SparseConv2d.of(layer, format)
+
+
+def _dense_ways(layer: Layer, x: Tensor) -> list[tuple[str, Callable[[], Tensor]]]:
+    """What torch has for a layer, by name: as the model calls it first."""
+    ways: list[tuple[str, Callable[[], Tensor]]] = [("dense", lambda: layer(x))]
+    if isinstance(layer, nn.Linear):
+        return ways
+    last = {"memory_format": torch.channels_last}
+    weight, bias, there = layer.weight, layer.bias, x.to(**last)
+    turned, how = weight.to(**last), (layer.stride, layer.padding, layer.dilation)
+    ways.append(("dense, channels last", lambda: F.conv2d(there, turned, bias, *how)))
+    slide = convolutions.slide(layer)
+    if layer.kernel_size == (1, 1) and slide[:2] == ((1, 1), (0, 0)) and len(x) == 1:
+        matrix, pixels = weight.flatten(1), x.flatten(2)[0]
+        if bias is None:
+            ways.append(("dense, as a product", lambda: matrix @ pixels))
+        else:
+            ways.append(("dense, as a product", lambda: torch.addmm(bias.unsqueeze(1), matrix, pixels)))
+    return ways
 
 
 def _worth_trying(formats: Sequence[Format], weight: Tensor, rows: int) -> list[Format]:
@@ -249,13 +332,43 @@ def _clock() -> Callable[[], float]:
     return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
 
 
-def _rows(model: nn.Module, layers: Mapping[str, nn.Linear], batch: Batch) -> dict[str, int]:
-    """How many rows each layer multiplies when the model sees the example; the most, where it is called often."""
-    found: dict[str, int] = {}
+@dataclass(frozen=True)
+class Seen:
+    """The input a layer has when the model sees the example; the largest, where it is called often."""
+
+    shape: tuple[int, ...]
+    last: bool  # whether its channels lie beside one another
+
+    def rows(self, layer: Layer) -> int:
+        """Rows of a linear layer's input, pixels of a convolution's outcome."""
+        if isinstance(layer, nn.Linear):
+            return math.prod(self.shape[:-1])
+        of = zip(self.shape[2:], layer.kernel_size, *convolutions.slide(layer), strict=True)
+        high, wide = ((n + 2 * pad - apart * (taps - 1) - 1) // step + 1 for n, taps, step, pad, apart in of)
+        return self.shape[0] * high * wide
+
+    def slid(self, layer: nn.Conv2d) -> Slide:
+        """How the kernel goes over it."""
+        return Slide(self.shape[0], (self.shape[2], self.shape[3]), *convolutions.slide(layer))
+
+    def example(self, layer: Layer) -> Tensor:
+        """Noise of that shape."""
+        x = torch.randn(self.shape, generator=torch.Generator().manual_seed(0)).to(layer.weight.dtype)
+        return x.to(memory_format=torch.channels_last) if self.last else x
+
+
+def _seen(model: nn.Module, layers: Mapping[str, Layer], batch: Batch) -> dict[str, Seen]:
+    """The inputs of the layers that the example reaches."""
+    found: dict[str, Seen] = {}
 
     def hook(name: str) -> Any:
-        def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            found[name] = max(found.get(name, 0), args[0].numel() // args[0].shape[-1])
+        def see(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0]
+            shape = (x.numel() // x.shape[-1], x.shape[-1]) if isinstance(layer, nn.Linear) else tuple(x.shape)
+            shape = shape if len(shape) != 3 else (1, *shape)  # one picture
+            if name not in found or math.prod(found[name].shape) < x.numel():
+                last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+                found[name] = Seen(shape, last)
 
         return see
 
@@ -268,16 +381,16 @@ def _rows(model: nn.Module, layers: Mapping[str, nn.Linear], batch: Batch) -> di
     return found
 
 
-def _with(model: nn.Module, instead: Mapping[nn.Linear, SparseLinear]) -> nn.Module:
+def _with(model: nn.Module, instead: Mapping[Layer, nn.Module]) -> nn.Module:
     """A model that shares everything with another but the layers that stand in for its own."""
     # A copy in which nothing is copied: all parameters, buffers and the layers that go are taken as they are.
     same: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, {**same, **{id(old): new for old, new in instead.items()}})
 
 
-def _at_once(layers: Mapping[str, nn.Linear]) -> Iterator[dict[str, nn.Linear]]:
+def _at_once(layers: Mapping[str, Layer]) -> Iterator[dict[str, Layer]]:
     """Layers in groups: all storages of a group are in memory together."""
-    some: dict[str, nn.Linear] = {}
+    some: dict[str, Layer] = {}
     size = 0
     for name, layer in layers.items():
         size += layer.weight.numel() * layer.weight.element_size()
@@ -290,7 +403,7 @@ def _at_once(layers: Mapping[str, nn.Linear]) -> Iterator[dict[str, nn.Linear]]:
 
 
 def _kept_dense(choice: Choice, why: str) -> Choice:
-    return Choice(choice.layer, choice.shape, choice.rows, choice.sparsity, "dense", why, choice.trials)
+    return replace(choice, chosen="dense", why=why)
 
 
 def _sparsity(weight: Tensor) -> float:

@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 @click.argument("model", metavar="DIR|MODEL")
 @click.option("--tokens", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="1 is decoding.")
 @click.option("--explain", is_flag=True, help="Every layer: what was tried, what was chosen and why, and the limits.")
-@click.option("--formats", metavar="A,B", help="What to try: bitmap, sell16, bitmap-int8. [default: bitmap,sell16]")
+@click.option(
+    "--formats",
+    metavar="A,B",
+    help="What to try: bitmap, sell16, bitmap-int8, group-cols-4, .. [default: all but bitmap-int8]",
+)
 @click.option("--task", metavar="TASK", help="Whose example is run, for a model that takes no token ids.")
 @running
 @spoken
@@ -41,7 +45,7 @@ def command(
     online: bool,
     **spoken: Any,
 ) -> None:
-    """How fast a model is on this machine, with each linear layer in the storage that is fastest, dense among them.
+    """How fast a model is on this machine, with each layer in the storage that is fastest, dense among them.
 
     Nothing is written: `secateur.accelerate` gives the same model in Python. --dtype bfloat16 is the faster one where
     the processor has a matrix unit.
@@ -99,7 +103,7 @@ def _formats(asked: str | None) -> "Sequence[Format]":
 
     if asked is None:
         return FORMATS
-    known = {kind().name: kind() for kind in ALL.values()}
+    known = {format.name: format for format in (*(kind() for kind in ALL.values()), *FORMATS)}
     for name in asked.split(","):
         if name not in known:
             raise SettingError(
@@ -112,14 +116,17 @@ def _limits(found: "Accelerated", formats: "Sequence[Format]") -> dict[str, Any]
     """What memory gives, and the sparsity from which each format wins at each shape."""
     import torch
 
-    from secateur.accelerate import break_even, memory_speed
+    from secateur.accelerate import FEWEST, break_even, memory_speed
+    from secateur.formats import GroupCols
 
     dtype = getattr(torch, found.dense.dtype)
-    shapes = sorted({(choice.shape, choice.rows) for choice in found.choices if choice.trials})
-    even = {
-        f"{'x'.join(map(str, shape))} at {rows}": {f.name: break_even(shape, rows, dtype, f) for f in formats}
-        for shape, rows in shapes
-    }
+    tried = {(choice.shape, choice.rows, choice.slid) for choice in found.choices if choice.trials}
+    even: dict[str, dict[str, float | None]] = {}
+    for shape, rows, slid in sorted(tried, key=str):
+        some = [f for f in formats if isinstance(f, GroupCols) or slid is None]
+        some = [f for f in some if rows >= FEWEST or not isinstance(f, GroupCols)]
+        name = f"{'x'.join(map(str, shape))} at {rows}"
+        even[name] = {f.name: break_even(shape, rows, dtype, f, slid) for f in some}
     return {"memory_bytes_per_second": memory_speed(), "break_even": even}
 
 

@@ -136,13 +136,7 @@ class SparseConv2d(nn.Module):
         reason = why_not(conv)
         if reason is not None:
             raise FormatError(f"a convolution was to be packed as {format.name}", reason, "Keep it dense.")
-        padding = conv.padding if isinstance(conv.padding, tuple) else (0, 0)
-        if conv.padding == "same":
-            padding = tuple(
-                apart * (taps - 1) // 2 for taps, apart in zip(conv.kernel_size, conv.dilation, strict=True)
-            )
-        packed = format.pack(conv.weight, mask, conv.bias)
-        return cls(packed, _pair(conv.stride), _pair(padding), _pair(conv.dilation))
+        return cls(format.pack(conv.weight, mask, conv.bias), *slide(conv))
 
     @property
     def packed(self) -> Packed:
@@ -173,11 +167,17 @@ class SparseConv2d(nn.Module):
         return made
 
     def forward(self, x: Tensor) -> Tensor:
-        """The outcome of x [pictures, channels, high, wide]. Raises FormatError for another dtype, shape or device."""
+        """The outcome of x [pictures, channels, high, wide], or of one picture.
+
+        Raises FormatError for another dtype, shape or device.
+        """
         if torch.compiler.is_compiling():
             tensors = [getattr(self, name) for name in self._packed.format.names]
             pairs = (*self.stride, *self.padding, *self.dilation)
-            return packed_conv2d(x, tensors, self._header, pairs, self.between)
+            y = packed_conv2d(x if x.dim() == 4 else x.unsqueeze(0), tensors, self._header, pairs, self.between)
+            return y if x.dim() == 4 else y.squeeze(0)
+        if x.dim() == 3:
+            return self(x.unsqueeze(0)).squeeze(0)
         return convolve(self.packed, x, self.stride, self.padding, self.dilation, self.between)
 
     def extra_repr(self) -> str:
@@ -198,6 +198,14 @@ class SparseConv2d(nn.Module):
         self._hold(loaded(self._packed, state_dict, prefix))
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._hold(Packed(self._packed.format, self._packed.shape, self._packed.tensors))  # copied onto itself
+
+
+def slide(conv: nn.Conv2d) -> tuple[Pair, Pair, Pair]:
+    """Stride, padding and dilation of a convolution, padding as numbers."""
+    stride, dilation, padding = _pair(conv.stride), _pair(conv.dilation), conv.padding
+    if padding == "same":
+        padding = [apart * (taps - 1) // 2 for taps, apart in zip(conv.kernel_size, dilation, strict=True)]
+    return stride, (0, 0) if padding == "valid" else _pair(padding), dilation
 
 
 def why_not(conv: nn.Conv2d) -> str | None:

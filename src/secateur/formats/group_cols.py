@@ -13,8 +13,9 @@ from secateur.formats.packed import Call, Packed, broken, kept, pointer, refuse,
 ROWS = (1, 2, 4, 8, 16)
 """How many outputs a group can have."""
 
-SLICES = {1: 96, 2: 96, 4: 128, 8: 256, 16: 256}
-"""By rows of a group: how many columns a slice has, so that what is read of it stays in the nearest cache."""
+SLICES = {1: (32, 256), 2: (48, 256), 4: (96, 512), 8: (128, 2048), 16: (128, 2048)}
+"""By rows of a group: how many columns a group should keep of a slice, for its sums to be worth their way to memory and
+back, and how many columns a slice may have, for the panel of it to stay in a near cache. Measured."""
 
 EMPTIEST = 1 << 20
 """How many times as many weights as numbers it holds a matrix may have, for a file to be believed."""
@@ -144,6 +145,13 @@ class GroupCols:
         """The fraction of the weights that is stored, zeros inside kept columns among them."""
         return (packed.tensors["values"].numel() - packed.shape[0]) / (packed.shape[0] * packed.shape[1])
 
+    def fullness(self, weight: Tensor) -> float:
+        """The fraction that is not zero of what would be stored of a weight; 1 when nothing is."""
+        keep = weight.flatten(1) != 0
+        grouped = len(keep) // self.rows * self.rows
+        there = keep[:grouped].view(-1, self.rows, keep.shape[1]).any(1).sum() * self.rows + keep[grouped:].sum()
+        return float(keep.sum() / there) if there else 1.0
+
     def check(self, packed: Packed) -> None:
         """Raise FormatError unless counts, steps and values agree."""
         values, counts, steps, first = (packed.tensors[name] for name in self.names)
@@ -183,7 +191,8 @@ class GroupCols:
         """What kernels read: the tensors as they are, and where each group is in a slice, found from the steps."""
         values, counts, steps, first = (packed.tensors[name] for name in self.names)
         outputs, columns = packed.shape
-        groups, size = len(counts), SLICES[self.rows]
+        groups, (some, most) = len(counts), SLICES[self.rows]
+        size = min(most, max(64, some * groups * columns // max(1, len(steps))))
         slices = -(-columns // size)
         place = self._columns(packed)
         at = (place % size).to(torch.int32)
