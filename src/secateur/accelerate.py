@@ -20,6 +20,7 @@ from secateur.formats import Bitmap, BitmapInt8, Format, GroupCols, Sell16
 from secateur.formats import conv as convolutions
 from secateur.formats.conv import SparseConv2d
 from secateur.formats.linear import SparseLinear
+from secateur.formats.packed import Packed
 from secateur.outcome import Timing, time_pair
 from secateur.task import Batch
 
@@ -177,15 +178,7 @@ def break_even(
     with torch.no_grad():
         for sparsity in (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95):
             packed = format.pack(weight, noise >= sparsity)
-            if slid is None:
-                ways = [lambda: F.linear(x, weight), lambda p=packed: p.matmul(x)]
-            else:
-                how = slid.stride, slid.padding, slid.dilation
-                ways = [
-                    lambda how=how: F.conv2d(x, weight, None, *how),
-                    lambda p=packed, how=how: convolutions.convolve(p, x, *how),
-                ]
-            dense, sparse = _medians(ways, ROUNDS)
+            dense, sparse = _medians(_both_ways(weight, packed, x, slid), ROUNDS)
             gain = dense - sparse
             if gain >= 0:
                 if before is None:
@@ -194,6 +187,14 @@ def break_even(
                 return at + (sparsity - at) * loss / (loss + gain)
             before = sparsity, -gain
     return None
+
+
+def _both_ways(weight: Tensor, packed: Packed, x: Tensor, slid: Slide | None) -> list[Callable[[], Tensor]]:
+    """A weight as a dense layer has it, and packed."""
+    if slid is None:
+        return [lambda: F.linear(x, weight), lambda: packed.matmul(x)]
+    how = slid.stride, slid.padding, slid.dilation
+    return [lambda: F.conv2d(x, weight, None, *how), lambda: convolutions.convolve(packed, x, *how)]
 
 
 def memory_speed(nbytes: int = 2**28) -> float | None:
@@ -291,11 +292,9 @@ def _dense_ways(layer: Layer, x: Tensor) -> list[tuple[str, Callable[[], Tensor]
     ways: list[tuple[str, Callable[[], Tensor]]] = [("dense", lambda: layer(x))]
     if isinstance(layer, nn.Linear):
         return ways
-    last = {"memory_format": torch.channels_last}
-    weight, bias, there = layer.weight, layer.bias, x.to(**last)
-    turned, how = weight.to(**last), (layer.stride, layer.padding, layer.dilation)
-    ways.append(("dense, channels last", lambda: F.conv2d(there, turned, bias, *how)))
-    slide = convolutions.slide(layer)
+    weight, bias, slide = layer.weight, layer.bias, convolutions.slide(layer)
+    turned, there = (t.contiguous(memory_format=torch.channels_last) for t in (weight, x))
+    ways.append(("dense, channels last", lambda: F.conv2d(there, turned, bias, *slide)))
     if layer.kernel_size == (1, 1) and slide[:2] == ((1, 1), (0, 0)) and len(x) == 1:
         matrix, pixels = weight.flatten(1), x.flatten(2)[0]
         if bias is None:

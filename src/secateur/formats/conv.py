@@ -15,8 +15,8 @@ from secateur.formats.group_cols import GroupCols
 from secateur.formats.packed import Packed
 from secateur.formats.state import loaded, now, register
 
-PIXELS = 256
-"""Of an item: what is summed up of them stays in the second cache."""
+SUMS = 2**18
+"""Of an item, so that they stay in the second cache; and of at most 512 pixels."""
 
 ANY = (-math.inf, math.inf)
 Pair = tuple[int, int]
@@ -73,7 +73,8 @@ def convolve(
     y = x.new_empty(x.shape[0], outputs, *out)
     of_pixels = form.taps == 1 and stride == (1, 1) and padding == (0, 0)
     size = out[0] * out[1] if of_pixels else out[0]
-    chunk = PIXELS if of_pixels else max(1, PIXELS // out[1])
+    pixels = max(128, min(512, SUMS // outputs))
+    chunk = pixels if of_pixels else max(1, pixels // out[1])
     chunks = max(1, -(-size // chunk))
     chunk = -(-size // chunks)  # as even as can be
     threads, groups = torch.get_num_threads(), call.items
@@ -202,10 +203,11 @@ class SparseConv2d(nn.Module):
 
 def slide(conv: nn.Conv2d) -> tuple[Pair, Pair, Pair]:
     """Stride, padding and dilation of a convolution, padding as numbers."""
-    stride, dilation, padding = _pair(conv.stride), _pair(conv.dilation), conv.padding
-    if padding == "same":
-        padding = [apart * (taps - 1) // 2 for taps, apart in zip(conv.kernel_size, dilation, strict=True)]
-    return stride, (0, 0) if padding == "valid" else _pair(padding), dilation
+    stride, dilation = _pair(conv.stride), _pair(conv.dilation)
+    if conv.padding == "same":
+        high, wide = (apart * (taps - 1) // 2 for taps, apart in zip(conv.kernel_size, dilation, strict=True))
+        return stride, (high, wide), dilation
+    return stride, (0, 0) if conv.padding == "valid" else _pair(conv.padding), dilation
 
 
 def why_not(conv: nn.Conv2d) -> str | None:

@@ -31,7 +31,7 @@ inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int together(int n) { return n > 8 ? 8 : n; }
 constexpr int vectors(int n) {
   const int most = REGISTERS * 3 / 4 / together(n);
-  return most > WIDEST ? WIDEST : most > 2 ? most / 2 * 2 : most < 1 ? 1 : most;
+  return most > WIDEST ? WIDEST : most < 1 ? 1 : most;
 }
 
 struct Sums {
@@ -43,9 +43,23 @@ struct Sums {
   float low, high;
 };
 
-// R rows of a group of N, over V vectors of pixels: the columns of a panel whose rows are WIDE floats.
-template <int N, int R, int V, int WIDE>
-inline void tile(const float* panel, const int32_t* at, const int32_t* end, const float* values, const Sums& sums) {
+// Where the inputs of a tile are. In a panel its columns follow one another, WIDE floats apart; with many rows to a
+// group an input is used so often that it is read where it lies, at the places of a table.
+template <int WIDE>
+struct InPanel {
+  const float* panel;
+  const float* operator[](int32_t at) const { return panel + int64_t(at) * WIDE; }
+};
+
+struct InPlace {
+  const float* from;
+  const int32_t* places;
+  const float* operator[](int32_t at) const { return from + places[at]; }
+};
+
+// R rows of a group of N, over V vectors of pixels.
+template <int N, int R, int V, class Inputs>
+inline void tile(const Inputs inputs, const int32_t* at, const int32_t* end, const float* values, const Sums& sums) {
   Vector sum[R][V];
 #pragma GCC unroll 8
   for (int row = 0; row < R; row++)
@@ -53,7 +67,7 @@ inline void tile(const float* panel, const int32_t* at, const int32_t* end, cons
     for (int v = 0; v < V; v++)
       sum[row][v] = sums.bias ? all(sums.bias[row]) : load(sums.from + row * sums.pitch + v * LANES);
   for (; at < end; at++, values += N) {
-    const float* from = panel + int64_t(*at) * WIDE;
+    const float* from = inputs[*at];
     Vector x[V];
 #pragma GCC unroll 8
     for (int v = 0; v < V; v++) x[v] = load(from + v * LANES);
@@ -62,24 +76,26 @@ inline void tile(const float* panel, const int32_t* at, const int32_t* end, cons
 #pragma GCC unroll 8
       for (int v = 0; v < V; v++) sum[row][v] += x[v] * values[row];
   }
+  if (sums.held) {
+    const Vector low = all(sums.low), high = all(sums.high);
+#pragma GCC unroll 8
+    for (int row = 0; row < R; row++)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v++) {
+        sum[row][v] = sum[row][v] < low ? low : sum[row][v];
+        sum[row][v] = sum[row][v] > high ? high : sum[row][v];
+      }
+  }
 #pragma GCC unroll 8
   for (int row = 0; row < R; row++)
 #pragma GCC unroll 8
-    for (int v = 0; v < V; v++) {
-      Vector value = sum[row][v];
-      if (sums.held) {
-        value = value < sums.low ? all(sums.low) : value;
-        value = value > sums.high ? all(sums.high) : value;
-      }
-      store(sums.to + row * sums.to_pitch + v * LANES, value);
-    }
+    for (int v = 0; v < V; v++) store(sums.to + row * sums.to_pitch + v * LANES, sum[row][v]);
 }
 
 // What the groups [begin, end) add to the sums of one tile for the columns they keep of a slice.
 struct Slice {
   const GroupCols* weight;
   int64_t number, begin, end;
-  const float* panel;
   float* sums;  // [outputs of these groups, pitch], at the tile's first pixel
   int64_t pitch;
   float* y;  // where the outcome of the first of them goes when this is the last slice, or null to leave it in the sums
@@ -87,8 +103,9 @@ struct Slice {
   float low, high;
 };
 
-template <int N, int R, int V, int WIDE>
-inline void group(const Slice& slice, int64_t number, const float* bias, const float* values, int64_t output) {
+template <int N, int R, int V, class Inputs>
+inline void group(const Slice& slice, const Inputs inputs, int64_t number, const float* bias, const float* values,
+                  int64_t output) {
   const GroupCols& weight = *slice.weight;
   const int32_t* begins = weight.begins + slice.number * weight.groups + number;
   const bool last = slice.number == weight.slices - 1;
@@ -103,65 +120,64 @@ inline void group(const Slice& slice, int64_t number, const float* bias, const f
                        last,
                        slice.low,
                        slice.high};
-    tile<N, R, V, WIDE>(slice.panel, weight.at + *begins, weight.at + begins[weight.groups], values + row, sums);
+    tile<N, R, V>(inputs, weight.at + *begins, weight.at + begins[weight.groups], values + row, sums);
   }
 }
 
-template <int N, int V, int WIDE>
-void add(const Slice& slice) {
+template <int N, int V, class Inputs>
+void add(const Slice& slice, const Inputs inputs) {
   const GroupCols& weight = *slice.weight;
   const int32_t *begins = weight.begins, *now = begins + slice.number * weight.groups;
   const int64_t whole = least(slice.end, weight.whole), first = least(slice.begin, weight.whole) * N;
   for (int64_t g = slice.begin; g < whole; g++)
-    group<N, together(N), V, WIDE>(slice, g, weight.values + (g + begins[g]) * N,
+    group<N, together(N), V>(slice, inputs, g, weight.values + (g + begins[g]) * N,
                                    weight.values + (g + 1 + now[g]) * N, g * N - first);
   if (slice.end <= weight.whole) return;
   const int64_t kept = begins[weight.whole];  // by the groups before the single rows
   const float* single = weight.values + (weight.whole + kept) * N - weight.whole - kept;
   const int64_t skipped = slice.begin > weight.whole ? slice.begin - weight.whole : 0;
   for (int64_t g = weight.whole + skipped; g < slice.end; g++)
-    group<1, 1, V, WIDE>(slice, g, single + g + begins[g], single + g + 1 + now[g],
+    group<1, 1, V>(slice, inputs, g, single + g + begins[g], single + g + 1 + now[g],
                          weight.whole * N - first + g - weight.whole - skipped);
 }
 
 // As many vectors as the pixels that are left need.
-template <int N, int V, int WIDE>
-void add_some(const Slice& slice, int64_t pixels) {
+template <int N, int V, class Inputs>
+void add_some(const Slice& slice, const Inputs inputs, int64_t pixels) {
   if constexpr (V > 1)
-    if (pixels <= V / 2 * LANES) return add_some<N, V / 2, WIDE>(slice, pixels);
-  add<N, V, WIDE>(slice);
+    if (pixels <= (V + 1) / 2 * LANES && (V + 1) / 2 < V) return add_some<N, (V + 1) / 2>(slice, inputs, pixels);
+  add<N, V>(slice, inputs);
 }
 
 inline int64_t first_output(const GroupCols& weight, int64_t group) {
   return group <= weight.whole ? group * weight.rows : weight.whole * weight.rows + group - weight.whole;
 }
 
-// Goes through `pixels` of one item: `fill(panel, wide, begin, end, pixel, count)` lays out columns [begin, end) of the
-// `count` pixels from `pixel` on, and what is not finite in them makes its sum so; `away(pixel, count)` says where
-// their outcome goes, or null. False when something was not finite.
-template <int N, class Fill, class Away>
-void sweep(Slice slice, float* panel, float* sums, int64_t pixels, const Fill& fill, const Away& away) {
+// Goes through `pixels` of one item, slice after slice and tile after tile. `away(pixel, full)` says where the outcome
+// goes of a tile that is full or not, or null to leave it in the sums; `source` has the inputs, and
+//   source.at<N>(begin, end, pixel, count)   says where columns [begin, end) of the `count` pixels from `pixel` on are.
+template <int N, class Source, class Away>
+void sweep(Slice slice, float* sums, int64_t pixels, Source& source, const Away& away) {
   enum { V = vectors(N), WIDE = V * LANES };
   const GroupCols& weight = *slice.weight;
-  slice.panel = panel;
   for (slice.number = 0; slice.number < weight.slices; slice.number++)
     for (int64_t pixel = 0; pixel < pixels; pixel += WIDE) {
       const int64_t begin = slice.number * weight.slice, count = least(WIDE, pixels - pixel);
-      fill(panel, WIDE, begin, least(begin + weight.slice, weight.columns), pixel, count);
       slice.sums = sums + pixel;
       slice.y = away(pixel, count == WIDE);
-      add_some<N, V, WIDE>(slice, count);
+      add_some<N, V>(slice, source.template at<N>(begin, least(begin + weight.slice, weight.columns), pixel, count),
+                     count);
     }
 }
 
-template <class Fill, class Away>
-void sweep_any(const Slice& slice, float* panel, float* sums, int64_t pixels, const Fill& fill, const Away& away) {
+template <class Source, class Away>
+void sweep_any(const Slice& slice, float* sums, int64_t pixels, Source& source, const Away& away) {
   switch (slice.weight->rows) {
-    case 1: return sweep<1>(slice, panel, sums, pixels, fill, away);
-    case 2: return sweep<2>(slice, panel, sums, pixels, fill, away);
-    case 4: return sweep<4>(slice, panel, sums, pixels, fill, away);
-    case 8: return sweep<8>(slice, panel, sums, pixels, fill, away);
-    default: return sweep<16>(slice, panel, sums, pixels, fill, away);
+    case 1: return sweep<1>(slice, sums, pixels, source, away);
+    case 2: return sweep<2>(slice, sums, pixels, source, away);
+    case 4: return sweep<4>(slice, sums, pixels, source, away);
+    case 8: return sweep<8>(slice, sums, pixels, source, away);
+    default: return sweep<16>(slice, sums, pixels, source, away);
   }
 }
 
@@ -194,25 +210,56 @@ inline bool finite(Vector wild) {
 }
 
 // One tap, no stride, no padding: a column is a channel, and its pixels lie side by side.
+struct Pixels {
+  const float* x;
+  int64_t size;
+  float* panel;
+  Vector wild;
+
+  template <int N>
+  InPanel<vectors(N) * LANES> at(int64_t begin, int64_t end, int64_t pixel, int64_t count) {
+    float* to = panel;
+    for (int64_t column = begin; column < end; column++, to += vectors(N) * LANES)
+      copy(to, x + column * size + pixel, count, wild);
+    return {panel};
+  }
+};
+
 bool pixels_item(const GroupColsConv& call, const GroupColsItem& item, float* y, int64_t outputs) {
   const GroupCols& weight = *call.weight;
   const int64_t size = call.height * call.width, first = item.chunk * call.chunk;
   const int64_t pixels = least(call.chunk, size - first), pitch = rounded(pixels);
   float* const panel = static_cast<float*>(scratch((rounded(weight.slice * TILE) + outputs * pitch) * sizeof(float)));
   float* const sums = panel + rounded(weight.slice * TILE);
-  const float* x = call.x + item.picture * call.channels * size + first;
-  Vector wild = {};
-  const auto fill = [&](float* to, int64_t wide, int64_t begin, int64_t end, int64_t pixel, int64_t count) {
-    for (int64_t column = begin; column < end; column++, to += wide) copy(to, x + column * size + pixel, count, wild);
-  };
+  Pixels source = {call.x + item.picture * call.channels * size + first, size, panel, {}};
   const auto away = [&](int64_t pixel, bool full) { return full ? y + first + pixel : nullptr; };
-  const Slice slice = {&weight, 0, item.begin, item.end, panel, sums, pitch, y, size, call.low, call.high};
-  sweep_any(slice, panel, sums, pixels, fill, away);
+  const Slice slice = {&weight, 0, item.begin, item.end, sums, pitch, y, size, call.low, call.high};
+  sweep_any(slice, sums, pixels, source, away);
   const int64_t wide = vectors(int(weight.rows)) * LANES, stored = pixels / wide * wide;
   for (int64_t output = 0; output < outputs; output++)
     for (int64_t pixel = stored; pixel < pixels; pixel++) y[output * size + first + pixel] = sums[output * pitch + pixel];
-  return finite(wild);
+  return finite(source.wild);
 }
+
+// What is laid out for any convolution, below.
+struct Planes {
+  const float* planes;
+  const int32_t* places;  // [columns], from the place of a pixel
+  float* panel;
+
+  template <int N>
+  auto at(int64_t begin, int64_t end, int64_t pixel, int64_t count) {
+    if constexpr (N >= 4) {
+      return InPlace{planes + pixel, places + begin};
+    } else {
+      enum { WIDE = vectors(N) * LANES };
+      float* to = panel;
+      for (int64_t column = begin; column < end; column++, to += WIDE)
+        for (int64_t i = 0; i < count; i += LANES) store(to + i, load(planes + places[column] + pixel + i));
+      return InPanel<WIDE>{panel};
+    }
+  }
+};
 
 // Any convolution. The rows that an item sees are first laid out with their padding and, with a stride, apart by it, so
 // that what a tap sees of all pixels lies side by side: a pixel's place is its row times the width of a plane, and its
@@ -223,18 +270,21 @@ bool planes_item(const GroupColsConv& call, const GroupColsItem& item, float* y,
   const int64_t reach_high = (call.taps_high - 1) * call.apart_high, reach_wide = (call.taps_wide - 1) * call.apart_wide;
   const int64_t phases_high = least(sh, reach_high + 1), phases_wide = least(sw, reach_wide + 1);
   const int64_t first = item.chunk * call.chunk, rows = least(call.chunk, call.out_height - first);
-  const int64_t high = rows + reach_high / sh, wide = call.out_width + reach_wide / sw;  // of a plane
+  // Without a stride the padding at the end of a row is that at the beginning of the next.
+  const int64_t shared = sw == 1 ? least(call.pad_wide, reach_wide) : 0;
+  const int64_t high = rows + reach_high / sh, wide = call.out_width + reach_wide / sw - shared;  // of a plane
   const int64_t plane = high * wide, channel = plane * phases_high * phases_wide;
-  const int64_t pixels = rows * wide, pitch = rounded(pixels), beyond = TILE + reach_wide / sw;
+  if (call.channels * channel > INT32_MAX) return false;
+  const int64_t pixels = rows * wide, pitch = rounded(pixels), beyond = TILE + reach_wide + wide;
   const int64_t needed = rounded(weight.slice * TILE) + outputs * pitch + rounded(call.channels * channel + beyond);
-  float* const panel =
-      static_cast<float*>(scratch(needed * sizeof(float) + taps * sizeof(int64_t)));
+  float* const panel = static_cast<float*>(scratch(needed * sizeof(float) + weight.columns * sizeof(int32_t)));
   float* const sums = panel + rounded(weight.slice * TILE);
   float* const planes = sums + outputs * pitch;
-  int64_t* const places = reinterpret_cast<int64_t*>(panel + needed);
+  int32_t* const places = reinterpret_cast<int32_t*>(panel + needed);
   for (int64_t tap = 0; tap < taps; tap++) {
     const int64_t down = tap / call.taps_wide * call.apart_high, right = tap % call.taps_wide * call.apart_wide;
-    places[tap] = (down % sh * phases_wide + right % sw) * plane + down / sh * wide + right / sw;
+    const int64_t place = (down % sh * phases_wide + right % sw) * plane + down / sh * wide + right / sw;
+    for (int64_t c = 0; c < call.channels; c++) places[c * taps + tap] = int32_t(c * channel + place);
   }
 
   Vector wild = {};
@@ -266,21 +316,10 @@ bool planes_item(const GroupColsConv& call, const GroupColsItem& item, float* y,
   clear(to, beyond);
   if (!finite(wild)) return false;
 
-  const auto fill = [&](float* to, int64_t wide, int64_t begin, int64_t end, int64_t pixel, int64_t count) {
-    int64_t tap = begin % taps;
-    const float* from = planes + begin / taps * channel + pixel;
-    const int64_t vectors = (count + LANES - 1) / LANES;
-    for (int64_t column = begin; column < end; column++, to += wide) {
-      for (int64_t v = 0; v < vectors; v++) store(to + v * LANES, load(from + places[tap] + v * LANES));
-      if (++tap == taps) {
-        tap = 0;
-        from += channel;
-      }
-    }
-  };
+  Planes source = {planes, places, panel};
   const auto away = [](int64_t, bool) { return static_cast<float*>(nullptr); };
-  const Slice slice = {&weight, 0, item.begin, item.end, panel, sums, pitch, nullptr, 0, call.low, call.high};
-  sweep_any(slice, panel, sums, pixels, fill, away);
+  const Slice slice = {&weight, 0, item.begin, item.end, sums, pitch, nullptr, 0, call.low, call.high};
+  sweep_any(slice, sums, pixels, source, away);
   const int64_t size = call.out_height * call.out_width;
   for (int64_t output = 0; output < outputs; output++)
     for (int64_t row = 0; row < rows; row++)
@@ -302,38 +341,48 @@ void convolve(const void* pointer, int64_t begin, int64_t end) {
   }
 }
 
-// x W^T + bias: the rows of x are the pixels, and so are turned on their side.
+// The rows of a matrix are the pixels, and so are turned on their side.
+struct Rows {
+  const float* x;
+  int64_t columns;
+  float* panel;
+  Vector wild;
+
+  template <int N>
+  InPanel<vectors(N) * LANES> at(int64_t begin, int64_t end, int64_t row, int64_t count) {
+    for (int64_t i = 0; i < count; i++) {
+      const float* from = x + (row + i) * columns;
+      float sum = 0;
+      for (int64_t column = begin; column < end; column++) {
+        panel[(column - begin) * (vectors(N) * LANES) + i] = from[column];
+        sum += from[column] * 0.0f;
+      }
+      wild[0] += sum;
+    }
+    return {panel};
+  }
+};
+
+// x W^T + bias.
 void multiply(const void* pointer, int64_t begin, int64_t end) {
   const Matmul& call = *static_cast<const Matmul*>(pointer);
   const GroupCols& weight = *static_cast<const GroupCols*>(call.weight);
   const int64_t output = first_output(weight, begin), outputs = first_output(weight, end) - output, most = 256;
   const float* const bias = static_cast<const float*>(call.bias);
+  const float beyond = __builtin_inff();
   for (int64_t first = 0; first < call.rows; first += most) {
     const int64_t rows = least(most, call.rows - first), pitch = rounded(rows);
     float* const panel = static_cast<float*>(scratch((rounded(weight.slice * TILE) + outputs * pitch) * sizeof(float)));
     float* const sums = panel + rounded(weight.slice * TILE);
-    const float* x = static_cast<const float*>(call.x) + first * weight.columns;
-    Vector wild = {};
-    const auto fill = [&](float* to, int64_t wide, int64_t begin, int64_t end, int64_t row, int64_t count) {
-      for (int64_t i = 0; i < count; i++) {
-        const float* from = x + (row + i) * weight.columns;
-        float sum = 0;
-        for (int64_t column = begin; column < end; column++) {
-          to[(column - begin) * wide + i] = from[column];
-          sum += from[column] * 0.0f;
-        }
-        wild[0] += sum;
-      }
-    };
+    Rows source = {static_cast<const float*>(call.x) + first * weight.columns, weight.columns, panel, {}};
     const auto away = [](int64_t, bool) { return static_cast<float*>(nullptr); };
-    const float most_of_all = __builtin_inff();
-    const Slice slice = {&weight, 0, begin, end, panel, sums, pitch, nullptr, 0, -most_of_all, most_of_all};
-    sweep_any(slice, panel, sums, rows, fill, away);
+    const Slice slice = {&weight, 0, begin, end, sums, pitch, nullptr, 0, -beyond, beyond};
+    sweep_any(slice, sums, rows, source, away);
     for (int64_t row = 0; row < rows; row++) {
       float* y = static_cast<float*>(call.y) + (first + row) * weight.outputs + output;
       for (int64_t i = 0; i < outputs; i++) y[i] = sums[i * pitch + row] + (bias ? bias[output + i] : 0);
     }
-    if (!finite(wild))
+    if (!finite(source.wild))
       for (int64_t row = 0; row < rows; row++) group_cols_row_f32(&call, begin, end, first + row);
   }
 }
