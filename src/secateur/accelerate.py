@@ -223,11 +223,13 @@ def _measured(
         why_none = convolutions.why_not(layer) if isinstance(layer, nn.Conv2d) else None
         if seen.get(name) is None:
             reasons[name] = "the example does not reach it"
-            reasons[name] = "the example does not reach it"
         elif why_none is not None:
             reasons[name] = why_none
         elif not (tried := _worth_trying(formats, layer.weight, seen[name].rows(layer))):
             reasons[name] = f"{_sparsity(layer.weight):.0%} of it is zero, and below {WORTH:.0%} no format is faster"
+        else:
+            for format in tried:
+                why = _why_not(format, layer, seen[name])
                 if why is None:
                     packed[name][format.name] = _packed(layer, format)
                 else:
@@ -308,7 +310,7 @@ def _worth_trying(formats: Sequence[Format], weight: Tensor, rows: int) -> list[
     """The formats that may be faster for a weight: below a sparsity only bitmaps, for a few rows of 16 bits."""
     if _sparsity(weight) >= WORTH:
         return list(formats)
-    if rows > FEW or weight.dtype is torch.float32:
+    if rows > FEW or weight.dtype is torch.float32 or weight.dim() > 2:
         return []
     return [format for format in formats if isinstance(format, (Bitmap, BitmapInt8))]
 
