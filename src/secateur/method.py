@@ -281,8 +281,7 @@ def prune(
     timings = time_pair(dense, outcome.model, example) if dense is not None else (None, None)
     budget = method.budget()
     outcome.ledger = Ledger.of_run(
-        (before, after), outcome.edits, whole, outcome.model, "units" if budget and budget.of == "units" else "weights",
-        timings,
+        (before, after), outcome.edits, whole, outcome.model, budget.of if budget else "weights", timings,
     )  # fmt: skip
     outcome.record = Record(
         schema=SCHEMA_VERSION,

@@ -78,14 +78,26 @@ class Ledger:
     timing_after: Timing | None = None
     units: int = 0  # in the sites: a channel coupled over three tensors is one
     units_removed: int = 0
-    of: str = "weights"  # what the method's target is a fraction of: "weights" or "units"
+    of: str = "weights"  # what the method's target is a fraction of: see Unit
 
     @property
     def sparsity(self) -> float:
         """The fraction removed of what the target counts."""
         if self.of == "units":
             return self.units_removed / self.units if self.units else 0.0
-        return self.share
+        whole = self.whole_of(self.of)
+        return self.share if whole is None else 1 - whole[1] / whole[0]
+
+    def whole_of(self, of: str) -> tuple[float, float] | None:
+        """The whole model before and after in some unit; None for what is of the sites alone, or was not taken."""
+        before, after = self.before, self.after
+        if of == "latency" and self.timing_before and self.timing_after:
+            return self.timing_before.milliseconds, self.timing_after.milliseconds
+        if of == "flops" and before.flops and after.flops is not None:
+            return float(before.flops), float(after.flops)
+        if of == "parameters":
+            return float(before.parameters), float(after.parameters)
+        return (float(before.memory_bytes), float(after.memory_bytes)) if of == "bytes" else None
 
     @property
     def share(self) -> float:

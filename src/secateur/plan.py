@@ -9,7 +9,6 @@ import copy
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from math import lcm
 from typing import Any
 
@@ -18,10 +17,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from secateur import graph
-from secateur.axes import Allocation, Uniform
+from secateur.axes import Allocation, Scores, Uniform
+from secateur.axes.budgets import Met, Terms
 from secateur.cut import DEFAULT_EXCLUDE, layers, role, weights
 from secateur.errors import PatternError, SecateurError
-from secateur.method import Chain, Method, peak_memory, settings
+from secateur.method import Budget, Chain, Method, peak_memory, settings
 from secateur.outcome import Size
 from secateur.site import Site, tensors
 from secateur.task import Task
@@ -77,6 +77,7 @@ class Plan:
     reachable: float | None  # what the pattern makes of it
     of: str  # what the sparsity is a fraction of
     denominator: str  # the same in words, with the number
+    step: float = 0.0  # what one step of the widest site is of that: a sparsity is met to within it
     notes: list[str] = field(default_factory=list)
     price: Price | None = None
 
@@ -131,14 +132,18 @@ def sites_of(method: Method, model: nn.Module, task: Task) -> Found:
             coupling.need(*(kind for kind in ("channel", "head", "stream") if kind in kinds))
     if "layer" in kinds:
         found += layers(model)
-    globs = getattr(method, "protect", ())
-    kept = [site for site in found if any(fnmatchcase(n, g) for g in globs for n in (site.name, *_names(site)))]
-    frozen += [f"{site.name}: protected by the settings" for site in kept]
-    return Found([site for site in found if site not in kept], frozen, multiples)
+    if protect := tuple(getattr(method, "protect", ())):
+        terms = Terms(0.0, protect=protect)
+        free = terms.free(model, found)
+        frozen += [f"{site.name}: protected by the settings" for site in found if terms.protects(site)]
+        found = free
+    return Found(found, frozen, multiples)
 
 
-def _names(site: Site) -> list[str]:
-    return [part.name for part in site.parts]
+def _terms(method: Method) -> Terms | None:
+    """What a method's settings ask of a cut, for those that cut by them."""
+    found = getattr(method, "terms", None)
+    return found if isinstance(found, Terms) else None
 
 
 def selection(method: Method) -> tuple[Sequence[str], Sequence[str]]:
@@ -153,7 +158,7 @@ def check(method: Method, model: nn.Module, task: Task) -> None:
     """
     for link in links(method):
         link.check()
-        counts(link, sites_of(link, model, task))
+        laid_out(link, sites_of(link, model, task), model, task, trial=False)
 
 
 def links(method: Method) -> tuple[Method, ...]:
@@ -200,6 +205,61 @@ def counts(method: Method, found: Found) -> tuple[dict[str, int] | None, bool]:
     return keep, exact
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Units to keep at each site, as far as that can be said before a run."""
+
+    keep: dict[str, int] | None  # None where nothing says
+    met: Met | None = None  # what is asked and reached, in the unit it was asked in
+    guessed: str = ""  # why the run may decide otherwise
+
+
+def laid_out(method: Method, found: Found, model: nn.Module, task: Task, *, trial: bool) -> Layout:
+    """What a method would keep. With `trial`, scores that read data are taken on a few examples.
+
+    Raises as `counts` does.
+    """
+    terms, sites = _terms(method), found.sites
+    if terms is None or not sites or method.budget() is None:
+        keep, exact = counts(method, found)
+        return Layout(keep, None, "" if keep is None or exact else _AS_IF_UNIFORM)
+    own_allocation = getattr(method, "allocation", None)
+    allocation: Allocation = own_allocation if isinstance(own_allocation, Allocation) else Uniform()
+    scores, guessed = _scores(method, allocation, model, sites, task, trial)
+
+    def spread(sparsity: float) -> Mapping[str, int]:
+        budget = Budget(sparsity, of=terms.native or "units")
+        return allocation.spread(sites, budget, _Unread() if scores is None else scores)
+
+    own = {name: of for name, of in found.multiples.items() if of > 1}
+    try:
+        met = terms.counts(model, task.example, sites, own, spread)
+    except _Unread.Asked:
+        allocation, guessed = Uniform(), _AS_IF_UNIFORM
+        met = replace(terms, native=None).counts(model, task.example, sites, own, spread)
+    return Layout(met.counts, met, guessed)
+
+
+_AS_IF_UNIFORM = "The allocation reads scores: each site's share is decided in the run, and shown as if uniform."
+
+
+def _scores(
+    method: Method, allocation: Allocation, model: nn.Module, sites: Sequence[Site], task: Task, trial: bool
+) -> tuple[Scores | None, str]:
+    """Scores for an allocation that reads some, and what is not sure of them; None where they come with the run."""
+    scores_in = getattr(method, "scores_in", None)
+    if scores_in is None or not allocation.needs_scores:
+        return None, ""
+    samples = getattr(method, "samples", 0)
+    if not getattr(method, "reads", False):
+        return scores_in(model, sites, task, samples), ""
+    if not trial:
+        return None, ""
+    few = min(TRIAL, samples)
+    said = f"Scores of {few} of {samples} calibration examples say what each site keeps; the run reads them all."
+    return scores_in(model, sites, task, few), said if few < samples else ""
+
+
 def plan(method: Method, model: nn.Module, task: Task, *, priced: bool = True, trial: bool = True) -> Plan:
     """A dry run of a method. Raises as `check` does; the model is not changed.
 
@@ -211,22 +271,23 @@ def plan(method: Method, model: nn.Module, task: Task, *, priced: bool = True, t
     first, *rest = links(method)
     found = sites_of(first, model, task)
     sites = found.sites
-    keep, exact = counts(first, found)
+    layout = laid_out(first, found, model, task, trial=priced and trial)
+    keep = layout.keep
     for link in rest:
-        counts(link, sites_of(link, model, task))
+        laid_out(link, sites_of(link, model, task), model, task, trial=False)
     rows = [_row(site, None if keep is None else keep[site.name]) for site in sites]
     budget, notes = first.budget(), []
     if not sites:
         notes.append("What is removed is found in the run: no sites can be listed before it.")
     elif keep is None:
         notes.append("This method has no target: what stays is decided in the run.")
-    elif not exact:
-        notes.append("The allocation reads scores: each site's share is decided in the run, and shown as if uniform.")
+    elif layout.guessed:
+        notes.append(layout.guessed)
     if rest:
         notes.append(f"Only the first of {1 + len(rest)} steps is laid out; the others see the model it leaves.")
     asked = None if budget is None else budget.sparsity
     of = "weights" if budget is None else budget.of
-    reachable = _reachable(sites, keep, of)
+    reachable = _reachable(sites, keep, of) if layout.met is None else layout.met.reached
     if asked is not None and reachable is not None and abs(reachable - asked) > 0.005:
         notes.append(f"{asked:.2%} was asked for; whole units in this pattern make {reachable:.2%}.")
     return Plan(
@@ -241,7 +302,8 @@ def plan(method: Method, model: nn.Module, task: Task, *, priced: bool = True, t
         reachable,
         of,
         denominator(model, sites, of),
-        notes,
+        0.0 if layout.met is None else layout.met.step,
+        [*notes, *(() if layout.met is None else layout.met.notes)],
         price(method, model, task, trial=trial) if priced else None,
     )
 
@@ -332,8 +394,17 @@ def denominator(model: nn.Module, sites: Sequence[Site], of: str) -> str:
     where = f"in {len(sites):,} site{'s' * (len(sites) != 1)}"
     if kind == "weight":
         return f"the {units:,} weights {where}, {share}" if of == "weights" else f"the {of} of {where[3:]}"
-    what = {"units": f"the {units:,} {kind}s", "weights": "the weights", "flops": "the work", "bytes": "the bytes"}[of]
-    return f"{what} {where}, which touch {share}"
+    if of in ("units", "weights"):
+        return f"the {f'{units:,} {kind}s' if of == 'units' else 'weights'} {where}, which touch {share}"
+    return f"{_WHOLE[of]} of the whole model; what is cut is {where}, which touch {share}"
+
+
+_WHOLE = {
+    "parameters": "the parameters",
+    "flops": "the work of a forward pass",
+    "bytes": "the bytes in memory",
+    "latency": "the time of a forward pass",
+}
 
 
 # What the pruning takes

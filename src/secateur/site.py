@@ -20,7 +20,8 @@ Tensors = Mapping[str, Tensor]
 """By dotted name: parameters and buffers, their gradients, or the contents of a cache."""
 
 Kind = Literal["weight", "block", "channel", "head", "expert", "layer", "stream", "choice", "cache"]
-Unit = Literal["weights", "flops", "bytes", "units"]
+Unit = Literal["weights", "units", "parameters", "flops", "bytes"]
+"""What a budget is a fraction of: the weights or the units of what is cut; or the whole network's rest."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -91,11 +91,12 @@ def test_a_channel_that_two_others_make_up_for_costs_nothing():
     torch.testing.assert_close(noise.model(x), before, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("of", ["weights", "flops", "bytes", "units"])
+@pytest.mark.parametrize("of", ["weights", "flops", "bytes", "parameters", "units"])
 @pytest.mark.parametrize("family", ["cnn", "decoder"])
 def test_the_budget_is_met_in_what_is_left(family, of):
     model, task = trained(family), make_task(family)
     done = prune(model, Spa(sparsity=0.4, of=of), task)
+    before, after = done.ledger.before, done.ledger.after
     sites = {e.site.name: e for e in done.edits}
     ledger = done.ledger
     if of == "flops":
@@ -103,6 +104,10 @@ def test_the_budget_is_met_in_what_is_left(family, of):
         reached = 1 - count_flops(done.model, task.example) / total
     elif of == "units":
         reached = ledger.units_removed / ledger.units
+    elif of == "bytes":
+        reached = 1 - after.memory_bytes / before.memory_bytes
+    elif of == "parameters":
+        reached = 1 - after.parameters / before.parameters
     else:
         reached = ledger.share
     # a unit of the widest site is the least that can go

@@ -1,4 +1,4 @@
-"""Any criterion of single weights as one of whole units, and a budget met in what is really left.
+"""Any criterion of single weights as one of whole units.
 
 A unit owns rows of some tensors and columns of others. What a criterion says of their elements is summed over each
 share, the shares are combined, and the scores of a site are divided by their mean or the like, so that sites can be
@@ -6,7 +6,7 @@ compared (Wang, Rong, Cao, Cai, Xu, Gu. "Structurally Prune Anything: Any Archit
 arXiv:2403.18955, section 3.3). `JointObs` scores and mends at the matrices that read the units (section 3.4, OBSPA).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import ClassVar, Protocol, runtime_checkable
@@ -14,16 +14,13 @@ from typing import ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from secateur.axes.allocations import Allocation
 from secateur.axes.criteria import Criterion, measured
 from secateur.axes.probes import Probe
 from secateur.axes.taylor import Combine
 from secateur.edit import Edit, Update
-from secateur.errors import BudgetError, EvidenceError
+from secateur.errors import EvidenceError
 from secateur.evidence import GRADS, INPUTS, Evidence, examples, observe
-from secateur.graph import left_of
-from secateur.method import Budget
-from secateur.site import Part, Site, Tensors, Unit, tensors
+from secateur.site import Part, Site, Tensors, tensors
 from secateur.task import Batch, Task
 
 
@@ -155,62 +152,6 @@ def grouped_scores(
             )  # fmt: skip
         found[site.name] = normal.of(combine.of(torch.stack(values))).float().cpu()
     return found
-
-
-# A budget met in what is really left
-
-
-def held(sites: Sequence[Site], of: Unit) -> float:
-    """What the tensors that sites touch hold, each once: weights, multiply-adds and adds per example, or bytes."""
-    if of == "units":
-        return float(sum(site.units for site in sites))
-    parts = {part.key: part for site in sites for part in site.parts}
-    each: dict[str, Callable[[Part], float]] = {
-        "weights": lambda p: 1.0, "bytes": lambda p: float(p.itemsize), "flops": lambda p: 2 * p.uses
-    }  # fmt: skip
-    return sum(prod(p.shape) * each[of](p) for p in parts.values())
-
-
-def affordable(
-    sites: Sequence[Site],
-    allocation: Allocation,
-    scores: Mapping[str, Tensor],
-    budget: Budget,
-    whole: float,
-    multiples: Mapping[str, int],
-) -> dict[str, int]:
-    """Units to keep so that what is removed comes nearest to a fraction of `whole`, by any allocation.
-
-    Two sites that cut a matrix along its two sides save less together than one by one, so the allocation is asked for
-    the sparsity of units at which what is left is right. Raises BudgetError where one unit a site is too many.
-    """
-
-    def counts(sparsity: float) -> dict[str, int]:
-        found = allocation.spread(sites, Budget(sparsity), scores)
-        for site in sites:
-            of = multiples.get(site.name, 1)
-            wanted = found[site.name] if of == 1 else round(found[site.name] / of) * of
-            found[site.name] = min(site.units, max(wanted, of))
-        return found
-
-    def gone(found: Mapping[str, int]) -> float:
-        keep = {s.name: torch.arange(s.units) < found[s.name] for s in sites}
-        return total - held(left_of(sites, keep), budget.of)
-
-    total, wanted = held(sites, budget.of), budget.sparsity * whole
-    low, high = 0.0, 1 - 1e-9
-    most = gone(counts(high))
-    if most < wanted * (1 - 1e-9):
-        raise BudgetError(
-            f"a sparsity of {budget.sparsity:g} of the {budget.of} was asked for",
-            f"{most / whole:.4g} can be reached with one unit left at each of {len(sites)} sites",
-            "Ask for less, protect fewer sites, or add kinds.",
-        )
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (middle, high) if gone(counts(middle)) < wanted else (low, middle)
-    found = [counts(low), counts(high)]
-    return min(found, key=lambda c: abs(gone(c) - wanted))
 
 
 # Optimal brain surgery on whole units

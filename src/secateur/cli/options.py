@@ -13,6 +13,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 SETTINGS = "secateur.settings"  # of the method: name -> text, as given
 TASK = "secateur.task"  # of the task: name -> text, as given
 ARGS = "secateur.args"  # the arguments as they came
+MANY = ("tuple", "list", "Sequence")  # how types of several values are written
 
 
 class Verb(click.Command):
@@ -37,7 +38,8 @@ class Verb(click.Command):
         ctx.meta[SETTINGS], ctx.meta[TASK] = {}, {}
         for name, (_, where, key) in ctx.meta["extra"].items():
             value = ctx.params.pop(name, None)
-            if value is not None:
+            value = ",".join(value) if isinstance(value, tuple) and value else value
+            if value is not None and value != ():
                 ctx.meta[where][key] = value
         return super().invoke(ctx)
 
@@ -150,7 +152,8 @@ def _option(method: str, setting: Any, taken: set[str], kind: type) -> click.Opt
     if setting.hint is bool:
         negative = f"--no-{option[2:]}"
         return click.Option([name, f"{option}/{negative}"], default=None, help=say)
-    return click.Option([name, option], metavar=metavar(setting), help=say)
+    many = setting.written.startswith(MANY)  # --protect stem --protect head, as well as --protect stem,head
+    return click.Option([name, option], metavar=metavar(setting), help=say, multiple=many)
 
 
 def metavar(setting: Any) -> str:
@@ -162,7 +165,7 @@ def metavar(setting: Any) -> str:
     names = {"float": "NUMBER", "int": "COUNT", "str": "TEXT", "bool": "true|false", "Method": "METHOD"}
     if setting.written in names:
         return names[setting.written]
-    if setting.written.startswith(("tuple", "list", "Sequence")):
+    if setting.written.startswith(MANY):
         return "A,B,..."
     plain = setting.written.replace(" | None", "")
     return names.get(plain, "VALUE")

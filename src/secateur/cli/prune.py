@@ -391,16 +391,14 @@ def _missed(record: "Record", method: "Method", planned: "Plan") -> list[str]:
     if planned.asked is None:
         return []
     ledger = record.ledger
-    reached = {
-        "weights": ledger.sparsity,
-        "units": sum(r.units - r.kept for r in record.sites) / max(sum(r.units for r in record.sites), 1),
-        "flops": 1 - (ledger.after.flops or 0) / (ledger.before.flops or 1),
-        "bytes": 1 - ledger.after.memory_bytes / ledger.before.memory_bytes,
-    }[planned.of]
+    whole = ledger.whole_of(planned.of)
+    of_sites = ledger.units_removed / max(ledger.units, 1) if planned.of == "units" else ledger.share
+    reached = of_sites if whole is None else 1 - whole[1] / whole[0]
     total = sum(r.weights for r in record.sites) or 1
     slack = sum(r.weights / r.units for r in record.sites if r.units) / total
     if planned.of == "units":
         slack = len(record.sites) / max(sum(r.units for r in record.sites), 1)
+    slack = max(slack, planned.step)
     from secateur.plan import links
 
     # A chain of masks over the same weights reaches its last target, one of cuts all of them together.

@@ -53,6 +53,9 @@ def _alike(method: Method) -> tuple[Method, list[str]]:
             f"{method.name} would leave the {first} first and {last} last blocks alone; here they are cut like the rest"
         )
         return changed, [said] if first or last else []
+    if "uniform" in own:
+        changed = replace(method, uniform=True)  # type: ignore[type-var]
+        return changed, [f"{method.name} finds widths of its own; here sites alike get the mean of theirs"]
     raise ExportError(
         f"{method.name} was to leave every layer the same width, as hf loads them",
         "it decides the width of each layer as it goes",

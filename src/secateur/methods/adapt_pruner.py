@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from secateur.axes import Scores, keep_top, kept_of
+from secateur.axes.budgets import Terms
 from secateur.axes.influence import Change, Turn, watched
 from secateur.axes.spending import check_affordable, total_cost
 from secateur.axes.taylor import Combine, First, Taylor, Total, gradients, group_scores
@@ -244,6 +245,7 @@ class AdaptPruner(Method):
     clip: float = 1.0  # longest gradient
     distil: float = 0.0  # weight of agreeing with the model as it was, in place of the loss
     temperature: float = 2.0  # at which they are compared
+    protect: tuple[str, ...] = ()  # sites or tensors left alone, by name: "conv1", "*.layers.0.*"
 
     card: ClassVar = Card(
         40,
@@ -314,7 +316,9 @@ class AdaptPruner(Method):
         """See Method. Raises BudgetError when the steps are used up before the size is reached."""
         self.check()
         coupling = couple(model, task.example)
-        whole = sites = inner(coupling)
+        found = inner(coupling)
+        terms = Terms(self.sparsity, protect=self.protect)
+        whole = sites = tuple(terms.free(model, found))
         total, before = total_cost(whole), sum(p.numel() for p in model.parameters())
         spend = self._spend(whole, before)
         batches = list(task.batches("calibration", self.samples))
@@ -339,6 +343,7 @@ class AdaptPruner(Method):
             + (f"{self.parameters:,} parameters" if self.parameters else f"{self.sparsity:g}")
             + f" asked for; {before - round(gone):,} parameters are left, after {taken} small steps",
             self._drift(whole, keep),
+            *terms.left_alone(found),
             "left by block: " + "; ".join(_left(block, whole, keep) for block in _blocks(whole)),
             *(str(frozen) for frozen in coupling.frozen),
         ]

@@ -20,7 +20,7 @@ Attention is left alone. Adapters of a rank that follows s may win back what was
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import lcm, prod
+from math import prod
 from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from secateur import adapters
 from secateur.axes import Allocation, Scores, keep_top, kept_of
+from secateur.axes.budgets import Terms, terms
 from secateur.axes.influence import Angle, Change, Watched, watched
 from secateur.axes.recovery import Retrain, Training, Work, kept_weights
 from secateur.axes.rules import LearningRate
@@ -357,12 +358,15 @@ class CFSP(Method):
     One forward pass over unlabelled data, no gradient; the model gets smaller at once.
     """
 
-    sparsity: float = 0.2  # fraction of the feed-forward neurons taken out, in [0, 1); not of the model's weights
+    sparsity: float = 0.2  # fraction taken out, in [0, 1): of the feed-forward neurons, or of what `of` says
+    of: str = "units"  # what the sparsity is of: units or weights of what is cut, or all parameters, flops, bytes
     samples: int = 128  # calibration sequences, as in the paper (of 1024 tokens there)
     change: Change = Angle()  # how much a block does; turn, squared and absolute are the authors' options
     score: Fine = Loudness()  # what a neuron is worth within its block, as released; relative is equation 8
     allocation: Allocation = Sigmoid()  # widths by how much blocks do; uniform gives every block the same
     round_to: int = 128  # widths are multiples of this, which hardware likes; 1 is exact
+    uniform: bool = False  # the same width for all sites of one kind and size, so that stock loaders take the result
+    protect: tuple[str, ...] = ()  # sites or tensors left alone, by name: "conv1", "*.layers.0.*"
     repair: bool = True  # move widths by a multiple until their sum is right; false: each to the nearest, as published
     recovery: IgLora | None = None  # train adapters afterwards: ig-lora
 
@@ -394,12 +398,17 @@ class CFSP(Method):
     tiny: ClassVar = {"samples": 16, "round_to": 8}
 
     def budget(self) -> Budget:
-        """A fraction of the neurons."""
-        return Budget(self.sparsity, of="units")
+        """A fraction of the unit that was asked for."""
+        return self.terms.budget
+
+    @property
+    def terms(self) -> Terms:
+        """What is asked of the cut; the allocation spends units."""
+        return terms(self, "units")
 
     def check(self) -> None:
         """See Method."""
-        super().check()
+        self.terms.check()
         if self.samples < 1 or self.round_to < 1:
             raise SettingError(
                 f"samples={self.samples} and round_to={self.round_to} were given",
@@ -413,8 +422,9 @@ class CFSP(Method):
         """See Method."""
         self.check()
         coupling = couple(model, task.example)
-        sites = inner(coupling, ("channel",))
-        multiples = {site.name: lcm(self.round_to, coupling.multiples.get(site.name, 1)) for site in sites}
+        found = inner(coupling, ("channel",))
+        sites = self.terms.free(model, found)
+        multiples = self.terms.multiples(sites, coupling.multiples)
         for site in sites:
             if multiples[site.name] > site.units:
                 raise SettingError(
@@ -426,7 +436,12 @@ class CFSP(Method):
             Retrain().ready(model, task)
         seen = self.seen(model, sites, task.batches("calibration", self.samples))
         influence = {site.block: seen.change(site.block) for site in sites}
-        counts = self.widths(sites, influence, multiples)
+
+        def spread(sparsity: float) -> dict[str, int]:
+            return self.widths(sites, influence, multiples, sparsity)
+
+        met = self.terms.counts(model, task.example, sites, coupling.multiples, spread)
+        counts = met.counts
         named, keep = tensors(model), {}
         for site in sites:
             loud = seen.square(_module(site)).sqrt()
@@ -436,7 +451,9 @@ class CFSP(Method):
         edits = apply_(model, [*whole, *removals(sites, keep)])
         units, left = total_units(sites), sum(counts.values())
         notes = [
-            f"{units - left:,} of {units:,} neurons taken out: {1 - left / units:.4f}, {self.sparsity:g} asked for",
+            f"{units - left:,} of {units:,} neurons taken out: {1 - left / units:.4f}, {met.words} asked for",
+            *self.terms.left_alone(found),
+            *met.notes,
             "neurons left by block, and how much it does: "
             + ", ".join(f"{s.block.rpartition('.')[2]} {counts[s.name]} ({influence[s.block]:.4f})" for s in sites),
             *(str(frozen) for frozen in coupling.frozen),
@@ -459,11 +476,15 @@ class CFSP(Method):
         return found
 
     def widths(
-        self, sites: Sequence[Site], influence: Mapping[str, float], multiples: Mapping[str, int]
+        self,
+        sites: Sequence[Site],
+        influence: Mapping[str, float],
+        multiples: Mapping[str, int],
+        sparsity: float | None = None,
     ) -> dict[str, int]:
-        """Neurons to keep at each site."""
+        """Neurons to keep at each site, at the sparsity that is set, or another."""
         scores = {site.name: torch.full(site.shape, influence[site.block], dtype=torch.float64) for site in sites}
-        budget = Budget(self.sparsity)
+        budget = Budget(self.sparsity if sparsity is None else sparsity)
         counts = self.allocation.spread(sites, budget, scores)
         # Rounded once, to multiples: whole numbers first would tip widths that lie between two.
         exact = self.allocation.exact(sites, budget, scores) if isinstance(self.allocation, Fractional) else counts

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.axes import Allocation, Scores, keep_top
+from secateur.axes.budgets import Terms, terms
 from secateur.axes.influence import tokens_of
 from secateur.axes.spending import check_affordable, per_block, spend_everywhere, total_cost
 from secateur.distributed import present
@@ -223,7 +224,8 @@ class FLAP(Method):
     No gradient, no retraining; the model gets smaller at once.
     """
 
-    sparsity: float = 0.2  # fraction of the weights of all heads and neurons taken out, in [0, 1)
+    sparsity: float = 0.2  # fraction taken out, in [0, 1): of the weights of all heads and neurons, or of `of`
+    of: str = "weights"  # what the sparsity is of: units or weights of what is cut, or all parameters, flops, bytes
     samples: int = 1024  # calibration sequences, as in the paper (of 128 tokens there)
     score: Score = Wifv()  # ifv and wifn are the paper's variants; column-norm looks at no data
     kinds: tuple[str, ...] = ("head", "channel")  # what is taken out: heads, neurons (channel) or both
@@ -231,6 +233,9 @@ class FLAP(Method):
     head_power: float = 2.0  # what scores of attention are raised to, as in the authors' code; 1 leaves them
     compensate: bool = True  # put the mean of what goes into a bias, made where there is none
     skip: int = 0  # positions at the start of each sequence left out; 1 leaves out the one that attracts attention
+    round_to: int = 1  # widths that are left are multiples of this
+    uniform: bool = False  # the same width for all sites of one kind and size, so that stock loaders take the result
+    protect: tuple[str, ...] = ()  # sites or tensors left alone, by name: "conv1", "*.layers.0.*"
 
     card: ClassVar = Card(
         47,
@@ -253,9 +258,18 @@ class FLAP(Method):
     )
     tiny: ClassVar = {"samples": 16}
 
+    def budget(self) -> Budget:
+        """A fraction of the unit that was asked for."""
+        return self.terms.budget
+
+    @property
+    def terms(self) -> Terms:
+        """What is asked of the cut; the allocation spends weights."""
+        return terms(self, "weights")
+
     def check(self) -> None:
         """See Method."""
-        check_sparsity(self.sparsity)
+        self.terms.check()
         if self.samples < 1 or self.skip < 0 or not self.head_power > 0:
             raise SettingError(
                 f"samples={self.samples}, skip={self.skip}, head_power={self.head_power:g} were given",
@@ -271,15 +285,19 @@ class FLAP(Method):
         """See Method."""
         self.check()
         coupling = couple(model, task.example)
-        sites = inner(coupling, self.kinds)
-        budget = Budget(self.sparsity)
+        found = inner(coupling, self.kinds)
+        sites, scores = self.terms.free(model, found), dict[str, Tensor]()
+
+        def spread(sparsity: float) -> dict[str, int]:
+            return self.allocation.spread(sites, Budget(sparsity), scores or _Unseen())
+
         with suppress(_Unread):  # what cannot be met is refused before any data is read
-            self.allocation.spread(sites, budget, _Unseen())
+            self.terms.counts(model, task.example, sites, coupling.multiples, spread)
         flows = self.flows(model, sites, list(task.batches("calibration", self.samples)))
         named = tensors(model)
-        scores = {site.name: self.unit_scores(site, named, flows[site.name]) for site in sites}
-        counts = self.allocation.spread(sites, budget, scores)
-        keep = {site.name: keep_top(scores[site.name], counts[site.name]) for site in sites}
+        scores |= {site.name: self.unit_scores(site, named, flows[site.name]) for site in sites}
+        met = self.terms.counts(model, task.example, sites, coupling.multiples, spread)
+        keep = {site.name: keep_top(scores[site.name], met.counts[site.name]) for site in sites}
         edits: list[Edit] = []
         added = 0
         if self.compensate:
@@ -294,7 +312,9 @@ class FLAP(Method):
         gone, total = sum(float(s.cost()[~keep[s.name]].sum()) for s in sites), total_cost(sites)
         notes = [
             f"{gone:,.0f} of {total:,.0f} weights of heads and neurons taken out: {gone / total:.4f},"
-            f" {self.sparsity:g} asked for"
+            f" {met.words} asked for",
+            *self.terms.left_alone(found),
+            *met.notes,
         ]
         if added:
             notes.append(f"{added:,} biases were added")

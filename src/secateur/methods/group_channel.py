@@ -14,12 +14,14 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from secateur.axes import Allocation, Global, Scores, keep_top
+from secateur.axes.budgets import Terms, terms
 from secateur.axes.distillation import Distil
 from secateur.axes.penalties import Pressure, ScalePenalty, Weakest
 from secateur.axes.rules import LearningRate
@@ -126,7 +128,8 @@ class Sparsest:
 class GroupChannel(Method):
     """Train scales to be small, remove channels by a threshold for each group, and distil attention to recover."""
 
-    sparsity: float = 0.5  # fraction of the channels of every group taken out, in [0, 1)
+    sparsity: float = 0.5  # fraction taken out, in [0, 1): of the channels of every group, or of what `of` says
+    of: str = "units"  # what the sparsity is of: units or weights of what is cut, or all parameters, flops, bytes
     steps: int = 200  # of sparse training; 0 ranks the scales as they are
     strength: float = 0.01  # s: what a penalised scale's gradient gets
     pressure: Pressure = Weakest()  # on which scales: weakest(share=0.65, leak=0.01, begin=0.4), or everywhere
@@ -140,6 +143,9 @@ class GroupChannel(Method):
     layers: tuple[str, ...] = ()  # modules whose attention is distilled, by name or glob; (): each group's last norm
     attention: float = 5.0  # how much the mean distance of attention weighs beside the task's loss
     rate: float = 1.0  # learning rate after the cut, as a fraction of the task's; it falls along a cosine
+    round_to: int = 1  # widths that are left are multiples of this
+    uniform: bool = False  # the same width for all sites of one kind and size, so that stock loaders take the result
+    protect: tuple[str, ...] = ()  # sites or tensors left alone, by name: "conv1", "*.layers.0.*"
 
     card: ClassVar = Card(
         49,
@@ -172,12 +178,23 @@ class GroupChannel(Method):
     def budget(self) -> Budget | None:
         """The fraction of channels, where no group has one of its own."""
         own = isinstance(self.allocation, Grouped) and self.allocation.sparsities
-        return None if own else Budget(self.sparsity, of="units")
+        return None if own else self.terms.budget
+
+    @property
+    def terms(self) -> Terms:
+        """What is asked of the cut; the allocation spends units."""
+        return terms(self, "units", self.least)
 
     def check(self) -> None:
         """See Method."""
-        check_sparsity(self.sparsity)
+        self.terms.check()
         check_sparsity(self.floor, "floor")
+        if self.of != "units" and self.budget() is None:
+            raise SettingError(
+                f"a sparsity of the {self.of} was asked for",
+                "every group of layers has a sparsity of its own",
+                "Leave one of the two out.",
+            )
         if min(self.steps, self.tune, self.distil) < 0 or self.least < 1:
             raise SettingError(
                 f"steps={self.steps}, tune={self.tune}, distil={self.distil}, least={self.least} were given",
@@ -195,32 +212,51 @@ class GroupChannel(Method):
     def run(self, model: nn.Module, task: Task) -> Outcome:
         """See Method."""
         self.check()
-        sites, others = scaled(model, task.example, couple(model, task.example))
+        coupling = couple(model, task.example)
+        found, others = scaled(model, task.example, coupling)
+        self.terms.free(model, [one.site for one in found])
+        sites = [one for one in found if not self.terms.protects(one.site)]
         names = list(dict(model.named_modules()))
         layers = self.taught(sites, names)
         teacher = copy.deepcopy(model)
         history = History()
         if self.steps:
             history = fit(model, task, self.steps, [ScalePenalty(scale_names(sites), self.strength, self.pressure)])
-        keep = self.keep(model, sites)
+        bare = [one.site for one in sites]
+        spread = partial(self.spread, bare, self.scores(model, sites))
+        met = self.terms.counts(model, task.example, bare, coupling.multiples, spread)
+        keep = self.keep(model, sites, met.counts)
         edits = apply_(model, self.constants.edits(model, sites, keep, task.example))
         edits += apply_(model, cuts(sites, keep))
         history = self.recover(model, task, self.tune, [], history)
         history = self.recover(model, task, self.distil, [Distil(teacher, layers, self.attention)], history)
         notes = self.notes(sites, keep) + [f"left alone: {name} is not scaled by norms throughout" for name in others]
+        notes += [*self.terms.left_alone([one.site for one in found]), *met.notes]
         return Outcome(model, edits, history, notes=notes + history.notes)
 
-    def keep(self, model: nn.Module, sites: Sequence[Scaled]) -> dict[str, Tensor]:
-        """Which channels stay: those of the largest merged scales, by the allocation's counts.
+    def keep(
+        self, model: nn.Module, sites: Sequence[Scaled], counts: Mapping[str, int] | None = None
+    ) -> dict[str, Tensor]:
+        """Which channels stay: those of the largest merged scales, so many, or as many as the allocation says."""
+        scores = self.scores(model, sites)
+        if counts is None:
+            counts = self.spread([one.site for one in sites], scores, self.sparsity)
+        return {one.site.name: keep_top(scores[one.site.name], counts[one.site.name]) for one in sites}
+
+    def scores(self, model: nn.Module, sites: Sequence[Scaled]) -> dict[str, Tensor]:
+        """What tied layers together say of each channel."""
+        named = tensors(model)
+        return {one.site.name: self.merge.score(one.sizes(named)) for one in sites}
+
+    def spread(self, sites: Sequence[Site], scores: Scores, sparsity: float) -> dict[str, int]:
+        """Channels to keep at each site, by the allocation.
 
         A floor's channels come first whatever their scales, so that a group loses as many as were asked, elsewhere.
         """
-        named = tensors(model)
-        scores = {one.site.name: self.merge.score(one.sizes(named)) for one in sites}
-        least = {s.name: min(s.units, int(self.floor * s.units) or self.least) for s in (one.site for one in sites)}
+        least = {site.name: min(site.units, int(self.floor * site.units) or self.least) for site in sites}
         first = {name: score.masked_fill(keep_top(score, least[name]), torch.inf) for name, score in scores.items()}
-        counts = self.allocation.spread([one.site for one in sites], Budget(self.sparsity, of="units"), first)
-        return {name: keep_top(score, max(counts[name], least[name])) for name, score in scores.items()}
+        counts = self.allocation.spread(sites, Budget(sparsity, of="units"), first)
+        return {name: max(count, least[name]) for name, count in counts.items()}
 
     def taught(self, sites: Sequence[Scaled], names: Sequence[str]) -> list[str]:
         """The modules whose attention is distilled. Raises SettingError for a glob that matches none."""

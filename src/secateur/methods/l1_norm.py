@@ -3,19 +3,19 @@
 Li, Kadav, Durdanovic, Samet, Graf. "Pruning Filters for Efficient ConvNets." 2016. arXiv:1608.08710, section 3.1.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from math import lcm
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from secateur.axes import Allocation, Uniform, keep_top, kept_of
-from secateur.edit import apply_
+from secateur.axes import Allocation, Scores, Uniform, keep_top
+from secateur.axes.budgets import Terms, terms
+from secateur.edit import Edit, Mask, apply_
 from secateur.errors import SettingError, did_you_mean
 from secateur.graph import couple, removals
-from secateur.method import Budget, Card, Method, check_sparsity
+from secateur.method import Budget, Card, Method
 from secateur.outcome import Outcome
 from secateur.site import Kind, Site, Tensors, tensors
 from secateur.task import Task
@@ -39,7 +39,8 @@ def l1_norm(site: Site, tensors: Tensors) -> Tensor:
 class L1Norm(Method):
     """Take out the channels, neurons and heads whose weights are smallest. No data; the model gets smaller at once."""
 
-    sparsity: float = 0.3  # fraction of the units of each site taken out, in [0, 1)
+    sparsity: float = 0.3  # fraction of what `of` says that is taken out, in [0, 1)
+    of: str = "units"  # what the sparsity is of: units or weights of what is cut, or all parameters, flops, bytes
     kinds: tuple[str, ...] = KINDS  # what is taken out: channel, head
     allocation: Allocation = Uniform()  # the paper's: the same fraction of every layer
     round_to: int = 1  # widths that are left are multiples of this
@@ -64,12 +65,17 @@ class L1Norm(Method):
     tiny: ClassVar = {"sparsity": 0.3}
 
     def budget(self) -> Budget:
-        """A fraction of units."""
-        return Budget(self.sparsity, of="units")
+        """A fraction of units, unless another unit was asked for."""
+        return self.terms.budget
+
+    @property
+    def terms(self) -> Terms:
+        """What is asked of the cut; the allocation spends units."""
+        return terms(self, "units")
 
     def check(self) -> None:
         """See Method."""
-        check_sparsity(self.sparsity)
+        self.terms.check()
         unknown = [kind for kind in self.kinds if kind not in KINDS]
         if unknown or not self.kinds:
             raise SettingError(
@@ -77,46 +83,27 @@ class L1Norm(Method):
                 "what can be taken out is a channel or a head",
                 did_you_mean(unknown[0] if unknown else "", KINDS),
             )
-        if self.round_to < 1:
-            raise SettingError(
-                f"widths in multiples of {self.round_to} were asked for", "a multiple is 1 at least", "Give 8 or 16."
-            )
 
     def run(self, model: nn.Module, task: Task) -> Outcome:
         """See Method."""
         self.check()
         coupling = couple(model, task.example)
         found = coupling.need(*(kind for kind in KINDS if kind in self.kinds))
-        sites = [site for site in found if not self.protected(site)]
-        named = tensors(model)
-        scores = {site.name: l1_norm(site, named) for site in sites}
-        multiples = {site.name: lcm(self.round_to, coupling.multiples.get(site.name, 1)) for site in sites}
-        counts = self.rounded(sites, self.allocation.spread(sites, self.budget(), scores), multiples)
-        keep = {site.name: keep_top(scores[site.name], counts[site.name]) for site in sites}
-        edits = apply_(model, removals(sites, keep))
+        sites = self.terms.free(model, found)
+        scores = self.scores_in(model, sites, task)
+
+        def spread(sparsity: float) -> dict[str, int]:
+            return self.allocation.spread(sites, Budget(sparsity, of="units"), scores)
+
+        met = self.terms.counts(model, task.example, sites, coupling.multiples, spread)
+        keep = {site.name: keep_top(scores[site.name], met.counts[site.name]) for site in sites}
+        # A site that loses nothing is written down too: the budget is a fraction of it as well.
+        whole: list[Edit] = [Mask(site, keep[site.name]) for site in sites if bool(keep[site.name].all())]
+        edits = apply_(model, [*whole, *removals(sites, keep)])
         notes = [str(frozen) for frozen in coupling.frozen]
-        notes += [f"left alone: {site.name}" for site in found if self.protected(site)]
-        notes += [
-            f"{site.name} keeps {counts[site.name]} of {site.units} to make a multiple of {multiples[site.name]}"
-            for site in sites
-            if multiples[site.name] > 1 and counts[site.name] != kept_of(site.units, self.sparsity)
-        ]
-        return Outcome(model, list(edits), notes=notes)
+        return Outcome(model, list(edits), notes=[*notes, *self.terms.left_alone(found), *met.notes])
 
-    def protected(self, site: Site) -> bool:
-        """Whether a site, or a tensor of it, is to be left alone."""
-        names = (site.name, *(part.name for part in site.parts))
-        return any(fnmatchcase(name, glob) for glob in self.protect for name in names)
-
-    def rounded(self, sites: list[Site], counts: dict[str, int], multiples: dict[str, int]) -> dict[str, int]:
-        """Counts of units to keep, made equal among sites alike where asked, and multiples; one at least."""
-        found = dict(counts)
-        if self.uniform:
-            for alike in {(site.kind, site.units) for site in sites}:
-                names = [site.name for site in sites if (site.kind, site.units) == alike]
-                found.update(dict.fromkeys(names, round(sum(counts[name] for name in names) / len(names))))
-        for site in sites:
-            if (of := multiples[site.name]) > 1:
-                found[site.name] = min(site.units, max(round(found[site.name] / of) * of, of))
-            found[site.name] = max(1, found[site.name])
-        return found
+    def scores_in(self, model: nn.Module, sites: Sequence[Site], task: Task, samples: int = 0) -> Scores:
+        """One score per unit of each site, which takes no data: `plan` reads them too."""
+        named = tensors(model)
+        return {site.name: l1_norm(site, named) for site in sites}

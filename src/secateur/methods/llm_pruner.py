@@ -15,13 +15,14 @@ import torch
 from torch import nn
 
 from secateur.axes import Scores, keep_top
+from secateur.axes.budgets import Terms, terms
 from secateur.axes.spending import per_block, total_cost
 from secateur.axes.taylor import Combine, First, Taylor, Total, gradients, group_scores
 from secateur.edit import Mask, apply_
 from secateur.errors import BudgetError, SettingError
 from secateur.graph import couple, removals
 from secateur.graph.inner import inner
-from secateur.method import Budget, Card, Method, check_sparsity
+from secateur.method import Budget, Card, Method
 from secateur.outcome import Outcome
 from secateur.site import Site, tensors
 from secateur.task import Task
@@ -66,13 +67,17 @@ class LLMPruner(Method):
     A few samples and one backward pass. The paper then trains adapters, which is a method of its own here.
     """
 
-    sparsity: float = 0.2  # fraction of the weights of all blocks' heads and neurons taken out, in [0, 1)
+    sparsity: float = 0.2  # fraction taken out, in [0, 1): of the weights of all blocks' heads and neurons, or of `of`
+    of: str = "weights"  # what the sparsity is of: units or weights of what is cut, or all parameters, flops, bytes
     samples: int = 10  # calibration sequences, as in the paper (of 64 tokens there)
     taylor: Taylor = First()  # vectorize, second and mix are the paper's others
     combine: Combine = Total()  # what becomes of a unit's shares of several tensors
     spare_first: int = 4  # blocks at the start that are left alone
     spare_last: int = 2  # blocks at the end that are left alone
     least: int = 1  # units that stay at each site
+    round_to: int = 1  # widths that are left are multiples of this
+    uniform: bool = False  # the same width for all sites of one kind and size, so that stock loaders take the result
+    protect: tuple[str, ...] = ()  # sites or tensors left alone, by name: "conv1", "*.layers.0.*"
 
     card: ClassVar = Card(
         0,
@@ -95,9 +100,24 @@ class LLMPruner(Method):
     )
     tiny: ClassVar = {"spare_first": 0, "spare_last": 1}
 
+    def budget(self) -> Budget:
+        """A fraction of the unit that was asked for."""
+        return self.terms.budget
+
+    @property
+    def terms(self) -> Terms:
+        """What is asked of the cut; the allocation spends weights."""
+        return terms(self, "weights", self.least)
+
     def check(self) -> None:
         """See Method."""
-        check_sparsity(self.sparsity)
+        self.terms.check()
+        if self.uniform and (self.spare_first or self.spare_last):
+            raise SettingError(
+                "the same width in every layer was asked for",
+                f"the {self.spare_first} first and {self.spare_last} last blocks were to be spared",
+                "Spare none: spare_first=0, spare_last=0.",
+            )
         if min(self.spare_first, self.spare_last) < 0 or self.samples < 1 or self.least < 1:
             raise SettingError(
                 f"spare_first={self.spare_first}, spare_last={self.spare_last}, samples={self.samples}, "
@@ -110,8 +130,14 @@ class LLMPruner(Method):
         """See Method."""
         self.check()
         coupling = couple(model, task.example)
-        sites = inner(coupling)
-        counts = self.allocation.spread(sites, Budget(self.sparsity))
+        found = inner(coupling)
+        sites = self.terms.free(model, found)
+
+        def spread(sparsity: float) -> dict[str, int]:
+            return self.allocation.spread(sites, Budget(sparsity))
+
+        met = self.terms.counts(model, task.example, sites, coupling.multiples, spread)
+        counts = met.counts
         chosen = [site for site in sites if counts[site.name] < site.units]
         batches = list(task.batches("calibration", self.samples))
         names = {part.name for site in chosen for part in site.parts}
@@ -127,7 +153,9 @@ class LLMPruner(Method):
         blocks = {site.block for site in chosen}
         notes = [
             f"{gone:,.0f} of {total:,.0f} weights of heads and neurons taken out: {gone / total:.4f},"
-            f" {self.sparsity:g} asked for; from {len(blocks)} of {len({site.block for site in sites})} blocks"
+            f" {met.words} asked for; from {len(blocks)} of {len({site.block for site in sites})} blocks",
+            *self.terms.left_alone(found),
+            *met.notes,
         ]
         return Outcome(model, edits, notes=[*notes, *(str(frozen) for frozen in coupling.frozen)])
 

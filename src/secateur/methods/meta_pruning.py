@@ -34,6 +34,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from secateur import stored
+from secateur.axes.budgets import Terms
 from secateur.axes.recalibration import recalibrate_, some
 from secateur.axes.rewinding import reinitialize_
 from secateur.axes.rules import Hold, LearningRate
@@ -678,7 +679,7 @@ def passed_(model: nn.Module, metanetwork: Metanetwork) -> list[Edit]:
 
 
 def prune_groups_(
-    model: nn.Module, example: Batch, flops: float, share: float = 0.005
+    model: nn.Module, example: Batch, flops: float, share: float = 0.005, protect: tuple[str, ...] = ()
 ) -> tuple[list[Remove], list[str]]:
     """Take out the groups of smallest norm, a share of all units at a time, until a fraction of the work is gone.
 
@@ -686,7 +687,8 @@ def prune_groups_(
     bit by bit. Raises BudgetError where that is too much.
     """
     coupling = couple(model, example)
-    sites: Sequence[Site] = [site for site in coupling.need("channel") if coupling.multiples.get(site.name, 1) == 1]
+    free = Terms(flops, protect=protect).free(model, coupling.need("channel"))
+    sites: Sequence[Site] = [site for site in free if coupling.multiples.get(site.name, 1) == 1]
     before = count_flops(model, example) or 0
     each = max(1, round(share * sum(site.units for site in sites)))
     first, left = sites, before
@@ -734,6 +736,7 @@ class MetaPruning(Method):
     settle: int = 300  # optimizer steps of fine-tuning between metanetwork and pruning
     tune: int = 300  # and after pruning
     samples: int = 512  # examples on which batch norms take their statistics anew where nothing is fine-tuned
+    protect: tuple[str, ...] = ()  # sites or tensors left alone, by name: "conv1", "*.layers.0.*"
 
     card: ClassVar = Card(
         32,
@@ -795,7 +798,7 @@ class MetaPruning(Method):
         if not self.settle:
             edits += recalibrate_(model, some(task, self.samples))
         if self.around is None:
-            pruned, said = prune_groups_(model, task.example, self.flops, self.share)
+            pruned, said = prune_groups_(model, task.example, self.flops, self.share, self.protect)
             edits, notes, rules = edits + list(pruned), notes + said, []
         else:
             done = self.around.run(model, task)

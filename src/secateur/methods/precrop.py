@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.axes import Allocation, SynExp
+from secateur.axes.budgets import Terms
 from secateur.axes.donors import Donor
 from secateur.axes.filters import writers
 from secateur.axes.rewinding import reinitialize_
@@ -348,6 +349,7 @@ class PreCrop(Method):
     round_to: int = 1  # widths are multiples of this
     steps: int = 1000  # of training the narrow network; 0: none
     rate_floor: float = 0.0  # learning rate at the end of its cosine, as a fraction of that at the start
+    protect: tuple[str, ...] = ()  # sites or tensors left alone, by name: "conv1", "*.layers.0.*"
 
     card: ClassVar = Card(
         31,
@@ -403,7 +405,9 @@ class PreCrop(Method):
         self.check()
         _check_plain(model)
         coupling = couple(model, task.example)
-        sites = self.scope.of(coupling.need("channel"))
+        terms = Terms(self.sparsity, round_to=self.round_to, protect=self.protect)
+        found = self.scope.of(coupling.need("channel"))
+        sites = terms.free(model, found)
         if not sites:
             raise ModelError(
                 f"the inside of residual blocks of {type(model).__name__} was to be narrowed",
@@ -415,12 +419,12 @@ class PreCrop(Method):
         wanted, notes = self.wanted(model, task, costs)
         real = self.widths.choose(costs, limits, wanted)
         self.check_widens(sites)
-        multiples = np.array([np.lcm(self.round_to, coupling.multiples.get(site.name, 1)) for site in sites])
-        found = whole_widths(costs, limits, real, multiples)
-        edits = cropped_(model, sites, found)
+        multiples = np.array(list(terms.multiples(sites, coupling.multiples).values()))
+        widths = whole_widths(costs, limits, real, multiples)
+        edits = cropped_(model, sites, widths)
         reinitialize_(model, generator(task, "initial weights"))
         history = fit(model, task, self.steps, [LearningRate(floor=self.rate_floor)])
-        notes += self.report(costs, sites, found, coupling)
+        notes += [*self.report(costs, sites, widths, coupling), *terms.left_alone(found)]
         return Outcome(model, edits, history, notes=notes + history.notes)
 
     def check_widens(self, sites: Sequence[Site]) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from secateur.axes import Global
+from secateur.axes.budgets import Terms, terms
 from secateur.axes.patterns import keep_top
 from secateur.axes.penalties import ScalePenalty
 from secateur.axes.rules import LearningRate
@@ -19,7 +20,7 @@ from secateur.axes.scales import scale_names, scaled
 from secateur.edit import Edit, Mask, apply_
 from secateur.errors import BudgetError, SettingError
 from secateur.graph import couple, removals
-from secateur.method import Budget, Card, Method, check_sparsity
+from secateur.method import Budget, Card, Method
 from secateur.outcome import Outcome
 from secateur.site import tensors
 from secateur.task import Task
@@ -30,12 +31,16 @@ from secateur.train import History, Rule, fit
 class Slimming(Method):
     """Train with a pull on all scales, take out the channels of the smallest anywhere, fine-tune."""
 
-    sparsity: float = 0.5  # fraction of all channels that have a scale, in [0, 1)
+    sparsity: float = 0.5  # fraction taken out, in [0, 1): of all channels that have a scale, or of what `of` says
+    of: str = "units"  # what the sparsity is of: units or weights of what is cut, or all parameters, flops, bytes
     strength: float = 1e-4  # of the pull, s; 1e-5 for deep residual networks in the paper
     floor: int = 0  # channels that every layer keeps; 0, as in the paper: a layer that would vanish is an error
     steps: int = 1000  # of training with the pull; 0: the scales are taken as they are
     recover: int = 0  # optimizer steps of fine-tuning what is left
     rate_floor: float = 0.0  # learning rate at the end of its cosine, as a fraction of that at the start
+    round_to: int = 1  # widths that are left are multiples of this
+    uniform: bool = False  # the same width for all sites of one kind and size, so that stock loaders take the result
+    protect: tuple[str, ...] = ()  # sites or tensors left alone, by name: "conv1", "*.layers.0.*"
 
     card: ClassVar = Card(
         0,
@@ -59,12 +64,22 @@ class Slimming(Method):
     tiny: ClassVar = {"sparsity": 0.25, "steps": 20, "strength": 1e-3, "floor": 1}
 
     def budget(self) -> Budget:
-        """A fraction of the channels, wherever they are."""
-        return Budget(self.sparsity, of="units")
+        """A fraction of the unit that was asked for."""
+        return self.terms.budget
+
+    @property
+    def terms(self) -> Terms:
+        """What is asked of the cut; the threshold spends units, and may leave a layer none."""
+        return terms(self, "units", least=0)
+
+    @property
+    def allocation(self) -> Global:
+        """One threshold for the whole network."""
+        return Global()
 
     def check(self) -> None:
         """Raise SettingError for a fraction, a pull or a training that cannot be."""
-        check_sparsity(self.sparsity)
+        self.terms.check()
         for name in ("floor", "steps", "recover"):
             if getattr(self, name) < 0:
                 raise SettingError(f"{name}={getattr(self, name)} was given", "0 is the least", "Give 0 or more.")
@@ -76,8 +91,9 @@ class Slimming(Method):
         """Train with the pull, rank all scales together, take out, fine-tune."""
         self.check()
         coupling = couple(model, task.example)
-        found, others = scaled(model, task.example, coupling)
-        sites, history = [one.site for one in found], History()
+        every, others = scaled(model, task.example, coupling)
+        sites, history = self.terms.free(model, [one.site for one in every]), History()
+        found = [one for one in every if not self.terms.protects(one.site)]
         if self.steps:
             rules: list[Rule] = [LearningRate(floor=self.rate_floor), ScalePenalty(scale_names(found), self.strength)]
             history = fit(model, task, self.steps, rules)
@@ -85,7 +101,12 @@ class Slimming(Method):
         scores = {one.site.name: one.sizes(named).amax(0).float() for one in found}  # the loudest of tied layers
         spared = {name: keep_top(score, min(self.floor, len(score))) for name, score in scores.items()}
         ranked = {name: score.masked_fill(spared[name], torch.inf) for name, score in scores.items()}
-        counts = Global().spread(sites, self.budget(), ranked)
+
+        def spread(sparsity: float) -> dict[str, int]:
+            return self.allocation.spread(sites, Budget(sparsity, of="units"), ranked)
+
+        met = self.terms.counts(model, task.example, sites, coupling.multiples, spread)
+        counts = met.counts
         vanished = [name for name, count in counts.items() if count == 0]
         if vanished:
             raise BudgetError(
@@ -101,4 +122,5 @@ class Slimming(Method):
             history = history.then(fit(model, task, self.recover, [LearningRate()], epoch=history.epoch))
         widths = ", ".join(f"{site.name} {counts[site.name]}/{site.units}" for site in sites)
         notes = [f"widths found: {widths}", *(f"{name} is left alone: a layer of it has no norm" for name in others)]
+        notes += [*self.terms.left_alone([one.site for one in every]), *met.notes]
         return Outcome(model, edits, history, notes=[*notes, *history.notes])

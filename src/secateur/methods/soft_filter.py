@@ -6,12 +6,14 @@ arXiv:1808.06866, algorithm 1: by Euclidean norm, the same fraction of every lay
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from secateur.axes import keep_top, kept_of
+from secateur.axes.budgets import Terms, every_layer, terms
 from secateur.axes.filters import filter_norm, filters, writers
 from secateur.axes.recalibration import recalibrate_, some
 from secateur.axes.rules import LearningRate
@@ -31,13 +33,16 @@ class Softly(Rule):
     Norms behind them keep their shifts, so that gradients still come back and a filter may return.
     """
 
-    def __init__(self, sites: Sequence[Site], sparsity: float, every: int = 0) -> None:
+    def __init__(
+        self, sites: Sequence[Site], sparsity: float, every: int = 0, counts: Mapping[str, int] | None = None
+    ) -> None:
         check_sparsity(sparsity)
         if every < 0:
             raise SettingError(
                 f"zeroing every {every} steps was asked for", "steps are whole", "Give 0 for every epoch."
             )
-        self.sites, self.sparsity, self.every = list(sites), sparsity, every
+        self.sites, self.every = list(sites), every
+        self.counts = {s.name: max(1, kept_of(s.units, sparsity)) for s in sites} if counts is None else dict(counts)
         self.keep: dict[str, Tensor] = {}
         self.epoch = 0
 
@@ -63,7 +68,7 @@ class Softly(Rule):
         self.keep = {}
         with torch.no_grad():
             for site in self.sites:
-                keep = keep_top(filter_norm(site, named), max(1, kept_of(site.units, self.sparsity)))
+                keep = keep_top(filter_norm(site, named), self.counts[site.name])
                 self.keep[site.name] = keep
                 for part in writers(site):
                     seen = part.read(named)
@@ -88,10 +93,14 @@ class SoftFilter(Method):
     """Train while the smallest filters are zeroed again and again; then take out those that are zero."""
 
     sparsity: float = 0.3  # fraction of the filters of each layer, in [0, 1): 1 less the rate of the paper's code
+    of: str = "units"  # what the sparsity is of: units or weights of what is cut, or all parameters, flops, bytes
     every: int = 0  # steps between zeroings; 0: an epoch
     steps: int = 1000  # of training
     samples: int = 512  # examples for fresh statistics of norms after the cut
     rate_floor: float = 0.0  # learning rate at the end of its cosine, as a fraction of that at the start
+    round_to: int = 1  # widths that are left are multiples of this
+    uniform: bool = False  # the same width for all sites of one kind and size, so that stock loaders take the result
+    protect: tuple[str, ...] = ()  # sites or tensors left alone, by name: "conv1", "*.layers.0.*"
 
     card: ClassVar = Card(
         0,
@@ -114,11 +123,17 @@ class SoftFilter(Method):
     tiny: ClassVar = {"steps": 24, "every": 8, "samples": 64}
 
     def budget(self) -> Budget:
-        """A fraction of the filters."""
-        return Budget(self.sparsity, of="units")
+        """A fraction of the unit that was asked for."""
+        return self.terms.budget
+
+    @property
+    def terms(self) -> Terms:
+        """What is asked of the cut; the allocation spends units."""
+        return terms(self, "units")
 
     def check(self) -> None:
         """Raise SettingError for a fraction or a training that cannot be."""
+        self.terms.check()
         Softly([], self.sparsity, self.every)
         if self.steps < 1 or self.samples < 1:
             raise SettingError(
@@ -129,8 +144,11 @@ class SoftFilter(Method):
     def run(self, model: nn.Module, task: Task) -> Outcome:
         """Train softly, cut, take statistics anew."""
         self.check()
-        sites, notes = filters(model, task.example)
-        rule = Softly(sites, self.sparsity, self.every)
+        found, notes = filters(model, task.example)
+        sites = self.terms.free(model, found)
+        met = self.terms.counts(model, task.example, sites, {}, partial(every_layer, sites))
+        notes += [*self.terms.left_alone(found), *met.notes]
+        rule = Softly(sites, self.sparsity, self.every, met.counts)
         history = fit(model, task, self.steps, [LearningRate(floor=self.rate_floor), rule])
         edits: list[Edit] = apply_(model, removals(sites, rule.keep))
         edits += recalibrate_(model, some(task, self.samples))

@@ -8,16 +8,15 @@ OBSPA, lets what stays make up for what goes, on real data, other data or noise:
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
-from math import lcm
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from secateur.axes import Allocation, Criterion, Global, Magnitude, keep_top
-from secateur.axes.groups import ByMean, JointObs, Normal, affordable, grouped_scores, held, member, mend, readers
+from secateur.axes import Allocation, Criterion, Global, Magnitude, Scores, keep_top
+from secateur.axes.budgets import Terms, terms
+from secateur.axes.groups import ByMean, JointObs, Normal, grouped_scores, member, mend, readers
 from secateur.axes.probes import Probe
 from secateur.axes.recalibration import recalibrate_, some
 from secateur.axes.taylor import Combine, Total
@@ -25,14 +24,13 @@ from secateur.edit import Edit, Mask, apply_
 from secateur.errors import SettingError, did_you_mean
 from secateur.evidence import observe
 from secateur.graph import couple, removals
-from secateur.method import Budget, Card, Method, check_sparsity
-from secateur.outcome import Outcome, count_flops
-from secateur.site import Kind, Site, Unit, tensors
+from secateur.method import Budget, Card, Method
+from secateur.outcome import Outcome
+from secateur.site import Kind, Site, tensors
 from secateur.task import Batch, Task, generator
 from secateur.train import History, fit
 
 KINDS: tuple[Kind, ...] = ("channel", "head", "stream")
-UNITS: tuple[Unit, ...] = ("weights", "flops", "bytes", "units")
 
 
 class Inputs(Protocol):
@@ -150,7 +148,7 @@ class Spa(Method):
     """
 
     sparsity: float = 0.3  # fraction of what `of` says that is taken out, in [0, 1)
-    of: str = "weights"  # what the sparsity is of: weights or bytes of what is cut, flops of the network, or units
+    of: str = "weights"  # what the sparsity is of: weights or units of what is cut, or all parameters, flops, bytes
     criterion: Criterion | Probe = Magnitude()  # what makes a weight worth keeping: joint-obs for OBSPA
     combine: Combine = Total()  # what becomes of a unit's shares of several tensors
     normal: Normal = ByMean()  # how the scores of sites are made comparable
@@ -162,6 +160,7 @@ class Spa(Method):
     norms: AsTrained | Anew = AsTrained()  # statistics of batch norms: as-trained, or anew over the same examples
     steps: int = 0  # of training, once cut
     round_to: int = 1  # widths that are left are multiples of this
+    uniform: bool = False  # the same width for all sites of one kind and size, so that stock loaders take the result
     protect: tuple[str, ...] = ()  # sites or tensors left alone, by name: "conv1", "*.layers.0.*"
 
     card: ClassVar = Card(
@@ -185,13 +184,17 @@ class Spa(Method):
     tiny: ClassVar = {"samples": 8}
 
     def budget(self) -> Budget:
-        """A fraction of weights, flops, bytes or units."""
-        return Budget(self.sparsity, of=_unit(self.of))
+        """A fraction of the unit that was asked for."""
+        return self.terms.budget
+
+    @property
+    def terms(self) -> Terms:
+        """What is asked of the cut; the allocation is asked for whatever fraction of the units that takes."""
+        return terms(self)
 
     def check(self) -> None:
         """See Method."""
-        check_sparsity(self.sparsity)
-        _unit(self.of)
+        self.terms.check()
         unknown = [kind for kind in self.kinds if kind not in KINDS]
         if unknown or not self.kinds:
             raise SettingError(
@@ -199,11 +202,11 @@ class Spa(Method):
                 "what can be taken out is a channel, a head or the stream",
                 did_you_mean(unknown[0] if unknown else "", KINDS),
             )
-        if self.round_to < 1 or self.samples < 1 or self.steps < 0:
+        if self.samples < 1 or self.steps < 0:
             raise SettingError(
-                f"round_to={self.round_to}, samples={self.samples}, steps={self.steps} were given",
-                "multiples and samples are 1 at least, steps 0",
-                "Take the defaults: 1, 256 and 0.",
+                f"samples={self.samples} and steps={self.steps} were given",
+                "samples are 1 at least, steps 0",
+                "Take the defaults: 256 and 0.",
             )
 
     def run(self, model: nn.Module, task: Task) -> Outcome:
@@ -211,16 +214,16 @@ class Spa(Method):
         self.check()
         coupling = couple(model, task.example)
         found = coupling.need(*(kind for kind in KINDS if kind in self.kinds))
-        sites = [site for site in found if not self.protected(site)]
+        sites = self.terms.free(model, found)
         sends = self.repair is not None or isinstance(self.norms, Anew)
-        reads = not isinstance(self.criterion, Probe) and bool(self.criterion.needs)
-        batches = self.data.batches(task, self.samples) if sends or reads else []
-        scores = grouped_scores(model, sites, self.criterion, self.combine, self.normal, batches, task, self.sparsity)
-        multiples = {site.name: lcm(self.round_to, coupling.multiples.get(site.name, 1)) for site in sites}
-        whole = self.whole(model, sites, task)
-        trained = _of_parameters(model, sites) if self.of == "weights" else sites
-        counts = affordable(trained, self.allocation, scores, self.budget(), whole, multiples)
-        keep = {site.name: keep_top(scores[site.name], counts[site.name]) for site in sites}
+        batches = self.data.batches(task, self.samples) if sends or self.reads else []
+        scores = self._scores(model, sites, batches, task)
+
+        def spread(sparsity: float) -> dict[str, int]:
+            return self.allocation.spread(sites, Budget(sparsity), scores)
+
+        met = self.terms.counts(model, task.example, sites, coupling.multiples, spread)
+        keep = {site.name: keep_top(scores[site.name], met.counts[site.name]) for site in sites}
         edits = [] if self.repair is None else self.repair.edits(model, sites, keep, batches)
         # A site that loses nothing is written down too: the budget is a fraction of it as well.
         edits += [Mask(site, keep[site.name]) for site in sites if bool(keep[site.name].all())]
@@ -228,35 +231,23 @@ class Spa(Method):
         edits += self.norms.settle_(model, batches)
         history: History | None = fit(model, task, self.steps) if self.steps else None
         notes = [str(frozen) for frozen in coupling.frozen]
-        notes += [f"left alone: {site.name}" for site in found if self.protected(site)]
-        units, gone = sum(site.units for site in sites), sum(site.units - counts[site.name] for site in sites)
+        notes += [*self.terms.left_alone(found), *met.notes]
+        units, gone = sum(site.units for site in sites), sum(site.units - met.counts[site.name] for site in sites)
         notes.append(f"{gone:,} of {units:,} units taken out of {len(sites)} sites")
         return Outcome(model, list(edits), history, notes=notes)
 
-    def whole(self, model: nn.Module, sites: Sequence[Site], task: Task) -> float:
-        """What the sparsity is a fraction of: flops of the whole network for an example, the rest of what is cut."""
-        if self.of != "flops":
-            return held(_of_parameters(model, sites) if self.of == "weights" else sites, _unit(self.of))
-        total = count_flops(model, task.example)
-        return held(sites, "flops") if total is None else total / task.example.size
+    @property
+    def reads(self) -> bool:
+        """Whether the criterion looks at data that is sent through the network here; a probe takes its own."""
+        return not isinstance(self.criterion, Probe) and bool(self.criterion.needs)
 
-    def protected(self, site: Site) -> bool:
-        """Whether a site, or a tensor of it, is to be left alone."""
-        names = (site.name, *(part.name for part in site.parts))
-        return any(fnmatchcase(name, glob) for glob in self.protect for name in names)
+    def scores_in(self, model: nn.Module, sites: Sequence[Site], task: Task, samples: int) -> Scores:
+        """One score per unit of each site, by so many examples where the criterion reads any: `plan` reads them too."""
+        batches = self.data.batches(task, samples) if self.reads else []
+        return self._scores(model, sites, batches, task)
 
-
-def _of_parameters(model: nn.Module, sites: Sequence[Site]) -> list[Site]:
-    """The sites without running statistics and the like, which are no weights."""
-    learnt = {id(p) for p in model.parameters()}
-    named = tensors(model)
-    return [replace(s, parts=tuple(p for p in s.parts if id(named[p.name]) in learnt)) for s in sites]
-
-
-def _unit(of: str) -> Unit:
-    if of not in UNITS:
-        raise SettingError(f"a sparsity of {of!r} was asked for", "there is no such unit", did_you_mean(of, UNITS))
-    return next(unit for unit in UNITS if unit == of)
+    def _scores(self, model: nn.Module, sites: Sequence[Site], batches: Sequence[Batch], task: Task) -> Scores:
+        return grouped_scores(model, sites, self.criterion, self.combine, self.normal, batches, task, self.sparsity)
 
 
 __all__ = ["Anew", "AsTrained", "Calibration", "JointObs", "Mend", "Noise", "Spa"]

@@ -12,19 +12,20 @@ after layer, each seeing what the ones before left, with a little training after
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from secateur.axes import kept_of
+from secateur.axes.budgets import Terms, every_layer, terms
 from secateur.axes.filters import patches, read_alone, readers
 from secateur.axes.recalibration import some
 from secateur.axes.rules import LearningRate
 from secateur.edit import Edit, Update, apply_
 from secateur.errors import EvidenceError, SettingError
 from secateur.graph import left_of, removals
-from secateur.method import Budget, Card, Method, check_sparsity
+from secateur.method import Budget, Card, Method
 from secateur.outcome import Outcome
 from secateur.site import Part, tensors
 from secateur.task import Batch, Task, generator
@@ -99,12 +100,16 @@ def gram_of(
 class ThiNet(Method):
     """Layer after layer, take out the filters that the next layer notices least, scale the others, train a little."""
 
-    sparsity: float = 0.5  # fraction of the filters of each layer, in [0, 1)
+    sparsity: float = 0.5  # fraction taken out, in [0, 1): of the filters of each layer, or of what `of` says
+    of: str = "units"  # what the sparsity is of: units or weights of what is cut, or all parameters, flops, bytes
     samples: int = 256  # examples
     places: int = 10  # of the next layer's output, in each example
     each: int = 50  # optimizer steps after each layer
     recover: int = 500  # and at the end
     rate_floor: float = 0.0  # learning rate at the end of the last cosine, as a fraction of that at the start
+    round_to: int = 1  # widths that are left are multiples of this
+    uniform: bool = False  # the same width for all sites of one kind and size, so that stock loaders take the result
+    protect: tuple[str, ...] = ()  # sites or tensors left alone, by name: "conv1", "*.layers.0.*"
 
     card: ClassVar = Card(
         0,
@@ -124,12 +129,17 @@ class ThiNet(Method):
     tiny: ClassVar = {"samples": 32, "places": 4, "each": 4, "recover": 8}
 
     def budget(self) -> Budget:
-        """A fraction of the filters."""
-        return Budget(self.sparsity, of="units")
+        """A fraction of the unit that was asked for."""
+        return self.terms.budget
+
+    @property
+    def terms(self) -> Terms:
+        """What is asked of the cut; the allocation spends units."""
+        return terms(self, "units")
 
     def check(self) -> None:
         """Raise SettingError for a fraction, samples or training that cannot be."""
-        check_sparsity(self.sparsity)
+        self.terms.check()
         for name, least in (("samples", 1), ("places", 1), ("each", 0), ("recover", 0)):
             if getattr(self, name) < least:
                 raise SettingError(f"{name}={getattr(self, name)} was given", f"{least} is the least", "Give more.")
@@ -138,14 +148,17 @@ class ThiNet(Method):
     def run(self, model: nn.Module, task: Task) -> Outcome:
         """Of each layer in turn: measure, choose, scale, take out, train."""
         self.check()
-        sites, notes = read_alone(model, task.example)
+        found, notes = read_alone(model, task.example)
+        sites = self.terms.free(model, found)
+        met = self.terms.counts(model, task.example, sites, {}, partial(every_layer, sites))
+        notes += [*self.terms.left_alone(found), *met.notes]
         draw, edits, history = generator(task, "places"), list[Edit](), History()
         for place in range(len(sites)):
             site = sites[place]
             (part,) = readers(site)
             gram = gram_of(model, part, site.units, some(task, self.samples), self.places, draw)
             keep = torch.ones(site.units, dtype=torch.bool)
-            keep[least_noticed(gram, site.units - max(1, kept_of(site.units, self.sparsity)))] = False
+            keep[least_noticed(gram, site.units - met.counts[site.name])] = False
             if bool(keep.all()):
                 continue
             factor = torch.ones(site.units, dtype=torch.float64)

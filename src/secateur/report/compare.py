@@ -38,6 +38,15 @@ def half_width(values: Sequence[float]) -> float | None:
     return t95(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
 
 
+WHOLE = {
+    "parameters": "parameters",
+    "flops": "work per forward pass",
+    "bytes": "bytes in memory",
+    "latency": "time per forward pass",
+}
+"""What a sparsity of the whole model is off."""
+
+
 def asked(settings: dict[str, Any]) -> float | None:
     """The sparsity a run was asked for, links of a chain composed: 1 - (1 - s1)(1 - s2)...; None without a target."""
     if isinstance(links := settings.get("methods"), list):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from secateur.outcome import Exported, Record, Timing
 from secateur.report import figures
-from secateur.report.compare import shrank, speed_up
+from secateur.report.compare import WHOLE, shrank, speed_up
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ def lines(record: Record) -> list[Line]:
     ledger = record.ledger
     before, after = ledger.before, ledger.after
     return [
+        *_target(record),
         Line("weights removed", "0", figures.count(ledger.removed), f"{figures.percent(ledger.share)} sparsity",
              f"of the {figures.count(ledger.prunable)} weights in the sites that could have been cut"),
         Line("parameters", figures.count(before.parameters), figures.count(after.parameters),
@@ -41,6 +42,16 @@ def lines(record: Record) -> list[Line]:
         Line("time per forward pass", _time(ledger.timing_before), _time(ledger.timing_after), _faster(record),
              _how_timed(ledger.timing_after or ledger.timing_before)),
     ]  # fmt: skip
+
+
+def _target(record: Record) -> list[Line]:
+    """What was asked for and what was reached, where that is of the whole model."""
+    ledger, wanted = record.ledger, record.settings.get("sparsity")
+    if not isinstance(wanted, float) or ledger.whole_of(ledger.of) is None:
+        return []
+    of = WHOLE[ledger.of]
+    reached = f"{figures.percent(ledger.sparsity)} reached"
+    return [Line(f"sparsity of the {of}", f"{figures.percent(wanted)} asked", reached, "", "of the whole model")]
 
 
 def ways(found: Sequence[Record]) -> dict[str, str]:

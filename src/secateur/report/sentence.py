@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from secateur.outcome import Record
 from secateur.report import figures
-from secateur.report.compare import Point, asked, dense, metric, points, quality_of, shown, shrank, speed_up
+from secateur.report.compare import WHOLE, Point, asked, dense, metric, points, quality_of, shown, shrank, speed_up
 
 MISSED = 0.01  # further from the sparsity asked for than this, a sentence says so
 
@@ -107,6 +107,10 @@ def _removed(record: Record) -> str:
         kinds = sorted({f"{row.kind}s" if row.kind != "stream" else "residual directions" for row in record.sites})
         units = f"{figures.percent(ledger.sparsity)}{instead} of the {' and '.join(kinds)}"
         return f"{record.method} removed {units}, with them {figures.percent(ledger.share)} of {weights}"
+    if ledger.whole_of(ledger.of) is not None:
+        off = f"{figures.percent(ledger.sparsity)}{instead} off the {WHOLE[ledger.of]} of {model}"
+        of = weights.removesuffix(f" of {model}")
+        return f"{record.method} took {off}, and with it {figures.percent(ledger.share)} of {of}"
     return f"{record.method} removed {figures.percent(ledger.sparsity)}{instead} of {weights}"
 
 

@@ -1,0 +1,149 @@
+"""Cuts asked for in the units people deploy: what was asked is what is reached, at widths that may be left."""
+
+import json
+
+import pytest
+import tiny
+import torch
+from click.testing import CliRunner
+from torch import nn
+
+from secateur.axes.allocations import Global
+from secateur.axes.budgets import Terms, every_layer, measured_in
+from secateur.cli import main
+from secateur.edit import Remove
+from secateur.errors import BudgetError, SettingError, SiteError
+from secateur.export.serving import served
+from secateur.graph import couple
+from secateur.method import load, prune
+from secateur.methods.l1_norm import L1Norm
+from secateur.methods.llm_pruner import LLMPruner
+from secateur.methods.spa import Spa
+from secateur.outcome import count_flops
+from secateur.plan import plan
+from secateur.task import Batch
+
+
+def test_what_goes_is_counted_once_by_hand():
+    """Two neighbouring layers cut the matrix between them along both its sides."""
+    model = nn.Sequential(nn.Linear(4, 8, bias=False), nn.Linear(8, 4, bias=False), nn.Linear(4, 2, bias=False))
+    example = Batch((torch.zeros(3, 4),))
+    sites = couple(model, example).sites
+    counts = {site.name: site.units // 2 for site in sites}
+    # 4x8 + 8x4 + 4x2 = 72 weights; 4x4 + 4x2 + 2x2 = 28 are left
+    for of, gone, whole in (("weights", 44, 72), ("parameters", 44, 72), ("bytes", 176, 288), ("flops", 88, 144)):
+        measure = measured_in(of, model, example, sites)
+        assert (measure.gone(counts), measure.whole) == (gone, whole)
+    assert measured_in("units", model, example, sites).gone(counts) == 6
+
+
+def test_the_nearest_that_multiples_allow_by_hand():
+    model = nn.Sequential(nn.Linear(4, 32, bias=False), nn.Linear(32, 4, bias=False))
+    example = Batch((torch.zeros(1, 4),))
+    (site,) = couple(model, example).sites
+    found = Terms(0.3, of="parameters", round_to=8).counts(
+        model, example, [site], {}, lambda sparsity: every_layer([site], sparsity)
+    )
+    assert found.counts == {site.name: 24}  # a quarter is nearer to 0.3 than a half
+    assert (found.asked, found.reached, found.step) == (0.3, 0.25, 0.25)
+    with pytest.raises(BudgetError) as caught:
+        Terms(0.99, of="parameters").counts(model, example, [site], {}, lambda s: every_layer([site], s))
+    assert str(caught.value) == (
+        "a sparsity of 0.99 of the parameters was asked for, but 0.9688 can be reached with one unit left at each of "
+        "1 sites.\nAsk for less, protect fewer sites, or add kinds."
+    )
+
+
+SHORT = {
+    "l1_norm": ("cnn", {}),
+    "thinet": ("cnn", {"each": 0, "recover": 0, "samples": 8}),
+    "soft_filter": ("cnn", {"steps": 2, "samples": 8}),
+    "slimming": ("cnn", {"steps": 0, "floor": 1}),
+    "group_channel": ("cnn", {"steps": 0, "tune": 0, "distil": 0}),
+    "flap": ("decoder", {"samples": 8}),
+    "cfsp": ("decoder", {"samples": 8, "round_to": 1}),
+    "llm_pruner": ("decoder", {"samples": 4, "spare_first": 0, "spare_last": 0}),
+}
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_a_share_of_the_work_is_what_goes(name):
+    family, more = SHORT[name]
+    model, task = tiny.make_model(family), tiny.make_task(family)
+    outcome = prune(model, load(name)(sparsity=0.25, of="flops", **more), task)
+    reached = 1 - count_flops(outcome.model, task.example) / count_flops(model, task.example)
+    assert reached == pytest.approx(0.25, abs=0.03)
+    assert outcome.ledger.of == "flops" and outcome.ledger.sparsity == pytest.approx(reached)
+    assert any(note.startswith("0.25 of the flops asked for, ") for note in outcome.notes)
+
+
+def test_heads_take_the_products_of_attention_with_them():
+    """Matrices alone would say that less goes than does: a copy is cut and counted."""
+    model, task = tiny.decoder(), tiny.make_task("decoder")
+    model.set_attn_implementation("eager")  # the fused kernel's products are not counted on a processor
+    sites = couple(model, task.example).of("head")
+    measure = measured_in("flops", model, task.example, sites)
+    half = {site.name: site.units // 2 for site in sites}
+    assert measure.tried(half) > measure.gone(half) > 0
+    found = prune(model, L1Norm(sparsity=0.2, of="flops", round_to=2), task)
+    assert found.ledger.sparsity == pytest.approx(0.2, abs=0.02)
+
+
+def test_a_plan_of_spa_is_what_spa_does():
+    model, task = tiny.trained("cnn"), tiny.make_task("cnn")
+    for method in (Spa(sparsity=0.4, of="flops", round_to=2), L1Norm(sparsity=0.4, allocation=Global())):
+        planned = plan(method, model, task, priced=False)
+        done = prune(model, method, task)
+        kept = {row.site: row.units for row in planned.rows}
+        kept |= {e.site.name: int(e.keep.sum()) for e in done.edits if isinstance(e, Remove)}
+        assert {row.site: row.keep for row in planned.rows} == kept
+        assert len({row.keep / row.units for row in planned.rows}) > 1  # not as if uniform
+        assert planned.reachable == pytest.approx(done.ledger.sparsity, abs=1e-6)
+        assert planned.step > 0
+
+
+def test_the_same_terms_on_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(tiny.__file__.rpartition('/')[0])!r})\nimport tiny\n"
+        "net = lambda: tiny.trained('cnn')\ntask = lambda seed=0: tiny.make_task('cnn', seed)\n"
+    )
+    words = ["own:net", "l1_norm", "--sparsity", "0.3", "--of", "flops", "--round-to", "2", "--task", "own:task"]
+    protected = ["--protect", "conv", "--protect", "block2.*"]
+    ran = CliRunner().invoke(main, ["plan", *words, *protected, "--no-trial", "--json"])
+    assert ran.exit_code == 0, ran.output
+    planned = json.loads(ran.stdout)
+    assert planned["settings"]["protect"] == ["conv", "block2.*"]
+    assert {row["site"] for row in planned["rows"]}.isdisjoint({"conv", "block2.conv1"})
+    assert all(row["keep"] % 2 == 0 for row in planned["rows"])
+    ran = CliRunner().invoke(main, ["prune", *words, *protected, "--out", "cut", "--no-eval", "--json"])
+    assert ran.exit_code == 0, ran.output
+    said = json.loads(ran.stdout)
+    after, before = said["ledger"]["after"]["flops"], said["ledger"]["before"]["flops"]
+    assert 1 - after / before == pytest.approx(planned["reachable"], abs=1e-3)
+    shown = CliRunner().invoke(main, ["report", "cut"])
+    assert "of the work per forward pass" in shown.output or shown.exit_code == 0
+    ran = CliRunner().invoke(main, ["plan", *words, "--protect", "stem", "--no-trial"])
+    assert ran.exit_code == 2
+    assert "'stem' was to be protected, but no site, module or tensor has such a name" in " ".join(ran.output.split())
+
+
+def test_what_cannot_be_is_said():
+    model, task = tiny.make_model("cnn"), tiny.make_task("cnn")
+    with pytest.raises(SettingError, match="a sparsity of 'flop' was asked for(.|\n)*Did you mean flops"):
+        L1Norm(of="flop").check()
+    with pytest.raises(SettingError, match="widths in multiples of 0 were asked for"):
+        Spa(round_to=0).check()
+    with pytest.raises(SiteError, match="nothing is left of 4 sites that could be cut"):
+        prune(model, L1Norm(protect=("*",)), task)
+    with pytest.raises(SettingError, match="the 4 first and 2 last blocks were to be spared"):
+        LLMPruner(uniform=True).check()
+
+
+def test_one_width_for_stock_loaders():
+    model, task = tiny.trained("decoder"), tiny.make_task("decoder")
+    cut = prune(model, Spa(sparsity=0.3, of="parameters", uniform=True), task).model
+    assert len({layer.mlp.gate_proj.out_features for layer in cut.model.layers}) == 1
+    assert len({layer.self_attn.k_proj.out_features for layer in cut.model.layers}) == 1
+    slim, said = served(load("slimming")(), "hf", model)
+    assert slim.uniform and said == ["slimming finds widths of its own; here sites alike get the mean of theirs"]
