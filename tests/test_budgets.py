@@ -8,8 +8,10 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
+from secateur.axes import latency
 from secateur.axes.allocations import Global
 from secateur.axes.budgets import Terms, every_layer, measured_in
+from secateur.axes.latency import TOLERANCE, Table
 from secateur.cli import main
 from secateur.edit import Remove
 from secateur.errors import BudgetError, SettingError, SiteError
@@ -19,8 +21,10 @@ from secateur.method import load, prune
 from secateur.methods.l1_norm import L1Norm
 from secateur.methods.llm_pruner import LLMPruner
 from secateur.methods.spa import Spa
-from secateur.outcome import count_flops
+from secateur.models.folder import RECORD
+from secateur.outcome import Record, Timing, count_flops
 from secateur.plan import plan
+from secateur.report import summary
 from secateur.task import Batch
 
 
@@ -121,8 +125,8 @@ def test_the_same_terms_on_the_command_line(tmp_path, monkeypatch):
     said = json.loads(ran.stdout)
     after, before = said["ledger"]["after"]["flops"], said["ledger"]["before"]["flops"]
     assert 1 - after / before == pytest.approx(planned["reachable"], abs=1e-3)
-    shown = CliRunner().invoke(main, ["report", "cut"])
-    assert "of the work per forward pass" in shown.output or shown.exit_code == 0
+    told = summary(Record.read(tmp_path / "cut" / RECORD))
+    assert "off the work per forward pass of" in told
     ran = CliRunner().invoke(main, ["plan", *words, "--protect", "stem", "--no-trial"])
     assert ran.exit_code == 2
     assert "'stem' was to be protected, but no site, module or tensor has such a name" in " ".join(ran.output.split())
@@ -147,3 +151,69 @@ def test_one_width_for_stock_loaders():
     assert len({layer.self_attn.k_proj.out_features for layer in cut.model.layers}) == 1
     slim, said = served(load("slimming")(), "hf", model)
     assert slim.uniform and said == ["slimming finds widths of its own; here sites alike get the mean of theirs"]
+
+
+def test_prices_between_those_that_were_timed_by_hand():
+    known = Table([2, 4], [4, 8], [[1.0, 3.0], [5.0, 9.0]])
+    assert known.at(2, 4) == 1 and known.at(4, 8) == 9
+    assert known.at(3, 4) == 3 and known.at(2, 6) == 2
+    assert known.at(3, 6) == (1 + 3 + 5 + 9) / 4
+    assert known.at(1, 1) == 1  # below the least that was timed
+    assert Table([4], [8], [[7.0]]).at(4, 8) == 7
+
+
+@pytest.fixture
+def watch(monkeypatch, tmp_path):
+    """A clock under which a matrix takes a millisecond for each thousand of its weights, and little is left over."""
+    asked = []
+
+    def call(layer, out, into):
+        asked.append((layer.name, out, into))
+        return lambda: out * into / 1000
+
+    monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(latency.Layer, "call", call)
+    monkeypatch.setattr(latency, "milliseconds", lambda call: call())
+    monkeypatch.setattr(latency, "_whole", lambda model, example: _time(model))
+    monkeypatch.setattr(latency, "share", lambda first, second, example: _time(second) / _time(first))
+    return asked
+
+
+def _time(model):
+    return sum(p.numel() for p in model.parameters() if p.dim() > 1) / 1000 + 0.5  # half a millisecond of overhead
+
+
+def test_a_share_of_the_time_is_priced_tried_and_remembered(watch, tmp_path):
+    model, task = tiny.mlp(), tiny.make_task("mlp")
+    done = prune(model, L1Norm(sparsity=0.3, of="latency"), task)
+    assert 1 - _time(done.model) / _time(model) == pytest.approx(0.3, abs=TOLERANCE)
+    assert done.ledger.timing_before is not None  # and taken again, with a real clock
+    assert ("2", 24, 8) in watch and ("0", 16, 16) in watch
+    assert ("2", 16, 16) not in watch  # as large as one that was timed
+    (file,) = (tmp_path / "cache" / "latency").iterdir()
+    assert any(key.startswith("network ") for key in json.loads(file.read_text())["times"])
+    watch.clear()
+    again = plan(L1Norm(sparsity=0.3, of="latency"), model, task, priced=False)
+    assert watch == []  # all of it is known
+    assert {row.site: row.keep for row in again.rows} == {
+        e.site.name: int(e.keep.sum()) for e in done.edits if isinstance(e, Remove)
+    }
+    middle = next(price for price in again.prices if price.layer == "2")
+    assert middle.widths == (32, 32) and middle.milliseconds == pytest.approx(1.024)
+    assert middle.milliseconds_kept < middle.milliseconds
+    assert (16, 16, 0.256) in middle.candidates
+
+
+def test_a_time_that_is_missed_fails_the_command(watch, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(tiny.__file__.rpartition('/')[0])!r})\nimport tiny\n"
+        "net = lambda: tiny.mlp()\ntask = lambda seed=0: tiny.make_task('mlp', seed)\n"
+    )
+    took = Timing(1.0, 0.0, 20, 8, 1, "float32")
+    monkeypatch.setattr("secateur.method.time_pair", lambda *_: (took, took))
+    words = ["prune", "own:net", "l1_norm", "--of", "latency", "--task", "own:task", "--out", "cut", "--no-eval"]
+    ran = CliRunner().invoke(main, words)
+    assert ran.exit_code == 3
+    said = " ".join(ran.output.split())
+    assert "a sparsity of 0.3 of the latency was asked for, but 0 was reached, 0.05 away being tolerated." in said

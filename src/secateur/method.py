@@ -268,6 +268,8 @@ def prune(
     if measure is not None:
         measurements.append(Measurement("before", measure, task.measure(model, measure)))
     shown = [*task.references(), task.show(model, "before")] if isinstance(task, Shows) else []
+    budget = method.budget()
+    timing = timing or (budget is not None and budget.of == "latency")  # what was asked for is taken again at the end
     dense = model if (timing and not inplace) else copy.deepcopy(model) if timing else None
     work = model if inplace else copy.deepcopy(model)
     identity = f"{about['fingerprint']}/{task.fingerprint()}/{task.seed}/{method.name}/{settings(method)}"
@@ -279,7 +281,6 @@ def prune(
     if isinstance(task, Shows):
         outcome.pictures = [*shown, task.show(outcome.model, "after"), *outcome.pictures]
     timings = time_pair(dense, outcome.model, example) if dense is not None else (None, None)
-    budget = method.budget()
     outcome.ledger = Ledger.of_run(
         (before, after), outcome.edits, whole, outcome.model, budget.of if budget else "weights", timings,
     )  # fmt: skip

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten
 from secateur import graph
 from secateur.axes import Allocation, Scores, Uniform
 from secateur.axes.budgets import Met, Terms
+from secateur.axes.latency import Priced
 from secateur.cut import DEFAULT_EXCLUDE, layers, role, weights
 from secateur.errors import PatternError, SecateurError
 from secateur.method import Budget, Chain, Method, peak_memory, settings
@@ -77,6 +78,7 @@ class Plan:
     reachable: float | None  # what the pattern makes of it
     of: str  # what the sparsity is a fraction of
     denominator: str  # the same in words, with the number
+    prices: list[Priced] = field(default_factory=list)  # of layers, where time is what was asked for
     step: float = 0.0  # what one step of the widest site is of that: a sparsity is met to within it
     notes: list[str] = field(default_factory=list)
     price: Price | None = None
@@ -302,6 +304,7 @@ def plan(method: Method, model: nn.Module, task: Task, *, priced: bool = True, t
         reachable,
         of,
         denominator(model, sites, of),
+        [] if layout.met is None else list(layout.met.prices),
         0.0 if layout.met is None else layout.met.step,
         [*notes, *(() if layout.met is None else layout.met.notes)],
         price(method, model, task, trial=trial) if priced else None,

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from secateur.axes.allocations import kept_of
+from secateur.axes.latency import Latency, Priced
 from secateur.edit import apply_
 from secateur.errors import BudgetError, SettingError, SiteError, did_you_mean
 from secateur.graph import removals
@@ -79,6 +80,7 @@ class Met:
     step: float  # what the widest step of one site is of the whole: what is asked can be met to within half of it
     of: Unit
     notes: tuple[str, ...] = ()
+    prices: tuple[Priced, ...] = ()  # of each layer, where time is what was asked for
 
     @property
     def words(self) -> str:
@@ -216,7 +218,8 @@ class Terms:
             for site in sites
             if multiples[site.name] > 1 and best[site.name] < site.units
         ]
-        return Met(best, self.sparsity, real / measure.whole, step, self.of, tuple(notes))
+        prices = measure.priced(best)
+        return Met(best, self.sparsity, real / measure.whole, step, self.of, tuple(notes), prices)
 
     def _nearest(
         self, at: Callable[[float], dict[str, int]], sites: Sequence[Site], measure: "Measure", wanted: float
@@ -293,6 +296,10 @@ class Measure(Protocol):
         """What goes from the network itself, cut and looked at; None where the price is exact."""
         ...
 
+    def priced(self, counts: Counts) -> tuple[Priced, ...]:
+        """What each layer takes now and would take, where that was measured."""
+        ...
+
 
 class Shapes:
     """The shapes of all tensors that sites touch, at any widths: as if the first units of each site stayed."""
@@ -310,8 +317,15 @@ class Shapes:
                 gone = [total, *(total - each.cumsum(0)).tolist()]
                 self._cuts.setdefault(part.key, []).append((part.axis, site.name, gone))
 
+    @property
+    def cuts(self) -> dict[str, set[int]]:
+        """Along which sides each tensor can be cut."""
+        return {key: {axis for axis, _, _ in cuts} for key, cuts in self._cuts.items()}
+
     def of(self, key: str, counts: Counts) -> tuple[int, ...]:
-        """The shape of one tensor, outputs first."""
+        """The shape of one tensor, outputs first; () for one that no site touches."""
+        if key not in self.parts:
+            return ()
         size = list(self.parts[key].shape)
         for axis, name, gone in self._cuts[key]:
             if name in counts:
@@ -337,6 +351,10 @@ class Linear:
         """See Measure: nothing is left out."""
         return
 
+    def priced(self, counts: Counts) -> tuple[Priced, ...]:
+        """See Measure."""
+        return ()
+
 
 class Units:
     """One for each unit."""
@@ -352,6 +370,10 @@ class Units:
     def tried(self, counts: Counts) -> None:
         """See Measure: nothing is left out."""
         return
+
+    def priced(self, counts: Counts) -> tuple[Priced, ...]:
+        """See Measure."""
+        return ()
 
 
 class Work:
@@ -380,6 +402,10 @@ class Work:
         left = count_flops(trial(self._model, self._sites, counts), self._example)
         return None if left is None else self.whole - left / self._example.size
 
+    def priced(self, counts: Counts) -> tuple[Priced, ...]:
+        """See Measure."""
+        return ()
+
 
 def trial(model: nn.Module, sites: Sequence[Site], counts: Counts) -> nn.Module:
     """A copy with so many units at each site, the first ones: as large and as fast as any other choice."""
@@ -394,6 +420,9 @@ def measured_in(of: Unit, model: nn.Module, example: Batch, sites: Sequence[Site
         return Units(sites)
     if of == "flops":
         return Work(model, example, sites)
+    if of == "latency":
+        shapes = Shapes(sites)
+        return Latency(model, example, shapes.of, shapes.cuts, lambda counts: trial(model, sites, counts))
     if of == "bytes":
         return Linear(sites, lambda p: float(p.itemsize), _bytes(model))
     learnt, named = {id(p) for p in model.parameters()}, tensors(model)

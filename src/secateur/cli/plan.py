@@ -85,6 +85,8 @@ def _show(speaker: Any, found: Any, model: str, task: str) -> None:
             shown.add_row(escape(row["site"]), *cells)
         speaker.show(shown)
         speaker.show("")
+    if found.prices:
+        show_prices(speaker, found.prices)
     if found.asked is not None:
         speaker.show(f"sparsity    {found.asked:g} of {found.denominator}")
     else:
@@ -115,6 +117,28 @@ def _show(speaker: Any, found: Any, model: str, task: str) -> None:
         memory = "not known" if price.memory_bytes is None else f"about {figures.size(price.memory_bytes)}"
         speaker.show(f"\npruning     {time}, peak memory {memory}")
         speaker.show(f"            estimated: {price.how}")
+
+
+def show_prices(speaker: Any, prices: Any) -> None:
+    """What layers take now and would take, those that are alike as one, and what was timed between."""
+    from secateur.cli.terminal import table
+
+    shown = table("layer", "outputs x inputs", "ms", "to keep", "ms", "timed: ms at outputs x inputs", right=("ms",))
+    alike: dict[tuple[Any, ...], list[Any]] = {}
+    for price in prices:
+        alike.setdefault((price.kind, price.widths, price.keep, price.candidates), []).append(price)
+    for same in alike.values():
+        one = same[0]
+        named = one.layer if len(same) == 1 else f"{len(same)} like {one.layer}"
+        ladder = [f"{ms:.3g} at {o}x{i}" for o, i, ms in one.candidates if o * one.widths[1] == i * one.widths[0]] or [
+            f"{ms:.3g} at {o}x{i}" for o, i, ms in one.candidates
+        ]
+        shown.add_row(
+            named, "x".join(map(str, one.widths)), f"{one.milliseconds:.3g}", "x".join(map(str, one.keep)),
+            f"{one.milliseconds_kept:.3g}", ", ".join(ladder),
+        )  # fmt: skip
+    speaker.show(shown)
+    speaker.show("")
 
 
 def _or_later(number: int | None) -> str:

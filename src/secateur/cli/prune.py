@@ -399,6 +399,10 @@ def _missed(record: "Record", method: "Method", planned: "Plan") -> list[str]:
     if planned.of == "units":
         slack = len(record.sites) / max(sum(r.units for r in record.sites), 1)
     slack = max(slack, planned.step)
+    if planned.of == "latency":
+        from secateur.axes.latency import TOLERANCE
+
+        slack = max(TOLERANCE, planned.step)
     from secateur.plan import links
 
     # A chain of masks over the same weights reaches its last target, one of cuts all of them together.
@@ -409,7 +413,7 @@ def _missed(record: "Record", method: "Method", planned: "Plan") -> list[str]:
         return []
     return [
         f"a sparsity of {planned.asked:g} of the {planned.of} was asked for",
-        f"{reached:.4g} was reached",
+        f"{reached:.4g} was reached" + (f", {slack:.2g} away being tolerated" if planned.of == "latency" else ""),
         "See the notes for what could not be removed, or ask for another pattern or sparsity.",
     ]
 

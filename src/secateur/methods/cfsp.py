@@ -359,7 +359,7 @@ class CFSP(Method):
     """
 
     sparsity: float = 0.2  # fraction taken out, in [0, 1): of the feed-forward neurons, or of what `of` says
-    of: str = "units"  # what the sparsity is of: units or weights of what is cut, or all parameters, flops, bytes
+    of: str = "units"  # what sparsity is of: units or weights of what is cut; all parameters, flops, bytes, latency
     samples: int = 128  # calibration sequences, as in the paper (of 1024 tokens there)
     change: Change = Angle()  # how much a block does; turn, squared and absolute are the authors' options
     score: Fine = Loudness()  # what a neuron is worth within its block, as released; relative is equation 8

@@ -225,7 +225,7 @@ class FLAP(Method):
     """
 
     sparsity: float = 0.2  # fraction taken out, in [0, 1): of the weights of all heads and neurons, or of `of`
-    of: str = "weights"  # what the sparsity is of: units or weights of what is cut, or all parameters, flops, bytes
+    of: str = "weights"  # what sparsity is of: units or weights of what is cut; all parameters, flops, bytes, latency
     samples: int = 1024  # calibration sequences, as in the paper (of 128 tokens there)
     score: Score = Wifv()  # ifv and wifn are the paper's variants; column-norm looks at no data
     kinds: tuple[str, ...] = ("head", "channel")  # what is taken out: heads, neurons (channel) or both

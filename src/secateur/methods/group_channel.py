@@ -129,7 +129,7 @@ class GroupChannel(Method):
     """Train scales to be small, remove channels by a threshold for each group, and distil attention to recover."""
 
     sparsity: float = 0.5  # fraction taken out, in [0, 1): of the channels of every group, or of what `of` says
-    of: str = "units"  # what the sparsity is of: units or weights of what is cut, or all parameters, flops, bytes
+    of: str = "units"  # what sparsity is of: units or weights of what is cut; all parameters, flops, bytes, latency
     steps: int = 200  # of sparse training; 0 ranks the scales as they are
     strength: float = 0.01  # s: what a penalised scale's gradient gets
     pressure: Pressure = Weakest()  # on which scales: weakest(share=0.65, leak=0.01, begin=0.4), or everywhere

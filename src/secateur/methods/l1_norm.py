@@ -40,7 +40,7 @@ class L1Norm(Method):
     """Take out the channels, neurons and heads whose weights are smallest. No data; the model gets smaller at once."""
 
     sparsity: float = 0.3  # fraction of what `of` says that is taken out, in [0, 1)
-    of: str = "units"  # what the sparsity is of: units or weights of what is cut, or all parameters, flops, bytes
+    of: str = "units"  # what sparsity is of: units or weights of what is cut; all parameters, flops, bytes, latency
     kinds: tuple[str, ...] = KINDS  # what is taken out: channel, head
     allocation: Allocation = Uniform()  # the paper's: the same fraction of every layer
     round_to: int = 1  # widths that are left are multiples of this

@@ -68,7 +68,7 @@ class LLMPruner(Method):
     """
 
     sparsity: float = 0.2  # fraction taken out, in [0, 1): of the weights of all blocks' heads and neurons, or of `of`
-    of: str = "weights"  # what the sparsity is of: units or weights of what is cut, or all parameters, flops, bytes
+    of: str = "weights"  # what sparsity is of: units or weights of what is cut; all parameters, flops, bytes, latency
     samples: int = 10  # calibration sequences, as in the paper (of 64 tokens there)
     taylor: Taylor = First()  # vectorize, second and mix are the paper's others
     combine: Combine = Total()  # what becomes of a unit's shares of several tensors

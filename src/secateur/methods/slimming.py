@@ -32,7 +32,7 @@ class Slimming(Method):
     """Train with a pull on all scales, take out the channels of the smallest anywhere, fine-tune."""
 
     sparsity: float = 0.5  # fraction taken out, in [0, 1): of all channels that have a scale, or of what `of` says
-    of: str = "units"  # what the sparsity is of: units or weights of what is cut, or all parameters, flops, bytes
+    of: str = "units"  # what sparsity is of: units or weights of what is cut; all parameters, flops, bytes, latency
     strength: float = 1e-4  # of the pull, s; 1e-5 for deep residual networks in the paper
     floor: int = 0  # channels that every layer keeps; 0, as in the paper: a layer that would vanish is an error
     steps: int = 1000  # of training with the pull; 0: the scales are taken as they are

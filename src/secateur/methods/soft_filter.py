@@ -93,7 +93,7 @@ class SoftFilter(Method):
     """Train while the smallest filters are zeroed again and again; then take out those that are zero."""
 
     sparsity: float = 0.3  # fraction of the filters of each layer, in [0, 1): 1 less the rate of the paper's code
-    of: str = "units"  # what the sparsity is of: units or weights of what is cut, or all parameters, flops, bytes
+    of: str = "units"  # what sparsity is of: units or weights of what is cut; all parameters, flops, bytes, latency
     every: int = 0  # steps between zeroings; 0: an epoch
     steps: int = 1000  # of training
     samples: int = 512  # examples for fresh statistics of norms after the cut

@@ -148,7 +148,7 @@ class Spa(Method):
     """
 
     sparsity: float = 0.3  # fraction of what `of` says that is taken out, in [0, 1)
-    of: str = "weights"  # what the sparsity is of: weights or units of what is cut, or all parameters, flops, bytes
+    of: str = "weights"  # what sparsity is of: weights or units of what is cut; all parameters, flops, bytes, latency
     criterion: Criterion | Probe = Magnitude()  # what makes a weight worth keeping: joint-obs for OBSPA
     combine: Combine = Total()  # what becomes of a unit's shares of several tensors
     normal: Normal = ByMean()  # how the scores of sites are made comparable

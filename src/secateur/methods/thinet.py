@@ -101,7 +101,7 @@ class ThiNet(Method):
     """Layer after layer, take out the filters that the next layer notices least, scale the others, train a little."""
 
     sparsity: float = 0.5  # fraction taken out, in [0, 1): of the filters of each layer, or of what `of` says
-    of: str = "units"  # what the sparsity is of: units or weights of what is cut, or all parameters, flops, bytes
+    of: str = "units"  # what sparsity is of: units or weights of what is cut; all parameters, flops, bytes, latency
     samples: int = 256  # examples
     places: int = 10  # of the next layer's output, in each example
     each: int = 50  # optimizer steps after each layer
