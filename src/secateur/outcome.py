@@ -10,7 +10,8 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib import metadata
@@ -322,6 +323,19 @@ def site_rows(edits: Sequence[Edit]) -> list[SiteRow]:
     return list(rows.values())
 
 
+@contextmanager
+def in_use(model: nn.Module) -> Iterator[None]:
+    """While it lasts, a model works as it does in use, where that is not how its quality is measured.
+
+    A module that makes the difference has a context manager `in_use()` of its own.
+    """
+    with ExitStack() as until:
+        for module in model.modules():
+            if hasattr(module, "in_use"):
+                until.enter_context(module.in_use())
+        yield
+
+
 def count_flops(model: nn.Module, example: Batch) -> int | None:
     """Multiply-adds times two of a forward pass, counted as it runs; None for a model that cannot run here."""
     was_training = model.training
@@ -330,7 +344,7 @@ def count_flops(model: nn.Module, example: Batch) -> int | None:
     try:
         for parameter in trained:
             parameter.requires_grad_(False)
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), in_use(model), FlopCounterMode(display=False) as counter:
             example.through(model)
         return int(counter.get_total_flops())
     finally:
@@ -355,7 +369,7 @@ def time_forward(model: nn.Module, example: Batch, repeats: int = 20) -> Timing:
     was_training = model.training
     model.eval()
     times = []
-    with torch.no_grad():
+    with torch.no_grad(), in_use(model):
         for _ in range(3):
             example.through(model)
         for _ in range(repeats):
@@ -377,7 +391,7 @@ def time_pair(first: nn.Module, second: nn.Module, example: Batch, repeats: int 
     times: tuple[list[float], list[float]] = ([], [])
     for m in models:
         m.eval()
-    with torch.no_grad():
+    with torch.no_grad(), in_use(first), in_use(second):
         for turn in range(repeats + 2):
             for m, kept in zip(models, times, strict=True):
                 start = time.perf_counter()

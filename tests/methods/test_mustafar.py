@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import decoder, make_task, moe, trained
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 import secateur
 from secateur.axes.cached import Anything, Channels, HeavyHitters, Newest, OutputAware, PerChannel, PerToken, kept
@@ -224,6 +224,57 @@ def test_left_padding_is_not_attended_to() -> None:
 # In the hands of transformers
 
 
+HOW = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
+
+
+@pytest.mark.parametrize(
+    ("make", "before"), [(sparse_cache, "sdpa"), (sparse_cache, "flex_attention"), (evicting_cache, "eager")]
+)
+def test_with_nothing_pruned_generate_gives_what_it_gave(make, before: str) -> None:
+    """Under any attention the model had: beams, padding, tokens taken back by speculation."""
+    model, ids = trained("decoder"), words(0, 2, 60)
+    ids[0, :20] = 0
+    mask = torch.ones_like(ids)
+    mask[0, :20] = 0
+    ways = [
+        {"attention_mask": mask},
+        {"attention_mask": mask, "num_beams": 3, "max_new_tokens": 8},
+        {"attention_mask": mask, "num_return_sequences": 2, "do_sample": True, "top_k": 1},
+    ]
+    dense = [model.generate(ids, **{**HOW, **way}) for way in ways]
+    alone = {"assistant_model": decoder(seed=1)}, {"prompt_lookup_num_tokens": 5}
+    dense += [model.generate(ids[1:], **HOW, **way) for way in alone]
+    model.set_attn_implementation(before)
+    with make(model, 0.0, window=24):
+        lean = [model.generate(ids, **{**HOW, **way}) for way in ways]
+        lean += [model.generate(ids[1:], **HOW, **way) for way in alone]
+    assert model.config._attn_implementation == before
+    assert all(torch.equal(a, b) for a, b in zip(dense, lean, strict=True))
+
+
+def test_layers_with_a_sliding_window_stay_as_they_are() -> None:
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    config = Gemma3TextConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, sliding_window=16, layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Gemma3ForCausalLM(config).eval()
+    ids = words(0, 2, 70)
+    with torch.no_grad():
+        dense = model(ids).logits
+        with sparse_cache(model, 0.0) as cache:
+            steps, past = in_steps(model, ids, 40)
+            assert [type(layer).__name__ for layer in past.layers] == ["DynamicSlidingWindowLayer", "PrunedLayer"]
+            torch.testing.assert_close(steps, dense, atol=1e-5, rtol=1e-4)
+        with sparse_cache(model, 0.6) as cache:
+            cache.prefill = 40
+            steps, _ = in_steps(model, ids, 40)
+            torch.testing.assert_close(model(ids).logits, steps, atol=1e-5, rtol=1e-4)
+
+
 def test_generate_fills_a_pruned_cache_and_the_model_is_as_it_was_afterwards() -> None:
     model, ids = decoder(), words(0, 2, 70)
     before = model.generate(ids, max_new_tokens=20, do_sample=False, pad_token_id=0)
@@ -270,19 +321,44 @@ def test_a_cache_of_fixed_size_is_refused() -> None:
         model.generate(ids, max_new_tokens=4, cache_implementation="static", pad_token_id=0)
 
 
+def test_a_model_with_nothing_but_sliding_windows_is_refused() -> None:
+    config = {"sliding_window": 16, "num_key_value_heads": 2, "num_attention_heads": 4, "num_hidden_layers": 2}
+    model = MistralForCausalLM(MistralConfig(vocab_size=64, hidden_size=32, intermediate_size=64, **config))
+    with sparse_cache(model, 0.5), pytest.raises(ModelError, match="every layer has a sliding window"):
+        model.generate(words(0, 1, 40), max_new_tokens=4, pad_token_id=0)
+
+
 def test_a_model_that_does_not_read_through_the_interface_is_refused() -> None:
     with (
         pytest.raises(ModelError, match="not a language model of transformers whose attention can be exchanged"),
         sparse_cache(torch.nn.Linear(2, 2), 0.5),
     ):
         pass
-    model, ids = decoder(), words(0, 1, 40)
+
+
+def test_a_pruned_cache_is_read_by_its_attention_alone(monkeypatch) -> None:
+    model, ids = decoder(), words(0, 1, 80)
     with sparse_cache(model, 0.5), torch.no_grad():
         past = model(ids, use_cache=True).past_key_values
-        keys, values = noise(0, 1, 2, 1, 8), noise(1, 1, 2, 1, 8)
-        past.update(keys, values, 0)
-        with pytest.raises(ModelError, match="would have seen the window alone"):
-            past.update(keys, values, 0)
+        model.set_attn_implementation("eager")
+        with pytest.raises(ModelError, match="its attention was set to eager since, which cannot read one"):
+            model(ids[:, :1], past_key_values=past)
+    with pytest.raises(ModelError, match="the attention of this model sees the newest tokens alone"):
+        model(ids[:, :1], past_key_values=past)
+    monkeypatch.setattr(model.model.layers[1].self_attn, "forward", own_attention(model.model.layers[1].self_attn))
+    with (
+        sparse_cache(model, 0.5),
+        pytest.raises(ModelError, match="it computes attention itself, and would see the newest tokens alone"),
+    ):
+        model(ids, use_cache=True)
+
+
+def own_attention(layer):
+    def forward(hidden_states, past_key_values=None, **more):
+        past_key_values.update(*noise(0, 2, 1, 2, hidden_states.shape[1], 8), layer.layer_idx)
+        return torch.zeros_like(hidden_states), None
+
+    return forward
 
 
 @pytest.mark.parametrize(
@@ -371,6 +447,7 @@ def test_the_method_changes_no_weight_and_its_edit_brings_the_cache_back(tmp_pat
     done = prune(model, Mustafar(sparsity=0.5, window=4, keys=OutputAware()), task)
     assert done.ledger.after.parameters == done.ledger.before.parameters
     assert done.ledger.removed == 0
+    assert done.ledger.after.flops == done.ledger.before.flops  # not that of measuring as if it had been decoded
     save(done.edits, tmp_path / "edits.safetensors")
     again = copy.deepcopy(model)
     apply_(again, load(tmp_path / "edits.safetensors"))

@@ -43,7 +43,7 @@ class SparseCache(nn.Module):
     """The pruning of a model's cache, as a module it carries: whatever cache a run begins with is pruned as it fills.
 
     A forward pass that is given no cache is computed as if each of its tokens had been decoded with one, after the
-    first `prefill`, so that a perplexity is that of the pruned cache.
+    first `prefill`, so that a perplexity is that of the pruned cache; `in_use`, as the prompt it would be.
     """
 
     def __init__(self, prefill: int = 0, pruning: Pruning | Eviction | str | None = None) -> None:
@@ -53,6 +53,7 @@ class SparseCache(nn.Module):
         self._joined: list[Any] = []
         self._config: Any = None
         self._before: str | None = None
+        self._in_use = False
 
     def settings(self) -> dict[str, Any]:
         """What builds it again."""
@@ -76,7 +77,7 @@ class SparseCache(nn.Module):
         text._attn_implementation = ATTENTION
         self._joined = [
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
-            model.register_forward_hook(self._end, always_call=True),
+            model.register_forward_hook(self._end, with_kwargs=True, always_call=True),
         ]
 
     def leave_(self) -> None:
@@ -87,25 +88,43 @@ class SparseCache(nn.Module):
             self._config._attn_implementation = self._before
         self._joined, self._config = [], None
 
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """While it lasts, a pass that is given no cache is what it is to a user: a prompt, read as it is."""
+        before, self._in_use = self._in_use, True
+        try:
+            yield
+        finally:
+            self._in_use = before
+
     def _begin(self, model: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         from transformers import DynamicCache
 
-        from secateur.cache.layers import AS_DECODED, prune_
+        from secateur.cache.layers import ATTENTION, PASS, prune_
 
+        if self._config._attn_implementation != ATTENTION:
+            raise ModelError(
+                f"a pruned cache of {type(model).__name__} was to be read",
+                f"its attention was set to {self._config._attn_implementation} since, which cannot read one",
+                "Set it before the cache is pruned, or leave it.",
+            )
         cache = given.get("past_key_values")
         if cache is None and given.get("use_cache"):
             cache = given["past_key_values"] = DynamicCache(config=self._config)
-        if cache is None:
-            AS_DECODED.now = (self.pruning, self.prefill)
+        if cache is None and not self._in_use:
+            PASS.decoded = (self.pruning, self.prefill)
             given["use_cache"] = False
-        else:
+        elif cache is not None:
             prune_(cache, self.pruning)
+        PASS.reads = True
         return args, given
 
-    def _end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        from secateur.cache.layers import AS_DECODED
+    def _end(self, model: nn.Module, args: tuple[Any, ...], given: dict[str, Any], output: Any) -> None:
+        from secateur.cache.layers import PASS, check_read
 
-        AS_DECODED.now = None
+        PASS.decoded, PASS.reads = None, False
+        if output is not None and given.get("past_key_values") is not None:
+            check_read(given["past_key_values"], model)
 
 
 @contextmanager

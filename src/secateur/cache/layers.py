@@ -17,6 +17,16 @@ from secateur.errors import ModelError
 ATTENTION = "secateur"  # the name under which transformers knows the attention below
 
 
+class Pass(threading.local):
+    """What is known of this thread's pass through a model."""
+
+    reads = False  # it is of a model whose attention is the one below
+    decoded: tuple[Pruning | Eviction, int] | None = None  # what it is computed as, given no cache; None: as it is
+
+
+PASS = Pass()
+
+
 class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """One layer of a cache, whose tokens are pruned or forgotten as they leave the window."""
 
@@ -33,11 +43,11 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Take in new tokens [batch, heads, new, width]; what is returned is read by `attention` alone."""
-        if self.waiting:
+        if not PASS.reads:
             raise ModelError(
                 "a pruned cache was to be read",
-                "this model computes attention itself, and would have seen the window alone",
-                "Use a model whose attention goes through transformers' attention interface.",
+                "the attention of this model sees the newest tokens alone",
+                "Use it with the model it was pruned in, while its cache is pruned.",
             )
         self.is_initialized, self.waiting = True, True
         self.past.append_(key_states, value_states)
@@ -95,6 +105,16 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self.past.keep_(self.past.tokens - gone)
 
 
+def check_read(cache: Cache, model: nn.Module) -> None:
+    """After a pass: raise ModelError where a pruned layer was not read by the attention below."""
+    if any(isinstance(layer, PrunedLayer) and layer.waiting for layer in cache.layers):
+        raise ModelError(
+            f"a pruned cache of {type(model).__name__} was to be read",
+            "it computes attention itself, and would see the newest tokens alone",
+            "Use a model whose attention goes through transformers' attention interface.",
+        )
+
+
 def prune_(cache: Cache, pruning: Pruning | Eviction) -> None:
     """Make the layers of an empty cache pruned ones; those of a sliding window, and of no attention, stay."""
     if any(isinstance(layer, PrunedLayer) for layer in cache.layers):
@@ -104,6 +124,12 @@ def prune_(cache: Cache, pruning: Pruning | Eviction) -> None:
             "a cache was to be pruned",
             f"it holds {cache.get_seq_length()} tokens that another run put there",
             "Begin with an empty cache, or let generate make one.",
+        )
+    if cache.layers and all(getattr(layer, "is_sliding", False) for layer in cache.layers):
+        raise ModelError(
+            f"a {type(cache).__name__} was to be pruned",
+            "every layer has a sliding window, which holds no more than that as it is",
+            "Leave the cache of this model as it is.",
         )
     if getattr(cache, "offloading", False) or not (
         cache.layer_class_to_replicate is DynamicLayer or any(type(layer) is DynamicLayer for layer in cache.layers)
@@ -118,15 +144,6 @@ def prune_(cache: Cache, pruning: Pruning | Eviction) -> None:
         cache.layer_class_to_replicate = lambda: PrunedLayer(pruning)  # type: ignore[assignment]
 
 
-class AsDecoded(threading.local):
-    """What this thread's pass, given no cache, is to be computed as; None: as it is."""
-
-    now: tuple[Pruning | Eviction, int] | None = None
-
-
-AS_DECODED = AsDecoded()
-
-
 def attention(
     module: nn.Module,
     query: Tensor,
@@ -139,8 +156,8 @@ def attention(
     """Attention for transformers' interface: query [batch, heads, new, width] -> [batch, new, heads, width]."""
     layer: PrunedLayer | None = getattr(key, "past", None)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    decoded = AS_DECODED.now
-    if layer is None and decoded is None:
+    decoded = PASS.decoded
+    if layer is None and (decoded is None or more.get("sliding_window")):  # a sliding window stays as it is
         found: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **more
         )

@@ -92,6 +92,7 @@ class Mustafar(Method):
                 f"{kept(width, rule.value_sparsity)} of each value: {left:.1%} of their bytes.",
                 "Quality is measured as if each token had been decoded with the pruned cache"
                 + (f", after a prompt of {self.prefill}." if self.prefill else "."),
+                "Work and time are those of a prompt, which is read as it is; what pruning saves is in decoding.",
                 "secateur.load opens it with the cache pruned; stock loaders open the weights alone, for which "
                 "secateur.sparse_cache does the same.",
             ],
