@@ -332,7 +332,7 @@ def in_use(model: nn.Module) -> Iterator[None]:
     with ExitStack() as until:
         for module in model.modules():
             if hasattr(module, "in_use"):
-                until.enter_context(module.in_use())
+                until.enter_context(module.in_use())  # type: ignore[operator]
         yield
 
 
