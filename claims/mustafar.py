@@ -117,7 +117,7 @@ CLAIM = Claim(
     "whole channels (ThinK) leave 38.53 and 26.55 with 50 and 70 % of keys; the cache takes 45 % of its bytes.",
     source="arXiv:2505.22913, abstract and tables (by way of a public note)",
     here="SmolLM2-135M-Instruct in bfloat16, WikiText-2 test: prompts of 384 tokens, 128 more read with the pruned "
-    "cache, 32 windows that each seed draws; heads are 64 wide. Bytes are those of a packed cache of 512 tokens over "
+    "cache, 16 windows that each seed draws; heads are 64 wide. Bytes are those of a packed cache of 512 tokens over "
     "those of the dense one, window and all. Against them, eviction of whole tokens that takes the same bytes: each "
     "head keeps those that got most attention so far (H2O), or the newest and four sinks (StreamingLLM).",
     conditions=(
@@ -139,7 +139,7 @@ CLAIM = Claim(
         "heavy-hitters@0.7+0.7",
         "newest@0.7+0.7",
     ),
-    settings={"prefill": 384, "window": 512, "windows": 32, "recent": 32},
+    settings={"prefill": 384, "window": 512, "windows": 16, "recent": 32},
     large={"windows": 280},
     expects=(
         beats("mustafar@0.5+0.5", "dense", "Half of keys and values cost at most a fiftieth", 1 / 1.02),
