@@ -50,6 +50,29 @@ def convolve(
     dense weight, which is then kept. Raises FormatError for a weight that was packed from a matrix, for another dtype,
     shape or device, and when the tensors were changed after packing.
     """
+    struct, shape = arranged(packed, x, stride, padding, dilation, torch.get_num_threads())
+    packed.unchanged()
+    call = packed.prepared
+    kernel = kernels.find("group_cols_conv_f32")
+    if kernel is None or (x.requires_grad and torch.is_grad_enabled()):
+        weight = packed.plain.view(shape[1], x.shape[1], struct.taps_high, struct.taps_wide)
+        y = F.conv2d(x, weight, call.bias, stride, padding, dilation)
+        return y if between == ANY else y.clamp(*between)
+    x = x.contiguous()
+    y = x.new_empty(shape)
+    struct.weight, struct.x, struct.y = ctypes.addressof(call.weight), x.data_ptr(), y.data_ptr()
+    struct.low, struct.high = between
+    kernels.run(kernel, struct, len(x) * struct.chunks * struct.parts if y.numel() else 0)
+    return y
+
+
+def arranged(
+    packed: Packed, x: Tensor, stride: Pair, padding: Pair, dilation: Pair, threads: int
+) -> tuple[Call, tuple[int, int, int, int]]:
+    """The work of a convolution cut into items for some threads, without its pointers, and the shape of the outcome.
+
+    Raises FormatError as `convolve` does.
+    """
     form = _form(packed)
     outputs, columns = packed.shape
     channels = columns // form.taps
@@ -60,40 +83,17 @@ def convolve(
             f"it takes torch.float32 [pictures, {channels}, high, wide] on the CPU",
             "Convert what is given, or pack the layer again.",
         )
-    packed.unchanged()
     out = out_size(form, x.shape[2:], stride, padding, dilation)
-    call = packed.prepared
-    kernel = kernels.find("group_cols_conv_f32")
-    if kernel is None or (x.requires_grad and torch.is_grad_enabled()):
-        y = F.conv2d(
-            x, packed.plain.view(outputs, channels, form.high, form.wide), call.bias, stride, padding, dilation
-        )
-        return y if between == ANY else y.clamp(*between)
-    x = x.contiguous()
-    y = x.new_empty(x.shape[0], outputs, *out)
     of_pixels = form.taps == 1 and stride == (1, 1) and padding == (0, 0)
     size = out[0] * out[1] if of_pixels else out[0]
     pixels = max(128, min(512, SUMS // outputs))
     chunk = pixels if of_pixels else max(1, pixels // out[1])
     chunks = max(1, -(-size // chunk))
     chunk = -(-size // chunks)  # as even as can be
-    threads, groups = torch.get_num_threads(), call.items
-    parts = 1 if threads == 1 else min(groups, max(1, 2 * threads // (chunks * x.shape[0])))
-    struct = Call(
-        ctypes.addressof(call.weight),
-        x.data_ptr(),
-        y.data_ptr(),
-        *x.shape,
-        *out,
-        *(form.high, form.wide),
-        *stride,
-        *padding,
-        *dilation,
-        *(chunk, chunks, parts),
-        *between,
-    )
-    kernels.run(kernel, struct, x.shape[0] * chunks * parts if y.numel() else 0)
-    return y
+    pictures, groups = len(x), outputs // form.rows + outputs % form.rows
+    parts = 1 if threads == 1 else min(groups, max(1, 2 * threads // max(1, chunks * pictures)))
+    sizes = (*x.shape, *out, form.high, form.wide, *stride, *padding, *dilation, chunk, chunks, parts)
+    return Call(None, None, None, *sizes), (pictures, outputs, *out)
 
 
 def out_size(form: GroupCols, size: Sequence[int], stride: Pair, padding: Pair, dilation: Pair) -> Pair:

@@ -19,7 +19,11 @@ namespace {
 typedef float Vector __attribute__((vector_size(LANES * 4)));
 typedef float Loose __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 
+#ifdef __aarch64__
+enum { WIDEST = 8, REGISTERS = 32 };
+#else
 enum { WIDEST = 8, REGISTERS = LANES == 16 ? 32 : 16 };
+#endif
 
 inline Vector load(const float* from) { return *reinterpret_cast<const Loose*>(from); }
 inline void store(float* to, Vector value) { *reinterpret_cast<Loose*>(to) = value; }
@@ -328,7 +332,7 @@ bool planes_item(const GroupColsConv& call, const GroupColsItem& item, float* y,
   return true;
 }
 
-void convolve(const void* pointer, int64_t begin, int64_t end) {
+[[maybe_unused]] void convolve(const void* pointer, int64_t begin, int64_t end) {
   const GroupColsConv& call = *static_cast<const GroupColsConv*>(pointer);
   const GroupCols& weight = *call.weight;
   for (int64_t number = begin; number < end; number++) {
@@ -364,7 +368,7 @@ struct Rows {
 };
 
 // x W^T + bias.
-void multiply(const void* pointer, int64_t begin, int64_t end) {
+[[maybe_unused]] void multiply(const void* pointer, int64_t begin, int64_t end) {
   const Matmul& call = *static_cast<const Matmul*>(pointer);
   const GroupCols& weight = *static_cast<const GroupCols*>(call.weight);
   const int64_t output = first_output(weight, begin), outputs = first_output(weight, end) - output, most = 256;

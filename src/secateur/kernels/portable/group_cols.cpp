@@ -1,0 +1,114 @@
+// Convolutions of group_cols for machines that this package is not built on: vectors of four floats, as NEON of AArch64
+// and SIMD of WebAssembly have them, and the oracle beside them. No library is needed.
+//
+//   aarch64-linux-gnu-g++ -std=c++17 -O3 -static group_cols.cpp -o group_cols       reads a message, writes the outcome
+//   clang++ --target=wasm32 -std=c++17 -O3 -msimd128 -mbulk-memory -nostdlib -fno-exceptions -Wl,--no-entry
+//     group_cols.cpp -o group_cols.wasm                                             exports reserve and convolve
+//
+// A message is one piece of memory, little-endian: the numbers of `Message`, and behind them the arrays of the weight
+// (values, counts, steps, at, begins), the pictures, and room for the outcome.
+#define LANES 4
+#include "../group_cols.cpp"
+#include "../group_cols_tiles.h"
+
+namespace {
+
+struct Message {
+  int32_t outputs, columns, rows, values, kept, groups, whole, first, slice, slices;
+  int32_t pictures, channels, height, width, out_height, out_width;
+  int32_t taps_high, taps_wide, stride_high, stride_wide, pad_high, pad_wide, apart_high, apart_wide;
+  int32_t chunk, chunks;
+  float low, high;
+};
+
+template <class T>
+T* next(char*& at, int64_t count) {
+  T* found = reinterpret_cast<T*>(at);
+  at += count * int64_t(sizeof(T));
+  return found;
+}
+
+void answer(char* memory, Kernel* kernel) {
+  const Message m = *next<Message>(memory, 1);
+  const float* values = next<float>(memory, m.values);
+  const int32_t* counts = next<int32_t>(memory, m.groups);
+  const int32_t* steps = next<int32_t>(memory, m.kept);
+  const int32_t* at = next<int32_t>(memory, m.kept);
+  const int32_t* begins = next<int32_t>(memory, int64_t(m.slices + 1) * m.groups);
+  const float* x = next<float>(memory, int64_t(m.pictures) * m.channels * m.height * m.width);
+  const GroupCols weight = {m.outputs, m.columns, m.rows,  values,   counts, steps, m.first,
+                            m.groups,  m.whole,   m.slice, m.slices, at,     begins};
+  const GroupColsConv call = {&weight,       x,            next<float>(memory, 0), m.pictures,   m.channels,
+                              m.height,      m.width,      m.out_height,           m.out_width,  m.taps_high,
+                              m.taps_wide,   m.stride_high, m.stride_wide,         m.pad_high,   m.pad_wide,
+                              m.apart_high,  m.apart_wide, m.chunk,                m.chunks,     1,
+                              m.low,         m.high};
+  kernel(&call, 0, int64_t(m.pictures) * m.chunks);
+}
+
+}  // namespace
+
+#ifdef __wasm__
+
+extern "C" unsigned char __heap_base;
+
+namespace {
+size_t used = 0, room_for_scratch = 0;
+void* kept_for_scratch = nullptr;
+}  // namespace
+
+// Memory that stays: where a message is written to.
+extern "C" __attribute__((export_name("reserve"))) void* reserve(size_t bytes) {
+  const size_t page = 65536;
+  if (!used) used = reinterpret_cast<size_t>(&__heap_base);
+  used = (used + 63) & ~size_t(63);
+  const size_t from = used, pages = (used + bytes + page - 1) / page, now = __builtin_wasm_memory_size(0);
+  used += bytes;
+  if (pages > now && __builtin_wasm_memory_grow(0, pages - now) == size_t(-1)) __builtin_trap();
+  return reinterpret_cast<void*>(from);
+}
+
+extern "C" void* scratch(size_t bytes) {
+  if (bytes > room_for_scratch) {
+    kept_for_scratch = reserve(bytes);
+    room_for_scratch = bytes;
+  }
+  return kept_for_scratch;
+}
+
+extern "C" __attribute__((export_name("convolve"))) void convolve_message(char* message, int by_the_oracle) {
+  answer(message, by_the_oracle ? group_cols_conv_f32_base : convolve);
+}
+
+#else
+
+#include <cstdio>
+#include <cstdlib>
+
+extern "C" void* scratch(size_t bytes) {
+  static void* kept = nullptr;
+  static size_t room = 0;
+  if (bytes > room) {
+    std::free(kept);
+    room = (bytes + 63) & ~size_t(63);
+    kept = std::aligned_alloc(64, room);
+    if (!kept) std::abort();
+  }
+  return kept;
+}
+
+// The message from standard input, and the same with the outcome in it to standard output; by the oracle when there
+// is any argument.
+int main(int count, char**) {
+  size_t room = size_t(1) << 20, used = 0;
+  char* message = static_cast<char*>(std::malloc(room));
+  while (message && !std::feof(stdin) && !std::ferror(stdin)) {
+    used += std::fread(message + used, 1, room - used, stdin);
+    if (used == room) message = static_cast<char*>(std::realloc(message, room *= 2));
+  }
+  if (!message) return 1;
+  answer(message, count > 1 ? group_cols_conv_f32_base : convolve);
+  return std::fwrite(message, 1, used, stdout) == used ? 0 : 1;
+}
+
+#endif
