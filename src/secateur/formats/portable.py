@@ -20,8 +20,10 @@ RUN = SOURCE.parent / "run.mjs"
 
 PLAIN = ("-std=c++17", "-O3", "-fno-math-errno")
 AARCH64 = ("aarch64-linux-gnu-g++", *PLAIN, "-static")
-WASM = ("clang++", "--target=wasm32", *PLAIN, "-msimd128", "-mbulk-memory", "-nostdlib", "-fno-exceptions")
-WASM = (*WASM, "-Wl,--no-entry")
+WASM = (
+    *("clang++", "--target=wasm32", *PLAIN, "-msimd128", "-mbulk-memory"),
+    *("-nostdlib", "-fno-exceptions", "-Wl,--no-entry"),
+)
 
 
 def compile_to(target: Path, command: tuple[str, ...]) -> Path:
