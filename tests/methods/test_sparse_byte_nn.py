@@ -317,3 +317,31 @@ def test_the_mobilenet_is_that_of_the_paper() -> None:
     assert mobilenet()(IMAGES[:2]).shape == (2, 4)
     with pytest.raises(SettingError, match="a MobileNet 0 as wide"):
         MobileNet(0)
+
+
+@pytest.mark.parametrize("name", ["mobilenet", "resnet"])
+def test_what_is_left_is_packed_in_groups_and_answers_as_before(name: str, tmp_path) -> None:
+    from secateur.accelerate import accelerate
+    from secateur.formats import GroupCols
+    from secateur.formats.conv import SparseConv2d
+    from secateur.models import load, save
+
+    done = prune(NETS[name](), SparseByteNN(sparsity=0.5, steps=0), pictures())
+    folder = save(done, NETS[name](), tmp_path / "pruned")
+    model = load(folder, build=NETS[name])
+    masks, packed = masks_of(done), copy.deepcopy(model)
+    for site, keep in masks.items():  # every layer, whatever is faster here
+        path = site.removesuffix(".weight")
+        layer = SparseConv2d.of(model.get_submodule(path), GroupCols(4))
+        rows = len(keep) // 4 * 4
+        columns = int(keep[:rows].reshape(-1, 4, *keep.shape[1:])[:, 0].sum()) + int(keep[rows:].sum())
+        assert int(layer.packed.tensors["counts"].sum()) == columns  # the blocks are the groups: none is torn
+        parent, _, last = path.rpartition(".")
+        setattr(packed.get_submodule(parent), last, layer)
+    with torch.no_grad():
+        torch.testing.assert_close(packed(IMAGES), model(IMAGES), rtol=1e-4, atol=1e-5)
+    found = accelerate(model, IMAGES[:2], threads=1)
+    assert found.error < 1e-4
+    tried = {c.layer for c in found.choices if c.trial("group-cols-4") is not None}
+    assert {name.removesuffix(".weight") for name in masks} == tried
+    assert {c.chosen for c in found.choices if c.layer not in tried} == {"dense"}
