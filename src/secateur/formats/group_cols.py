@@ -47,9 +47,9 @@ class GroupCols:
     A weight that is zero inside a kept column is stored: what is held counts, not what the mask says. Packed from a
     convolution it is one, and is convolved with `formats.conv`; `matmul` takes it as a matrix of its columns.
 
-    Source: Xu, Wu, Xiong, Cao. "SparseByteNN: A Novel Mobile Inference Acceleration Framework Based on Fine-Grained
-    Group Sparsity." 2023. arXiv:2310.19509; the stream of steps as in Elsen, Dukhan, Gale, Simonyan. "Fast Sparse
-    ConvNets." 2020. arXiv:1911.09723.
+    Source: Xu, Liu, Xu, Wang, Li, Yan, Li, Fu, Pan, Chen. "SparseByteNN: A Novel Mobile Inference Acceleration
+    Framework Based on Fine-Grained Group Sparsity." 2023. arXiv:2310.19509; the stream of steps as in Elsen, Dukhan,
+    Gale, Simonyan. "Fast Sparse ConvNets." 2020. arXiv:1911.09723.
     """
 
     rows: int = 4
