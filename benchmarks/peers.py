@@ -44,6 +44,9 @@ SIZES = (1024, 4096, 4096, 4096, 1024)
 SPARSITIES = (0.5, 0.8, 0.9, 0.95)
 CALLS = 5  # in a turn
 
+HELD: list[Any] = []
+"""What is to be closed after it was timed."""
+
 CHILD = """
 import os, sys, time
 os.environ["NM_DISABLE_ANALYTICS"] = "True"
@@ -226,16 +229,13 @@ def in_kind(name: str) -> Callable[[Any, Tensor], tuple[np.ndarray, Any]]:
 def llama(
     opened: Opened, path: Path, encoded: Callable[[Any, Tensor], tuple[np.ndarray, Any]], ids: Tensor
 ) -> tuple[Callable[[], Any], np.ndarray]:
-    """One token by llama.cpp. What was loaded stays until the process ends."""
+    """One token by llama.cpp. What was loaded stays until it was timed."""
     gguf._written(opened, path, encoded)
     held = gguf._loaded(path, 64)
     model, context = held.__enter__()
     HELD.append(held)
     tokens = ids[0].tolist()
     return lambda: gguf._logits(model, context, tokens), gguf._logits(model, context, tokens).numpy()
-
-
-HELD: list[Any] = []
 
 
 def measured(name: str, ways: Ways, rounds: int) -> dict[str, Any]:
@@ -346,6 +346,8 @@ def main() -> None:
         for name, prepare in jobs.items():
             ways, left_out, off = prepare()
             cell = measured(name, ways, asked.rounds) | {"left_out": left_out, "off": off}
+            while HELD:
+                HELD.pop().__exit__(None, None, None)
             print(left_out, {n: f"{v:.1g}" for n, v in off.items()}, flush=True)
             found["cells"] = [*(c for c in found["cells"] if c["name"] != name), cell]
             found["about"] = about(found)

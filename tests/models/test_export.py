@@ -75,6 +75,16 @@ def test_a_sparse_file_is_smaller_and_says_so_in_the_record(folders, tmp_path):
     open_model(folders / "eight")  # the record is whole still
 
 
+def test_a_folder_says_in_its_config_in_what_its_layers_differ(folders):
+    hub = pytest.importorskip("transformers")
+    said = json.loads((folders / "uneven" / "config.json").read_text())
+    assert said["model_type"] == "secateur-llama"  # whose classes would build every layer alike
+    assert said["per_layer_config"] == {"0": {"intermediate_size": 32}, "1": {"intermediate_size": 20}}
+    config = hub.LlamaConfig.from_dict({**said, "model_type": "llama"})
+    assert [config.per_layer_config[place].intermediate_size for place in (0, 1)] == [32, 20]
+    assert "per_layer_config" not in json.loads((folders / "stock" / "config.json").read_text())
+
+
 def test_onnx_takes_layers_of_different_widths_and_answers_alike(folders, tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnx")

@@ -9,11 +9,11 @@ from torch import nn
 
 from secateur.edit import Remove, apply_
 from secateur.errors import ExportError
-from secateur.export import export, llama_shaped
+from secateur.export import export
 from secateur.export import gguf as gguf_form
-from secateur.export.llama_shaped import Layer, rotary_order, shapes
 from secateur.methods.int8 import rounded
-from secateur.models import Opened, open_model, save
+from secateur.models import Opened, llama_shaped, open_model, save
+from secateur.models.llama_shaped import Layer, rotary_order, shapes
 from secateur.outcome import Outcome
 
 gguf = pytest.importorskip("gguf")

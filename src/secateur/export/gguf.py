@@ -18,10 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import ExportError
-from secateur.export import llama_shaped
 from secateur.export.exporting import answer, in_float32, missing
 from secateur.export.sparse import int8_of
-from secateur.models import Opened, hf
+from secateur.models import Opened, hf, llama_shaped
 
 BLOCK = 32
 """Numbers that share a scale in llama.cpp's 8-bit form; a width of zeros is one block."""

@@ -23,6 +23,7 @@ from secateur.errors import ModelError
 from secateur.models import hf, onnx, pipelines
 from secateur.models.card import model_card
 from secateur.models.folder import CARD, FORMAT, RECORD, check_tensors, is_ours, sha256
+from secateur.models.llama_shaped import per_layer_config
 from secateur.models.loading import structure_
 from secateur.models.offload import Resting, reread
 from secateur.models.opening import NAMES, Opened
@@ -215,7 +216,10 @@ def _write_hf(folder: Path, model: nn.Module, opened: Opened, edits: Sequence[Ed
     written = base.to_dict()
     write_json(folder / "base_config.json", written)
     # A type no stock loader knows: one that it knows would be filled with random weights where names differ.
-    write_json(folder / "config.json", {**written, "model_type": f"secateur-{base.model_type}", "why_not_stock": why})
+    said_of_it: dict[str, Any] = {"model_type": f"secateur-{base.model_type}", "why_not_stock": why}
+    if layers := per_layer_config(model, base):
+        said_of_it["per_layer_config"] = {str(place): sizes for place, sizes in layers.items()}
+    write_json(folder / "config.json", written | said_of_it)
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(str(folder))  # type: ignore[union-attr,operator]
     return said | {"stock": False, "why_not": why, "difference": None, "aliases": aliases}

@@ -32,10 +32,34 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 def shapes(model: nn.Module) -> list[Layer]:
     """The sizes of every layer, read from its matrices."""
     each = head_size(model)
-    found = []
-    for layer in layers_of(model):
-        heads, kv_heads = (rows(layer, f"self_attn.{name}") // each for name in ("q_proj", "k_proj"))
-        found.append(Layer(heads, kv_heads, rows(layer, "mlp.gate_proj")))
+    return [_sizes(layer, each) for layer in layers_of(model)]
+
+
+def _sizes(layer: nn.Module, each: int) -> Layer:
+    heads, kv_heads = (rows(layer, f"self_attn.{name}") // each for name in ("q_proj", "k_proj"))
+    return Layer(heads, kv_heads, rows(layer, "mlp.gate_proj"))
+
+
+def per_layer_config(model: nn.Module, config: Any) -> dict[int, dict[str, Any]]:
+    """In what each layer differs from a config, in the words of transformers' `per_layer_config`; nothing if in none.
+
+    transformers 5 keeps such a table, but its classes still build every layer from the one number of the config: it
+    says what the sizes are to whoever builds them. Nothing for models that are not built as Llama is.
+    """
+    if why_not(model):
+        return {}
+    each, found = head_size(model), {}
+    for place, layer in enumerate(model.get_submodule("model.layers").children()):
+        sizes = Layer(0, 0, 0) if isinstance(layer, Passing) else _sizes(layer, each)
+        said: dict[str, Any] = {}
+        if sizes.heads:
+            said |= {"num_attention_heads": sizes.heads, "num_key_value_heads": sizes.kv_heads}
+        if sizes.width:
+            said |= {"intermediate_size": sizes.width}
+        said = {name: size for name, size in said.items() if getattr(config, name, None) != size}
+        gone = [name for name, size in (("attention", sizes.heads), ("mlp", sizes.width)) if not size]
+        if said or gone:
+            found[place] = said | ({"skip": gone} if gone else {})
     return found
 
 
@@ -86,7 +110,10 @@ def _strange(layer: nn.Module, each: int) -> str:
     if extra:
         return f"it has {extra[0]}, which Llama's layers have not"
     for name in linear:
-        module = layer.get_submodule(name)
+        try:
+            module = layer.get_submodule(name)
+        except AttributeError:
+            return f"its {name} is gone, with what was around it"
         if not isinstance(module, nn.Linear):
             return f"its {name} is a {type(module).__name__}"
     query, key, value = (rows(layer, f"self_attn.{n}") for n in ("q_proj", "k_proj", "v_proj"))
