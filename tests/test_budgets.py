@@ -5,6 +5,7 @@ import json
 import pytest
 import tiny
 import torch
+import transformers as hub
 from click.testing import CliRunner
 from torch import nn
 
@@ -21,6 +22,7 @@ from secateur.method import load, prune
 from secateur.methods.l1_norm import L1Norm
 from secateur.methods.llm_pruner import LLMPruner
 from secateur.methods.spa import Spa
+from secateur.models import save
 from secateur.models.folder import RECORD
 from secateur.outcome import Record, Timing, count_flops
 from secateur.plan import plan
@@ -217,3 +219,20 @@ def test_a_time_that_is_missed_fails_the_command(watch, tmp_path, monkeypatch):
     assert ran.exit_code == 3
     said = " ".join(ran.output.split())
     assert "a sparsity of 0.3 of the latency was asked for, but 0 was reached, 0.05 away being tolerated." in said
+
+
+def test_heads_that_go_are_told_to_a_stock_class_whose_config_knows_no_head_dim(tmp_path):
+    """Six heads of 8 in 48: with four left the class would take them for heads of 12."""
+    config = hub.Qwen2Config(
+        vocab_size=tiny.VOCABULARY, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=6,
+        num_key_value_heads=3, max_position_embeddings=64,
+    )  # fmt: skip
+    model, task = tiny.seeded(lambda: hub.Qwen2ForCausalLM(config), 0), tiny.make_task("decoder")
+    outcome = prune(model, Spa(sparsity=0.3, of="parameters", uniform=True, kinds=("head", "channel")), task)
+    assert outcome.ledger.sparsity == pytest.approx(0.3, abs=0.01)  # neurons make up for what heads are too wide for
+    save(outcome, model, tmp_path / "cut")
+    stock = hub.AutoModelForCausalLM.from_pretrained(tmp_path / "cut")
+    assert type(stock) is hub.Qwen2ForCausalLM
+    assert (stock.config.num_attention_heads, stock.config.num_key_value_heads, stock.config.head_dim) == (4, 2, 8)
+    ids = torch.arange(8)[None]
+    torch.testing.assert_close(stock(ids).logits, outcome.model(ids).logits, rtol=1e-4, atol=1e-5)

@@ -199,7 +199,7 @@ class Terms:
         aim, best, notes = wanted, dict[str, int](), list[str]()
         seen: dict[tuple[int, ...], float] = {}
         for _ in range(ROUNDS):
-            found = self._nearest(at, sites, measure, aim)
+            found = self._nearest(at, sites, multiples, measure, aim)
             key = tuple(found.values())
             if key in seen:
                 break
@@ -222,7 +222,12 @@ class Terms:
         return Met(best, self.sparsity, real / measure.whole, step, self.of, tuple(notes), prices)
 
     def _nearest(
-        self, at: Callable[[float], dict[str, int]], sites: Sequence[Site], measure: "Measure", wanted: float
+        self,
+        at: Callable[[float], dict[str, int]],
+        sites: Sequence[Site],
+        multiples: Mapping[str, int],
+        measure: "Measure",
+        wanted: float,
     ) -> dict[str, int]:
         """Counts of which what goes is nearest to what is wanted, between two that the allocation gives in turn."""
         low, high = 0.0, 1 - 1e-9
@@ -256,6 +261,30 @@ class Terms:
             moved = best | {name: more[name] for name in names}
             if abs(measure.gone(moved) - wanted) <= abs(measure.gone(best) - wanted):
                 best = moved
+        return self._refined(best, sites, multiples, measure, wanted) if self.uniform or self.round_to > 1 else best
+
+    def _refined(
+        self,
+        counts: dict[str, int],
+        sites: Sequence[Site],
+        multiples: Mapping[str, int],
+        measure: "Measure",
+        wanted: float,
+    ) -> dict[str, int]:
+        """Counts nearer to what is wanted, where widths that move together leave a gap: narrow ones make up for it."""
+        units, best = {site.name: site.units for site in sites}, counts
+        for _ in range(sum(units.values())):
+            off = measure.gone(best) - wanted
+            moves = []
+            for names in self.alike(sites):
+                by = multiples[names[0]] if off > 0 else -multiples[names[0]]
+                if all(max(1, self.least) <= best[name] + by <= units[name] for name in names):
+                    moved = best | {name: best[name] + by for name in names}
+                    moves.append((abs(measure.gone(moved) - wanted), moved))
+            nearest = min(moves, key=lambda move: move[0], default=None)
+            if nearest is None or nearest[0] >= abs(off) * (1 - 1e-9):
+                break
+            best = nearest[1]
         return best
 
 

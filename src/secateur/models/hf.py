@@ -372,7 +372,10 @@ def _fit(
         heads = getattr(config, "num_attention_heads", 0)
         width = getattr(config, "hidden_size", 0)
         if key == "head_dim" and getattr(config, key) == value and heads and width == value * heads:
-            setattr(config, key, None)
+            if hasattr(type(config), key):
+                setattr(config, key, None)
+            else:
+                delattr(config, key)
     return config, ""
 
 
@@ -407,6 +410,17 @@ def _spell_out(kind: Any, config: Any) -> dict[str, Any]:
                 invented[key] = value
             else:
                 setattr(config, key, None)
+    # Some configs know no head_dim, and their classes read one all the same: it must then be told, and not guessed.
+    if not hasattr(config, "head_dim") and (value := defaults["head_dim"]) is not None:
+        config.head_dim = 2 * value
+        try:
+            read = shapes_of(skeleton(kind, config)) != before
+        except Exception:  # it is read, and does not fit: not a number to change
+            read = False
+        if read:
+            config.head_dim = invented["head_dim"] = value
+        else:
+            del config.head_dim
     return invented
 
 
