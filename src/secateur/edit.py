@@ -25,6 +25,7 @@ from torch.nn.utils import parametrize
 
 from secateur import stored
 from secateur.errors import ModelError, SiteError, did_you_mean
+from secateur.narrow import refit_attention_
 from secateur.site import Number, Part, Site, Tensors, module_of, tensors
 
 VERSION = 1
@@ -401,6 +402,8 @@ def _refit(model: nn.Module, site: Site, left: int) -> None:
             module.num_channels = len(weight)
         elif isinstance(module, nn.Embedding):
             module.num_embeddings, module.embedding_dim = module.weight.shape
+        elif isinstance(module, nn.MultiheadAttention):
+            refit_attention_(model, path)
         elif isinstance(module, nn.RNNBase):
             layer: Any = module
             layer.input_size, told = layer.weight_ih_l0.shape[1], layer.weight_hh_l0.shape[1]
@@ -413,12 +416,16 @@ def _refit(model: nn.Module, site: Site, left: int) -> None:
     gone = site.units - left
     for number in site.numbers:
         module = model.get_submodule(number.module)
-        old = getattr(module, number.attribute)
+        where, _, attribute = number.attribute.rpartition(".")
+        if where:  # of a config that others share: they go on with it as it is
+            setattr(module, where, copy.copy(getattr(module, where)))
+        holder = getattr(module, where) if where else module
+        old = getattr(holder, attribute)
         left_over = round(gone * number.per_unit)
         if isinstance(old, tuple):  # the shape a norm without weights goes by: its last length
-            setattr(module, number.attribute, (*old[:-1], old[-1] - left_over))
+            setattr(holder, attribute, (*old[:-1], old[-1] - left_over))
         else:
-            setattr(module, number.attribute, type(old)(old - left_over))
+            setattr(holder, attribute, type(old)(old - left_over))
 
 
 # Keeping edits

@@ -93,7 +93,7 @@ class Number:
     """A number a module keeps about its own shape, which must change when units go."""
 
     module: str  # dotted path of the module, "" for the model itself
-    attribute: str  # "num_heads", "out_features"
+    attribute: str  # "num_heads", "out_features"; "config.num_attention_heads" of a config of its own
     per_unit: float  # how much of the attribute one unit accounts for
 
 

@@ -25,7 +25,7 @@ METHODS = {
     "thinet": (ThiNet(sparsity=0.25, samples=16, places=8, each=0, recover=1), 0.6),
     "regression": (Regression(sparsity=0.25, samples=16, places=16, recover=1), 0.6),
     "soft_filter": (SoftFilter(sparsity=0.1, steps=2, every=1, samples=64), 0.3),
-    "structure_selection": (StructureSelection(strength=400.0, steps=3), 0.0),
+    "structure_selection": (StructureSelection(strength=500.0, steps=2), 0.0),
     "mask_sparsity": (MaskSparsity(sparsity=0.3, strength=20.0, steps=4, threshold=Below(0.2)), 0.0),
     "spa": (Spa(sparsity=0.3, of="flops", criterion=JointObs(), repair=Mend(), norms=Anew(), samples=32), 0.6),
 }

@@ -52,6 +52,7 @@ def fit(
             more = tuple(Number(_under(root, path), a, per) for path, a, per in rule.numbers)
             found.append(replace(site, numbers=(*site.numbers, *more)))
             trial.multiples[site.name] = rule.multiple
+    found += _tied(model, trial, [site for site in sites if site.name in failed], failed)
     good = list(found)
     if good and trial.complaint(good):
         # One that passed for another like it does not: each on its own.
@@ -72,6 +73,44 @@ def fit(
 
 
 _MULTIPLE = 8
+
+
+def _tied(model: nn.Module, trial: "_Trial", sites: Sequence[Site], failed: dict[str, str]) -> list[Site]:
+    """Sites that the code ties by a number alone, so that neither can be cut without the other; no longer failed.
+
+    A strided convolution inside attention whose answer is reshaped to the width of its input is an example.
+    """
+    found: list[Site] = []
+    for first in sites:
+        if first.name not in failed:
+            continue
+        taken = {(part.key, part.axis) for part in first.parts}
+        others = [
+            site for site in sites
+            if site is not first and site.name in failed and site.units == first.units
+            and not taken & {(part.key, part.axis) for part in site.parts}
+        ]  # fmt: skip
+        groups = (
+            [[first, *others], *([first, other] for other in others[:2])] if len(others) > 1 else [[first, *others]]
+        )
+        for group in groups if others else ():
+            # Named for one whose norm counts its units, where there is one: zeroing it is not removing it.
+            name = next((site.name for site in group if site.name in trial.inexact), first.name)
+            kind = "stream" if any(site.kind == "stream" for site in group) else first.kind
+            both = replace(
+                first, name=name, kind=kind, parts=tuple(p for site in group for p in site.parts),
+                numbers=tuple(n for site in group for n in site.numbers),
+                block=first.block if len({site.block for site in group}) == 1 else "",
+            )  # fmt: skip
+            root = _root(model, both)
+            rule = _learn(model, trial, both, root)
+            if isinstance(rule, _Learned):
+                more = tuple(Number(_under(root, path), a, per) for path, a, per in rule.numbers)
+                found.append(replace(both, numbers=(*both.numbers, *more)))
+                for site in group:
+                    del failed[site.name]
+                break
+    return found
 
 
 @dataclass(frozen=True)
@@ -113,6 +152,8 @@ def _learn(model: nn.Module, trial: "_Trial", site: Site, root: str) -> _Learned
     tries += [[*named, c] for c in others] if len(named) > 1 else []
     first = ""
     tries = tries[:40]
+    if kept := _config_counts(model, site, root, paths):
+        tries += [[*named, *kept], kept]
     for numbers in tries:
         made = tuple(Number(_under(root, path), attribute, per) for path, attribute, per in numbers)
         why = trial.complaint([replace(site, numbers=(*site.numbers, *made))])
@@ -153,6 +194,21 @@ def _counts(model: nn.Module, site: Site, root: str, paths: Iterable[str]) -> li
             if value % site.units == 0 and any(width % (value // site.units) == 0 for width in widths):
                 found.append((path, attribute, float(value // site.units)))
     return [c for c in found if c[1] not in ("nf", "nx")]
+
+
+def _config_counts(model: nn.Module, site: Site, root: str, paths: Iterable[str]) -> list[tuple[str, str, float]]:
+    """Counts of units that modules read from a config they share with others: each gets a copy of its own."""
+    found = []
+    for path in sorted(paths):
+        module = model.get_submodule(_under(root, path))
+        config = getattr(module, "config", None)
+        if config is None or not hasattr(config, "__dict__") or hasattr(module, "save_pretrained"):
+            continue
+        for attribute, value in vars(config).items():
+            whole = isinstance(value, int) and not isinstance(value, bool) and value >= site.units
+            if whole and value % site.units == 0 and _COUNTS[site.kind].fullmatch(attribute):
+                found.append((path, f"config.{attribute}", float(value // site.units)))
+    return found
 
 
 class _Trial:
@@ -218,12 +274,13 @@ def close(a: Tensor, b: Tensor) -> bool:
 
 @contextlib.contextmanager
 def _restored(model: nn.Module) -> Iterator[None]:
-    """Every module's tensors and numbers as they were, afterwards."""
-    kept = [(m, dict(vars(m)), dict(m._parameters), dict(m._buffers)) for m in model.modules()]
+    """Every module's class, tensors and numbers as they were, afterwards."""
+    kept = [(m, type(m), dict(vars(m)), dict(m._parameters), dict(m._buffers)) for m in model.modules()]
     try:
         yield
     finally:
-        for module, attributes, parameters, buffers in kept:
+        for module, kind, attributes, parameters, buffers in kept:
+            module.__class__ = kind
             vars(module).clear()
             vars(module).update(attributes)
             module._parameters.clear()
