@@ -6,9 +6,13 @@ import pytest
 import torch
 from torch import nn
 
+from secateur.cut import weights
 from secateur.edit import Gate, Mask, Merge, Remove, Replace, Rotate, Update, apply_, harden, load, replacement, save
 from secateur.errors import ModelError, SiteError
+from secateur.graph import channels, removals
+from secateur.outcome import Ledger, Size, elements
 from secateur.site import Number, Part, Site
+from secateur.task import Batch
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -264,3 +268,14 @@ def test_an_edit_leaves_copies_alone() -> None:
     apply_(model, Remove(NEURONS, KEEP))
     assert twin.up.weight.shape == (6, 4)
     assert twin.width == 6
+
+
+def test_what_was_masked_and_then_made_smaller_is_counted_once():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU(), nn.Linear(4, 2, bias=False))
+    before, size = elements(model), Size(24, 0, 96, None, None)
+    (first, _), (channel,) = weights(model, exclude=()), channels(model, Batch((torch.ones(1, 4),)))
+    keep = torch.ones(4, 4, dtype=torch.bool)
+    keep[:2] = False  # two rows of zeros, of which one then goes
+    edits = apply_(model, [Mask(first, keep), *removals([channel], {channel.name: torch.arange(4) > 0})])
+    ledger = Ledger.of_run((size, size), edits, before, model)
+    assert (ledger.prunable, ledger.removed) == (24, 4 + 2 + 4)  # a row and a column gone, a row of zeros left

@@ -890,6 +890,65 @@ def test_a_width_written_into_the_code_is_not_offered():
     assert "forward pass fails" in coupling.frozen[0].why
 
 
+def test_widths_that_code_ties_by_a_number_alone_are_cut_together():
+    class Reduced(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(5, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            y = self.a(x)
+            return self.c(self.b(y).reshape(len(x), y.shape[1])) + torch.sigmoid(y).sum()
+
+    class Sized(Reduced):
+        def forward(self, x):
+            y = self.a(x)
+            return self.c(self.b(y).reshape(len(x), y.shape[1], -1)[:, :, 0])
+
+    model, batch = tiny.seeded(Sized, 0).eval(), Batch((torch.randn(3, 5),))
+    coupling = couple(model, batch)
+    assert coupling.frozen == ()
+    (site,) = coupling.sites
+    assert [part.name for part in site.parts] == ["a.weight", "a.bias", "b.weight", "b.weight", "b.bias", "c.weight"]
+    keep = {site.name: some(8)}
+    close(answer(masked(model, [site], keep), batch), answer(removed(model, [site], keep), batch))
+    # what a unit at zero still adds to elsewhere is seen, as for any site
+    assert couple(tiny.seeded(Reduced, 0).eval(), batch).sites == ()
+
+
+def test_a_number_that_a_shared_config_holds_is_changed_in_a_copy():
+    class Config:
+        def __init__(self):
+            self.num_heads, self.other = 4, 4
+
+    class Mixed(nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            self.config = config
+            self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+
+        def forward(self, x):
+            wide = self.config.num_heads * 2
+            q, k, v = (self.qkv(x)[..., i * wide : i * wide + wide].unflatten(-1, (-1, 2)) for i in range(3))
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            return x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    def make():
+        config = Config()
+        return nn.Sequential(Mixed(config), Mixed(config))
+
+    model, batch = tiny.seeded(make, 0).eval(), Batch((torch.randn(3, 6, 8),))
+    sites = couple(model, batch).of("head")
+    assert [[(n.module, n.attribute, n.per_unit) for n in site.numbers] for site in sites] == [
+        [("0", "config.num_heads", 1.0)],
+        [("1", "config.num_heads", 1.0)],
+    ]
+    cut = removed(model, sites[:1], {sites[0].name: some(4)})
+    assert [m.config.num_heads for m in cut] == [int(some(4).sum()), 4]
+    assert model[0].config is model[1].config
+    cut(*batch.inputs)
+
+
 def test_a_cut_that_changes_the_answer_is_not_offered():
     class Shifted(nn.Module):
         """The mean over units, and one over how many there are: zeroing and removing differ."""

@@ -121,16 +121,24 @@ class Ledger:
         left = elements(model)
         prunable = sum(before[name] for name in names)
         rows = site_rows(edits)
-        masked = {e.site.name for e in last.values() if isinstance(e, Mask) and _stands(e.site, left)}
+        there = {e.site.name: e.site for e in last.values() if isinstance(e, Mask) and _there(e.site, left)}
         gone = prunable - sum(left.get(name, 0) for name in names)
-        gone += sum(row.removed for row in rows if row.site in masked)
+        gone += sum(row.removed for row in rows if row.site in there and _whole(there[row.site], left))
+        # Masks of what was made smaller since say nothing of what is left: its zeros do.
+        smaller = {p.name for site in there.values() if not _whole(site, left) for p in site.parts if p.name in names}
+        gone += sum(int((model.get_parameter(name) == 0).sum()) for name in smaller)
         units, kept = sum(row.units for row in rows), sum(row.kept for row in rows)
         return cls(*sizes, prunable, min(gone, prunable), *timings, units, units - kept, of)
 
 
-def _stands(site: Site, left: Mapping[str, int]) -> bool:
+def _there(site: Site, left: Mapping[str, int]) -> bool:
     """Whether every tensor of a site is there still; not so where masked blocks were then replaced."""
     return all(part.name in left for part in site.parts)
+
+
+def _whole(site: Site, left: Mapping[str, int]) -> bool:
+    """Whether every tensor of a site is as large as when it was cut; not so where channels then went."""
+    return all(part.index is not None or left[part.name] == prod(part.shape) for part in site.parts)
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,11 @@ class Part:
         return self.name if self.index is None else f"{self.name}[{self.index}]"
 
     @property
+    def module(self) -> str:
+        """The path of the module that holds the tensor: "blocks.3.mlp.up"; "" for the model itself."""
+        return self.name.rpartition(".")[0]
+
+    @property
     def axis(self) -> int | None:
         """The one axis along which the owner varies, or None."""
         if self.owner is None:

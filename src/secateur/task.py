@@ -192,6 +192,11 @@ def generator(task: Task, purpose: str) -> torch.Generator:
     return stream(task.seed, purpose)
 
 
+def quality(task: Task, found: Mapping[str, float]) -> float:
+    """The task's metric among what it measured, turned so that higher is better."""
+    return found[task.metric] if task.higher_is_better else -found[task.metric]
+
+
 def forever(task: Task, epoch: int = 0) -> Iterator[tuple[int, int, Batch]]:
     """Training batches without end, each with its epoch and its place in it, each epoch in an order of its own."""
     while True:

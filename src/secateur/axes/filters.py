@@ -51,7 +51,7 @@ def read_alone(model: nn.Module, example: Batch) -> tuple[list[Site], list[str]]
     every, notes = filters(model, example)
     sites = [
         site for site in alone(every)
-        if isinstance(model.get_submodule(readers(site)[0].name.rpartition(".")[0]), (nn.Conv2d, nn.Linear))
+        if isinstance(model.get_submodule(readers(site)[0].module), (nn.Conv2d, nn.Linear))
     ]  # fmt: skip
     if not sites:
         raise GraphError(

@@ -367,7 +367,7 @@ def gated_units(
         if why:
             notes.append(f"{site.name} is not gated: {why}")
             continue
-        first = model.get_submodule(makers[0].name.rpartition(".")[0])
+        first = model.get_submodule(makers[0].module)
         weight = first.weight
         assert isinstance(weight, Tensor)
         width = first.in_channels if isinstance(first, nn.modules.conv._ConvNd) else makers[0].shape[1]
@@ -380,7 +380,7 @@ def gated_units(
 
 def _plain(model: nn.Module, part: Part, reads: bool) -> bool:
     """Whether a gate can look at, or shut, what goes through a part."""
-    module = model.get_submodule(part.name.rpartition(".")[0])
+    module = model.get_submodule(part.module)
     if part.index is not None or isinstance(module, nn.RNNBase) or part.axis not in (0, 1):
         return False
     if len(part.shape) < 2:
@@ -392,10 +392,10 @@ def _plain(model: nn.Module, part: Part, reads: bool) -> bool:
 
 def _shutting(maker: Part, readers: Sequence[Part]) -> Callable[[nn.Module, ConsensusGate], list[RemovableHandle]]:
     def hooks(model: nn.Module, gate: ConsensusGate) -> list[RemovableHandle]:
-        made = model.get_submodule(maker.name.rpartition(".")[0])
+        made = model.get_submodule(maker.module)
         found = [made.register_forward_pre_hook(_Look(gate))]
         for part in readers:
-            module = model.get_submodule(part.name.rpartition(".")[0])
+            module = model.get_submodule(part.module)
             assert part.owner is not None
             axis = 1 if isinstance(module, nn.modules.conv._ConvNd) else -1
             found.append(module.register_forward_pre_hook(_Shut(gate, part.owner.reshape(-1), axis)))

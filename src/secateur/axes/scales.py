@@ -121,7 +121,7 @@ def scaled(model: nn.Module, example: Batch, coupling: Coupling) -> tuple[list[S
 
 def _passes_on(model: nn.Module, part: Part) -> bool:
     """Whether a tensor is a depthwise convolution's, which makes no channels of its own."""
-    module = model.get_submodule(part.name.rpartition(".")[0])
+    module = model.get_submodule(part.module)
     return isinstance(module, nn.modules.conv._ConvNd) and module.groups == module.in_channels > 1
 
 

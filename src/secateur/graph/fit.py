@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from secateur.edit import Mask, _set_tensor
 from secateur.graph.trace import Frozen, answer, culprit, plain
-from secateur.site import Number, Part, Site, module_of, tensors
+from secateur.site import Kind, Number, Part, Site, module_of, tensors
 from secateur.task import Batch
 
 # Attributes that count units by their very name: tried first, and together.
@@ -96,13 +96,13 @@ def _tied(model: nn.Module, trial: "_Trial", sites: Sequence[Site], failed: dict
         for group in groups if others else ():
             # Named for one whose norm counts its units, where there is one: zeroing it is not removing it.
             name = next((site.name for site in group if site.name in trial.inexact), first.name)
-            kind = "stream" if any(site.kind == "stream" for site in group) else first.kind
+            kind: Kind = "stream" if any(site.kind == "stream" for site in group) else first.kind
             both = replace(
                 first, name=name, kind=kind, parts=tuple(p for site in group for p in site.parts),
                 numbers=tuple(n for site in group for n in site.numbers),
                 block=first.block if len({site.block for site in group}) == 1 else "",
             )  # fmt: skip
-            root = _root(model, both)
+            root, trial.multiples[name] = _root(model, both), 1
             rule = _learn(model, trial, both, root)
             if isinstance(rule, _Learned):
                 more = tuple(Number(_under(root, path), a, per) for path, a, per in rule.numbers)

@@ -500,4 +500,4 @@ class CFSP(Method):
 
 def _module(site: Site) -> str:
     """The module that reads a site's neurons: what flows into it is what they say."""
-    return reader(site).name.rpartition(".")[0]
+    return reader(site).module

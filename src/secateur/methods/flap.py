@@ -325,7 +325,7 @@ class FLAP(Method):
         masks = [b.inputs.get("attention_mask") if isinstance(b.inputs, Mapping) else None for b in batches]
         found: dict[str, Flow] = {}
         for block in walk(model, batches):  # nothing is taken out on the way
-            modules = {site.name: reader(site).name.rpartition(".")[0] for site in block.pick(sites)}
+            modules = {site.name: reader(site).module for site in block.pick(sites)}
             if modules:
                 found |= of_all(self._seen(block, modules, masks))
         for site in sites:

@@ -186,7 +186,7 @@ def flop_sparsity(model: nn.Module, masks: Sequence[Mask], example: Batch) -> fl
     total = gone = 0.0
     for mask in masks:
         part = mask.site.parts[0]
-        module = part.name.rpartition(".")[0]
+        module = part.module
         if module not in seen or part.index is not None:
             return None
         outputs, width = seen[module]

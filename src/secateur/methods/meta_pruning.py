@@ -44,7 +44,7 @@ from secateur.graph import couple, left_of, removals
 from secateur.method import Card, Method, check_sparsity
 from secateur.outcome import Outcome, count_flops
 from secateur.site import Site, Tensors, tensors
-from secateur.task import Batch, Task, forever, generator
+from secateur.task import Batch, Task, forever, generator, quality
 from secateur.train import History, fit, seeded
 
 # A network as a graph
@@ -660,7 +660,7 @@ def best(
         passed_(work, metanetwork)
         prune_groups_(work, task.example, flops)
         recalibrate_(work, some(task, 512))
-        tried.append(task.measure(work, "val")[task.metric] * (1 if task.higher_is_better else -1))
+        tried.append(quality(task, task.measure(work, "val")))
     place = max(range(len(tried)), key=tried.__getitem__)
     metanetwork.load_state_dict(dict(candidates[place].state))
     return candidates[place].step, abs(tried[place])

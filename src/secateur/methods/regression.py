@@ -93,7 +93,7 @@ def seen_at(
 
     Raises EvidenceError where nothing flows in.
     """
-    name = part.name.rpartition(".")[0]
+    name = part.module
     module, whole = model.get_submodule(name), dense.get_submodule(name)
     given, gave = list[Tensor](), list[Tensor]()
     hooks = [

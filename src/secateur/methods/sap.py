@@ -35,7 +35,7 @@ from secateur.edit import Mask, apply_
 from secateur.errors import SettingError, TaskError
 from secateur.method import Card, Method
 from secateur.outcome import Outcome
-from secateur.task import Task
+from secateur.task import Task, quality
 from secateur.train import Loop, Rule, Snapshot
 
 
@@ -58,9 +58,9 @@ class Best(Rule):
         if loop.step % self.every and loop.step != loop.steps:
             return
         assert loop.task is not None
-        found = loop.task.measure(loop.model, self.split)[loop.task.metric]
-        loop.log(f"validation {loop.task.metric}", found)
-        found = found if loop.task.higher_is_better else -found
+        measured = loop.task.measure(loop.model, self.split)
+        loop.log(f"validation {loop.task.metric}", measured[loop.task.metric])
+        found = quality(loop.task, measured)
         if self.quality is None or found > self.quality:
             self.quality, self.model = found, Snapshot.of(loop.model).model
 

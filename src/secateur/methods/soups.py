@@ -35,7 +35,7 @@ from secateur.evidence import Evidence
 from secateur.method import Budget, Card, Method, check_sparsity
 from secateur.outcome import Outcome
 from secateur.site import Site, tensors
-from secateur.task import Task
+from secateur.task import Task, quality
 from secateur.train import History, Snapshot
 
 
@@ -315,5 +315,5 @@ def alone(
 def _quality(model: nn.Module, task: Task) -> tuple[float, float]:
     """The task's metric on held-out data, turned so that higher is better, and the loss; without one, less of it."""
     found = task.measure(model, "val")
-    value = found[task.metric] if task.higher_is_better else -found[task.metric]
+    value = quality(task, found)
     return value, found.get("loss", -value)

@@ -47,7 +47,7 @@ from secateur.errors import ResumeError, SettingError, TaskError
 from secateur.method import Card, Method
 from secateur.outcome import Outcome
 from secateur.site import Site
-from secateur.task import Batch, Task, generator
+from secateur.task import Batch, Task, generator, quality
 from secateur.train import Snapshot
 
 
@@ -204,10 +204,10 @@ def barrier_between(
         Snapshot.average([one, other], [1 - share, share]).restore_(model)
         if 0 < place <= points:
             recalibrate_(model, (batch.to(device) for batch in task.batches("calibration")))
-        found.append(task.measure(model, split)[task.metric])
+        found.append(quality(task, task.measure(model, split)))
     ends = (found[0] + found[-1]) / 2
     between = found[1:-1]
-    return max(0.0, ends - min(between) if task.higher_is_better else max(between) - ends)
+    return max(0.0, ends - min(between))
 
 
 def controls(model: nn.Module, found: Rounds, draw: torch.Generator) -> dict[str, tuple[Keep, Snapshot]]:

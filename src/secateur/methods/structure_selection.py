@@ -146,7 +146,7 @@ def factors_of_filters(model: nn.Module, sites: Sequence[Site]) -> list[Factors]
             site.name,
             site,
             torch.ones(site.units, device=device, requires_grad=True),
-            tuple((part.name.rpartition(".")[0], part) for part in readers(site)),
+            tuple((part.module, part) for part in readers(site)),
         )
         for site in sites
         if readers(site)

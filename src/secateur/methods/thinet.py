@@ -73,7 +73,7 @@ def gram_of(
 
     Raises EvidenceError where nothing flows in.
     """
-    module = model.get_submodule(part.name.rpartition(".")[0])
+    module = model.get_submodule(part.module)
     gram, given = torch.zeros(units, units, dtype=torch.float64), list[Tensor]()
     hook = module.register_forward_pre_hook(lambda m, args: given.append(args[0]))
     was_training = model.training

@@ -225,7 +225,7 @@ def work_of(model: nn.Module, task: Task, hold: Hold | None = None) -> float:
     for site in hold.sites if hold is not None else ():
         assert hold is not None
         share = float(hold.keep[site.name].double().mean())
-        whole = by_module.get(site.parts[0].name.rpartition(".")[0], 0) if len(site.parts) == 1 else 0
+        whole = by_module.get(site.parts[0].module, 0) if len(site.parts) == 1 else 0
         total -= (1 - share) * whole
     return total / example.size
 
