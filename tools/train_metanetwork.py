@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 
+from secateur.axes.metanetwork import Metanetwork
 from secateur.axes.rewinding import reinitialize_
-from secateur.methods.meta_pruning import Grouped, Metanetwork, MetaTraining, best
+from secateur.methods.meta_pruning import Grouped, MetaTraining, best
 from secateur.models.resnet import CifarResNet
 from secateur.task import Task
 from secateur.tasks.images import fashion_mnist

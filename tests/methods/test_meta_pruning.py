@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from secateur.axes.metanetwork import Metanetwork, gathered
+from secateur.axes.network_graphs import graph_of, network_of, wiring
 from secateur.edit import Mask, Remove, Update, apply_
 from secateur.errors import BudgetError, GraphError, ModelError, SettingError
 from secateur.graph import couple
@@ -19,20 +21,15 @@ from secateur.methods.meta_pruning import (
     Candidate,
     Grouped,
     Kept,
-    Metanetwork,
     MetaPruning,
     MetaTraining,
     Single,
     Trained,
     best,
-    gathered,
-    graph_of,
     group_norms,
     meta_gradient,
-    network_of,
     passed_,
     prune_groups_,
-    wiring,
 )
 from secateur.models.resnet import CifarResNet
 from secateur.outcome import count_flops
