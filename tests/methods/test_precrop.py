@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from secateur.axes import Erk, SynExp
+from secateur.axes.densities import Costs, Limit, best_densities, whole_widths
 from secateur.axes.donors import Donor
 from secateur.axes.probes import Snip
 from secateur.cut import weights
@@ -14,17 +15,7 @@ from secateur.edit import Remove
 from secateur.errors import BudgetError, ModelError, SettingError
 from secateur.graph import couple
 from secateur.method import Budget, prune
-from secateur.methods.precrop import (
-    Branches,
-    Costs,
-    Limit,
-    Nearest,
-    PreCrop,
-    Programme,
-    Roots,
-    best_densities,
-    whole_widths,
-)
+from secateur.methods.precrop import Branches, Nearest, PreCrop, Programme, Roots
 from secateur.methods.random_pruning import RandomPruning
 from secateur.models.loading import structure_
 from secateur.outcome import count_flops
