@@ -35,7 +35,8 @@ class NarrowAttention(nn.MultiheadAttention):
         elif not self.batch_first:
             given = [x.transpose(0, 1) for x in given]
         q, k, v = (
-            F.linear(x, weight, bias).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [batch, heads, tokens, dim]
+            # [batch, tokens, width] -> [batch, heads, tokens, dim]
+            F.linear(x, weight, bias).reshape(*x.shape[:2], self.num_heads, -1).transpose(1, 2)
             for x, weight, bias in zip(given, self._weights(), self._biases(), strict=True)
         )
         added = None if attn_mask is None else _added(attn_mask, q)

@@ -169,7 +169,7 @@ def consensus(gates: Gates, share: Tensor, model: nn.Module) -> tuple[list[Tenso
         notes.append("collapsed: every gated block is shut; a weaker budget prevents that")
     parents: dict[str, list[int]] = {}
     for i in blocks:
-        parents.setdefault(gates.guarded[i].module, []).append(i)
+        parents.setdefault(gates.guarded[i].name.rpartition(".")[0], []).append(i)
     for parent, members in parents.items():
         inside = [c for c in model.get_submodule(parent).children() if not getattr(c, "passes_through", False)]
         if len(inside) == len(members) and not any(bool(keep[i].any()) for i in members):
