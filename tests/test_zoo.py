@@ -126,7 +126,9 @@ def cut(name: str, folder: Path) -> dict[str, Any]:
         method, task = L1Norm(sparsity=SPARSITY), Seen(batch)
         planned = plan(method, model, task, priced=False)
         done = prune(model, method, task)
-    assert {r.site: r.keep for r in planned.rows if r.keep != r.units} == {r.site: r.kept for r in done.record.sites}
+    assert {r.site: r.keep for r in planned.rows if r.keep != r.units} == {
+        r.site: r.kept for r in done.record.sites if r.kept != r.units
+    }
     row["left"] = round(sum(p.numel() for p in done.model.parameters()) / parameters, 2)
     masked_equals_removed(model, batch, coupling, done)
     row["loads"] = saved_and_loaded(name, model, batch, done, folder)
