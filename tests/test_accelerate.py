@@ -69,7 +69,7 @@ def test_what_wins_is_packed_and_answers_the_same(cost, monkeypatch):
     found = accelerate(model, X)
     assert {c.layer: c.chosen for c in found.choices} == {"full": "dense", "thin": "bitmap", "idle": "dense"}
     assert {c.layer: c.why for c in found.choices} == {
-        "full": "0% of it is zero, and below 30% no format is faster",
+        "full": "0% of it is zero, and below 15% no format is faster",
         "thin": "2.00 times as fast as dense",
         "idle": "the example does not reach it",
     }

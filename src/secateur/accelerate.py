@@ -30,6 +30,8 @@ FORMATS: tuple[Format, ...] = (Bitmap(), Sell16(), *(GroupCols(rows) for rows in
 Layer = nn.Linear | nn.Conv2d
 
 WORTH = 0.3  # sparsity below which no format was ever faster with many rows, or in float32: such layers are not packed
+SHARED = 0.15  # the same for groups of FEWEST_SHARED outputs and more, which share what they load
+FEWEST_SHARED = 4
 FEW = 16  # rows of 16 bits up to which a bitmap of a whole weight is read faster than F.linear reads the weight
 MARGIN = 0.05  # of the dense time that a format must save: less is noise
 AT_ONCE = 2**29  # bytes of dense weights that are measured together
@@ -226,7 +228,8 @@ def _measured(
         elif why_none is not None:
             reasons[name] = why_none
         elif not (tried := _worth_trying(formats, layer.weight, seen[name].rows(layer))):
-            reasons[name] = f"{_sparsity(layer.weight):.0%} of it is zero, and below {WORTH:.0%} no format is faster"
+            least = SHARED if layer.weight.dtype is torch.float32 else WORTH
+            reasons[name] = f"{_sparsity(layer.weight):.0%} of it is zero, and below {least:.0%} no format is faster"
         else:
             for format in tried:
                 why = _why_not(format, layer, seen[name])
@@ -307,9 +310,12 @@ def _dense_ways(layer: Layer, x: Tensor) -> list[tuple[str, Callable[[], Tensor]
 
 
 def _worth_trying(formats: Sequence[Format], weight: Tensor, rows: int) -> list[Format]:
-    """The formats that may be faster for a weight: below a sparsity only bitmaps, for a few rows of 16 bits."""
-    if _sparsity(weight) >= WORTH:
+    """The formats that may be faster for a weight: below a sparsity only groups of several outputs, in float32, and
+    bitmaps for a few rows of 16 bits."""
+    if (sparsity := _sparsity(weight)) >= WORTH:
         return list(formats)
+    if sparsity >= SHARED and weight.dtype is torch.float32:
+        return [format for format in formats if isinstance(format, GroupCols) and format.rows >= FEWEST_SHARED]
     if rows > FEW or weight.dtype is torch.float32 or weight.dim() > 2:
         return []
     return [format for format in formats if isinstance(format, (Bitmap, BitmapInt8))]
