@@ -1,15 +1,20 @@
-"""Attention of one new token to a packed cache, against the best that torch has for the dense one; and the bytes.
+"""Attention of one new token to a packed cache, against the best that torch has for the dense one; `generate`; bytes.
 
-    python benchmarks/kv_cache.py [--rounds 15] [--most 65536]
+    python benchmarks/kv_cache.py [--rounds 15] [--least 1024] [--most 65536] [--part attention] [--part generate]
 
 For each shape and context the candidates run in turn, so that what else the machine does hits all of them; the median
 of the rounds counts, in processor time of the one thread. Peers: scaled_dot_product_attention with grouped queries,
-the same with the queries of a head folded into its length, and two products with a softmax between. Writes
-results/kv_cache.json, from which docs/kv-cache-speed.md is made.
+the same with the queries of a head folded into its length, and two products with a softmax between. For `generate`
+the peer is what transformers does by itself. Writes results/kv_cache.json, from which docs/kv-cache-speed.md is made;
+parts and contexts that are not asked for stay in it as they were.
 """
 
 import argparse
+import copy
+import ctypes
+import gc
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -22,8 +27,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from secateur import kernels
 from secateur.axes.cached import PerToken
-from secateur.cache import Past, Pruning
+from secateur.cache import Past, Pruning, sparse_cache
 from secateur.cache.attention import attend
+from secateur.cache.layers import prune_
 from secateur.outcome import about_machine, about_versions, now, write_text
 
 HERE = Path(__file__).resolve().parent
@@ -89,6 +95,137 @@ def pruning_time(rounds: int) -> dict[str, float]:
     return {n: 1e3 * statistics.median(t) for n, t in times.items()}
 
 
+def with_row(rows: list[dict[str, Any]], new: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows with one in the place of the last that was of its name and context."""
+    where = {(row["name"], row["context"]): row for row in rows}
+    return list({**where, (new["name"], new["context"]): new}.values())
+
+
+def shaped(layers: int, hidden: int, heads: int, over: int, vocabulary: int, **more: Any) -> Any:
+    """A decoder in bfloat16 with random weights: what they are does not change the time."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"num_hidden_layers": layers, "hidden_size": hidden, "vocab_size": vocabulary, **more}
+    counts = {"num_attention_heads": heads, "num_key_value_heads": over, "max_position_embeddings": 2**17}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return LlamaForCausalLM(LlamaConfig(**sizes, **counts, dtype=torch.bfloat16)).bfloat16().eval()
+
+
+def smollm2() -> Any:
+    """The sizes of SmolLM2-135M."""
+    return shaped(30, 576, 9, 3, 49152, intermediate_size=1536, tie_word_embeddings=True)
+
+
+def two_layers() -> Any:
+    """Two layers with the attention of Llama-3-8B and little beside it."""
+    return shaped(2, 1024, 32, 8, 1024, intermediate_size=2048, head_dim=128)
+
+
+MODELS: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
+    "SmolLM2-135M": (smollm2, (1024, 4096, 8000)),
+    "two layers, 32 heads over 8 of 128": (two_layers, (1024, 4096, 16384, 65536)),
+}
+PIECE = 4096  # tokens put into a cache at a time
+
+
+def filled(model: Any, context: int, sparsity: float | None) -> Any:
+    """A cache that holds so many tokens of noise in each layer: dense, or pruned and packed."""
+    from transformers import DynamicCache
+
+    config = model.config
+    cache = DynamicCache(config=config)
+    if sparsity is not None:
+        prune_(cache, Pruning(sparsity, sparsity))
+    heads = config.num_key_value_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    layer, made = cache.layers[0], torch.Generator().manual_seed(0)
+    for start in range(0, context, PIECE):
+        size = (2, 1, heads, min(PIECE, context - start), width)
+        keys, values = torch.randn(size, generator=made).bfloat16()
+        if sparsity is None:
+            layer.update(keys, values)
+        else:
+            layer.past.append_(keys, values)
+            layer.attended(keys)
+    layer.is_initialized = True
+    cache.layers[1:] = [copy.deepcopy(layer) for _ in cache.layers[1:]]
+    return cache
+
+
+def held_by(cache: Any) -> int:
+    """Bytes of keys and values, or of what is packed of them."""
+    return sum(
+        layer.past.nbytes if hasattr(layer, "past") else layer.keys.nbytes + layer.values.nbytes
+        for layer in cache.layers
+    )
+
+
+def resident() -> int:
+    """Bytes of this process that lie in memory."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system before it is counted
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def generating(model: Any, context: int, rounds: int, new: int = 6) -> dict[str, Any]:
+    """Seconds a token of `generate` after a context, and the bytes of the cache, dense and pruned in turn."""
+    kinds: dict[str, float | None] = {"dense": None, **{f"packed {s:.0%}": s for s in SPARSITIES}}
+    caches, held, grown = {}, {}, {}
+    for name, sparsity in kinds.items():
+        before = resident()
+        caches[name] = filled(model, context, sparsity)
+        held[name], grown[name] = held_by(caches[name]), resident() - before
+    times: dict[str, list[float]] = {name: [] for name in kinds}
+    how = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+
+    def run(cache: Any) -> float:
+        ids = torch.ones(1, cache.get_seq_length() + 1, dtype=torch.long)
+        start = time.thread_time()
+        model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **how)
+        return (time.thread_time() - start) / new
+
+    for turn in range(rounds + 1):
+        for name, sparsity in kinds.items():
+            if sparsity is None:
+                taken = run(caches[name])
+            else:
+                with sparse_cache(model, sparsity):
+                    taken = run(caches[name])
+            if turn:
+                times[name].append(taken)
+    seconds = {n: statistics.median(t) for n, t in times.items()}
+    return {"tokens_a_second": {n: 1 / s for n, s in seconds.items()}, "bytes": held, "resident": grown}
+
+
+def generated(found: list[dict[str, Any]]) -> list[str]:
+    """The table of `generate`."""
+    lines = [
+        "",
+        "## Tokens a second of `generate`",
+        "",
+        "bfloat16, one text, a cache that already holds the context (noise: what stands in it does not change the "
+        "time); processor time of the thread. Dense is the cache `generate` makes by itself, which is copied for each "
+        "token. Megabytes are those of the keys and values, and in brackets by how much the process really grew.",
+        "",
+        "| model | context | dense, tokens a second (MB) | "
+        + " | ".join(f"packed {s:.0%} (MB) | times as fast" for s in SPARSITIES)
+        + " |",
+        "| --- | --- | --- | " + "--- | --- | " * len(SPARSITIES),
+    ]
+    for row in found:
+        speed = row["tokens_a_second"]
+
+        def cell(kind: str, row: dict[str, Any] = row) -> str:
+            held, grown = row["bytes"][kind] / 1e6, row["resident"][kind] / 1e6
+            return f"{row['tokens_a_second'][kind]:.3g} ({held:.0f} [{grown:.0f}])"
+
+        cells = [f"{cell(f'packed {s:.0%}')} | {speed[f'packed {s:.0%}'] / speed['dense']:.2f}" for s in SPARSITIES]
+        lines.append(f"| {row['name']} | {row['context']:,} | {cell('dense')} | {' | '.join(cells)} |")
+    return lines
+
+
 def page(found: dict[str, Any]) -> str:
     """The table as Markdown."""
     lines = [
@@ -120,6 +257,8 @@ def page(found: dict[str, Any]) -> str:
         f"Choosing the larger half of 4,096 tokens by 8 heads by 128: {ms['here']:.3g} ms here, exact with ties by "
         f"place, {ms['plain']:.3g} ms by topk and a scatter, {ms['plain'] / ms['here']:.2f} times as long.",
     ]
+    if "generate" in found:
+        lines += generated(found["generate"])
     return "\n".join(lines) + "\n"
 
 
@@ -127,23 +266,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--most", type=int, default=65536, help="the longest context")
+    parser.add_argument("--least", type=int, default=0, help="the shortest")
+    parser.add_argument("--part", action="append", choices=("attention", "generate"), help="both if not given")
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    rows = []
-    for name, shape in SHAPES.items():
-        for context in CONTEXTS:
-            if context <= asked.most:
-                rows.append({"name": name, "shape": shape, "context": context, **measure(shape, context, asked.rounds)})
-                print(name, context, rows[-1]["milliseconds"], flush=True)
+    parts = asked.part or ["attention", "generate"]
     machine = about_machine()
-    found = {
+    found: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    found |= {
         "created": now(),
         "machine": machine,
         "versions": about_versions(),
         "about": f"One thread, kernels for {kernels.level()}, on {machine['processor']}.",
-        "rows": rows,
-        "pruning": pruning_time(asked.rounds),
     }
+    if "attention" in parts:
+        for name, shape in SHAPES.items():
+            for context in (c for c in CONTEXTS if asked.least <= c <= asked.most):
+                row = {"name": name, "shape": shape, "context": context, **measure(shape, context, asked.rounds)}
+                print(name, context, row["milliseconds"], flush=True)
+                found["rows"] = with_row(found.get("rows", []), row)
+        found["pruning"] = pruning_time(asked.rounds)
+    if "generate" in parts:
+        for name, (make, contexts) in MODELS.items():
+            chosen = [c for c in contexts if asked.least <= c <= asked.most]
+            model = make() if chosen else None
+            for context in chosen:
+                row = {"name": name, "context": context, **generating(model, context, min(3, asked.rounds))}
+                print(name, context, row, flush=True)
+                found["generate"] = with_row(found.get("generate", []), row)
     RESULT.parent.mkdir(exist_ok=True)
     write_text(RESULT, json.dumps(found, indent=1) + "\n")
     write_text(PAGE, page(found))
