@@ -207,19 +207,20 @@ def generated(found: list[dict[str, Any]]) -> list[str]:
         "",
         "bfloat16, one text, a cache that already holds the context (noise: what stands in it does not change the "
         "time); processor time of the thread. Dense is the cache `generate` makes by itself, which is copied for each "
-        "token. Megabytes are those of the keys and values, and in brackets by how much the process really grew.",
+        "token: most of what the table above does not explain. Megabytes are those of the keys and values, and in "
+        "brackets by how much the process really grew.",
         "",
         "| model | context | dense, tokens a second (MB) | "
         + " | ".join(f"packed {s:.0%} (MB) | times as fast" for s in SPARSITIES)
         + " |",
         "| --- | --- | --- | " + "--- | --- | " * len(SPARSITIES),
     ]
-    for row in found:
+    for row in sorted(found, key=lambda row: (row["name"], row["context"])):
         speed = row["tokens_a_second"]
 
         def cell(kind: str, row: dict[str, Any] = row) -> str:
-            held, grown = row["bytes"][kind] / 1e6, row["resident"][kind] / 1e6
-            return f"{row['tokens_a_second'][kind]:.3g} ({held:.0f} [{grown:.0f}])"
+            grown = f" [{row['resident'][kind] / 1e6:.0f}]" if "resident" in row else ""
+            return f"{row['tokens_a_second'][kind]:.3g} ({row['bytes'][kind] / 1e6:.0f}{grown})"
 
         cells = [f"{cell(f'packed {s:.0%}')} | {speed[f'packed {s:.0%}'] / speed['dense']:.2f}" for s in SPARSITIES]
         lines.append(f"| {row['name']} | {row['context']:,} | {cell('dense')} | {' | '.join(cells)} |")
