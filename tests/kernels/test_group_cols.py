@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from secateur import kernels
 from secateur.errors import FormatError, SettingError
-from secateur.formats import GroupCols, unpack
+from secateur.formats import GroupCols, group_cols, unpack
 from secateur.formats.conv import SparseConv2d, convolve
 
 ROWS = (1, 2, 4, 8, 16)
@@ -74,6 +74,14 @@ def test_the_dense_weight_comes_back(rows):
             assert again.format == packed.format
 
 
+@pytest.fixture(params=["one slice", "slices"])
+def slices(request, monkeypatch):
+    """Whole weights in one slice, or in slices that are no whole number of kernels."""
+    if request.param == "slices":
+        monkeypatch.setattr(group_cols, "SLICES", dict.fromkeys(ROWS, 31))
+
+
+@pytest.mark.usefixtures("slices")
 @pytest.mark.parametrize("rows", ROWS)
 def test_every_variant_multiplies(rows):
     for shape in SHAPES:
@@ -105,6 +113,7 @@ CONVOLUTIONS = [
 ]
 
 
+@pytest.mark.usefixtures("slices")
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("at", CONVOLUTIONS, ids=str)
 def test_every_variant_convolves(at, rows):

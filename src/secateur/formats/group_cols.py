@@ -13,9 +13,9 @@ from secateur.formats.packed import Call, Packed, broken, kept, pointer, refuse,
 ROWS = (1, 2, 4, 8, 16)
 """How many outputs a group can have."""
 
-SLICES = {1: (32, 256), 2: (48, 256), 4: (96, 512), 8: (128, 2048), 16: (128, 2048)}
-"""By rows of a group: how many columns a group should keep of a slice, for its sums to be worth their way to memory and
-back, and how many columns a slice may have, for the panel of it to stay in a near cache. Measured."""
+SLICES = {1: 1024, 2: 1024, 4: 1024, 8: 2048, 16: 2048}
+"""By rows of a group: how many columns a slice may have, for the panel of it to stay in the second cache. Measured:
+smaller ones, whose panel stays in the first, cost more on the way of the sums to memory and back than they save."""
 
 EMPTIEST = 1 << 20
 """How many times as many weights as numbers it holds a matrix may have, for a file to be believed."""
@@ -191,9 +191,9 @@ class GroupCols:
         """What kernels read: the tensors as they are, and where each group is in a slice, found from the steps."""
         values, counts, steps, first = (packed.tensors[name] for name in self.names)
         outputs, columns = packed.shape
-        groups, (some, most) = len(counts), SLICES[self.rows]
-        size = min(most, max(64, some * groups * columns // max(1, len(steps))))
-        slices = -(-columns // size)
+        groups = len(counts)
+        slices = -(-columns // SLICES[self.rows])
+        size = -(-columns // slices)  # as even as can be
         place = self._columns(packed)
         at = (place % size).to(torch.int32)
         of = torch.repeat_interleave(torch.arange(groups), counts.long())

@@ -107,12 +107,27 @@ struct Slice {
   float low, high;
 };
 
+// With several slices what a group needs of its stream is far from what the group before it read, so it is asked for
+// while some groups before it are computed.
+enum { NEXT = 4, LINE = 64 };
+
+template <class T>
+inline void fetch(const T* from, int64_t count) {
+  const char* at = reinterpret_cast<const char*>(from);
+  for (int64_t i = 0; i < count * int64_t(sizeof(T)); i += LINE) __builtin_prefetch(at + i);
+}
+
 template <int N, int R, int V, class Inputs>
 inline void group(const Slice& slice, const Inputs inputs, int64_t number, const float* bias, const float* values,
                   int64_t output) {
   const GroupCols& weight = *slice.weight;
   const int32_t* begins = weight.begins + slice.number * weight.groups + number;
   const bool last = slice.number == weight.slices - 1;
+  if (weight.slices > 1 && number + NEXT < slice.end) {
+    const int64_t skipped = begins[NEXT] - begins[0], count = begins[NEXT + weight.groups] - begins[NEXT];
+    fetch(weight.at + begins[NEXT], count);
+    fetch(values + (skipped + NEXT) * N, count * N);
+  }
   for (int row = 0; row < N; row += R) {
     float* kept = slice.sums + (output + row) * slice.pitch;
     const bool away = last && slice.y;
@@ -187,6 +202,12 @@ void sweep_any(const Slice& slice, float* sums, int64_t pixels, Source& source, 
 
 enum { TILE = WIDEST * LANES, AROUND = 64 };  // of floats: the widest tile, and a cache line's worth
 
+// Floats from one row of sums to the next.
+inline int64_t pitch_of(const GroupCols& weight, int64_t pixels) {
+  const int64_t wide = vectors(int(weight.rows)) * LANES;
+  return (pixels + wide - 1) / wide * wide;
+}
+
 inline int64_t rounded(int64_t floats) { return (floats + TILE + AROUND - 1) / AROUND * AROUND; }
 
 // Copies floats, and adds zero to `wild` for each, or NaN for one that is not finite.
@@ -232,7 +253,7 @@ struct Pixels {
 bool pixels_item(const GroupColsConv& call, const GroupColsItem& item, float* y, int64_t outputs) {
   const GroupCols& weight = *call.weight;
   const int64_t size = call.height * call.width, first = item.chunk * call.chunk;
-  const int64_t pixels = least(call.chunk, size - first), pitch = rounded(pixels);
+  const int64_t pixels = least(call.chunk, size - first), pitch = pitch_of(weight, pixels);
   float* const panel = static_cast<float*>(scratch((rounded(weight.slice * TILE) + outputs * pitch) * sizeof(float)));
   float* const sums = panel + rounded(weight.slice * TILE);
   Pixels source = {call.x + item.picture * call.channels * size + first, size, panel, {}};
@@ -279,7 +300,7 @@ bool planes_item(const GroupColsConv& call, const GroupColsItem& item, float* y,
   const int64_t high = rows + reach_high / sh, wide = call.out_width + reach_wide / sw - shared;  // of a plane
   const int64_t plane = high * wide, channel = plane * phases_high * phases_wide;
   if (call.channels * channel > INT32_MAX) return false;
-  const int64_t pixels = rows * wide, pitch = rounded(pixels), beyond = TILE + reach_wide + wide;
+  const int64_t pixels = rows * wide, pitch = pitch_of(weight, pixels), beyond = TILE + reach_wide + wide;
   const int64_t needed = rounded(weight.slice * TILE) + outputs * pitch + rounded(call.channels * channel + beyond);
   float* const panel = static_cast<float*>(scratch(needed * sizeof(float) + weight.columns * sizeof(int32_t)));
   float* const sums = panel + rounded(weight.slice * TILE);
@@ -375,7 +396,7 @@ struct Rows {
   const float* const bias = static_cast<const float*>(call.bias);
   const float beyond = __builtin_inff();
   for (int64_t first = 0; first < call.rows; first += most) {
-    const int64_t rows = least(most, call.rows - first), pitch = rounded(rows);
+    const int64_t rows = least(most, call.rows - first), pitch = pitch_of(weight, rows);
     float* const panel = static_cast<float*>(scratch((rounded(weight.slice * TILE) + outputs * pitch) * sizeof(float)));
     float* const sums = panel + rounded(weight.slice * TILE);
     Rows source = {static_cast<const float*>(call.x) + first * weight.columns, weight.columns, panel, {}};
