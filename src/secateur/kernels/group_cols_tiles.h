@@ -163,8 +163,9 @@ void add(const Slice& slice, const Inputs inputs) {
 // As many vectors as the pixels that are left need.
 template <int N, int V, class Inputs>
 void add_some(const Slice& slice, const Inputs inputs, int64_t pixels) {
-  if constexpr (V > 1)
-    if (pixels <= (V + 1) / 2 * LANES && (V + 1) / 2 < V) return add_some<N, (V + 1) / 2>(slice, inputs, pixels);
+  constexpr int fewer = V > 4 ? V - 2 : V - 1;
+  if constexpr (fewer > 0)
+    if (pixels <= fewer * LANES) return add_some<N, fewer>(slice, inputs, pixels);
   add<N, V>(slice, inputs);
 }
 
@@ -243,9 +244,12 @@ struct Pixels {
 
   template <int N>
   InPanel<vectors(N) * LANES> at(int64_t begin, int64_t end, int64_t pixel, int64_t count) {
+    enum { WIDE = vectors(N) * LANES };
     float* to = panel;
-    for (int64_t column = begin; column < end; column++, to += vectors(N) * LANES)
+    for (int64_t column = begin; column < end; column++, to += WIDE) {
       copy(to, x + column * size + pixel, count, wild);
+      clear(to + count, WIDE - count);  // what lies there could be numbers that a processor is slow with
+    }
     return {panel};
   }
 };
@@ -375,6 +379,7 @@ struct Rows {
 
   template <int N>
   InPanel<vectors(N) * LANES> at(int64_t begin, int64_t end, int64_t row, int64_t count) {
+    if (count < vectors(N) * LANES) clear(panel, (end - begin) * vectors(N) * LANES);
     for (int64_t i = 0; i < count; i++) {
       const float* from = x + (row + i) * columns;
       float sum = 0;

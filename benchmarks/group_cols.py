@@ -1,0 +1,237 @@
+"""Products and convolutions whose groups of outputs share their columns, against the fastest dense way torch has.
+
+    python benchmarks/group_cols.py [--rounds 5] [--only 1x1] [--node]
+
+Layers of MobileNet-v1 that look at one pixel, a product as a prompt has it, and 3x3 convolutions; masks are random, of
+whole groups. One thread, whose processor time counts; every way is called once before any is called again, medians.
+The dense ways are the convolution as a model calls it, with channels last, and the product; and beside them the same
+kernel on a weight of which nothing is removed, in groups of 8: a dense kernel of the same quality. With --node the
+WebAssembly build is timed in Node against itself on a whole weight, instead, by the clock of that engine.
+Writes results/group_cols.json, from which docs/group-cols-speed.md is made; what was not measured is not there.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from secateur import kernels
+from secateur.formats import GroupCols, Packed
+from secateur.formats.conv import convolve
+from secateur.formats.portable import RUN, WASM, compile_to, message
+from secateur.outcome import about_machine, about_versions, now, write_text
+
+HERE = Path(__file__).resolve().parent
+RESULT = HERE / "results" / "group_cols.json"
+PAGE = HERE.parent / "docs" / "group-cols-speed.md"
+
+ROWS = (1, 2, 4, 8)
+SPARSITIES = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
+LAYERS = {  # outputs, inputs, kernel, picture
+    "1x1, 128x128, 56x56": (128, 128, 1, (56, 56)),
+    "1x1, 256x256, 28x28": (256, 256, 1, (28, 28)),
+    "1x1, 512x512, 14x14": (512, 512, 1, (14, 14)),
+    "1x1, 1024x1024, 7x7": (1024, 1024, 1, (7, 7)),
+    "product, 1024x1024, 128 columns": (1024, 1024, 1, (1, 128)),
+    "3x3, 64x64, 56x56": (64, 64, 3, (56, 56)),
+    "3x3, 128x128, 28x28": (128, 128, 3, (28, 28)),
+    "3x3, 256x256, 14x14": (256, 256, 3, (14, 14)),
+}
+IN_NODE = ("1x1, 256x256, 28x28", "1x1, 512x512, 14x14")
+GOALS = {  # what was set out to be reached, over the best dense way: layers that begin so, rows of a group
+    ("product", 1): {0.5: 1.2, 0.7: 1.9, 0.8: 2.7, 0.9: 4.5, 0.95: 7.5},
+    ("product", 8): {0.5: 1.75, 0.7: 3.0, 0.8: 4.5, 0.9: 9.0, 0.95: 15.0},
+    ("3x3", 1): {0.7: 1.4, 0.8: 2.0, 0.9: 3.3, 0.95: 5.5},
+    ("3x3", 8): {0.7: 1.4, 0.8: 2.0, 0.9: 3.3, 0.95: 5.5},
+}
+
+
+def parts(name: str, made: torch.Generator) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    outputs, inputs, kernel, size = LAYERS[name]
+    weight = torch.randn(outputs, inputs, kernel, kernel, generator=made)
+    return weight, torch.randn(1, inputs, *size, generator=made), (kernel // 2, kernel // 2)
+
+
+def packed(weight: Tensor, rows: int, sparsity: float, made: torch.Generator) -> Packed:
+    columns = weight[0].numel()
+    mask = torch.rand(len(weight) // rows, columns, generator=made) >= sparsity
+    return GroupCols(rows).pack(weight, mask.repeat_interleave(rows, 0).view(weight.shape))
+
+
+def timed(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Milliseconds of a call, all ways in turn; of short ones several calls are a turn."""
+    repeats = {}
+    for name, call in ways.items():
+        call()
+        start = time.thread_time()
+        call()
+        repeats[name] = max(1, int(0.003 / max(time.thread_time() - start, 1e-6)))
+    spent: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, call in ways.items():
+            start = time.thread_time()
+            for _ in range(repeats[name]):
+                call()
+            spent[name].append((time.thread_time() - start) / repeats[name])
+    return {name: 1e3 * statistics.median(kept) for name, kept in spent.items()}
+
+
+def measure(name: str, rounds: int) -> dict[str, object]:
+    made = torch.Generator().manual_seed(0)
+    weight, x, padding = parts(name, made)
+    turned, there = (t.contiguous(memory_format=torch.channels_last) for t in (weight, x))
+    ways: dict[str, Callable[[], object]] = {
+        "convolution": lambda: F.conv2d(x, weight, padding=padding),
+        "channels last": lambda: F.conv2d(there, turned, padding=padding),
+    }
+    if weight.shape[2] == 1:
+        matrix, pixels = weight.flatten(1), x.flatten(2)[0]
+        ways["product"] = lambda: torch.mm(matrix, pixels)
+    dense = list(ways)
+    whole = GroupCols(8).pack(weight)
+    ways["whole"] = lambda: convolve(whole, x, padding=padding)
+    for rows in ROWS:
+        for sparsity in SPARSITIES:
+            held = packed(weight, rows, sparsity, made)
+            ways[f"{rows} {sparsity}"] = lambda held=held: convolve(held, x, padding=padding)
+    found = timed(ways, rounds)
+    work = 2e-6 * weight.numel() * (x.numel() // x.shape[1])
+    best = min(found[way] for way in dense)
+    print(f"{name}: dense {work / best:.0f} GF/s, whole {work / found['whole']:.0f}", flush=True)
+    return {"layer": name, "dense": dense, "milliseconds": found, "mega": work, "load": os.getloadavg()[0]}
+
+
+def in_node(name: str, rounds: int) -> dict[str, object]:
+    made = torch.Generator().manual_seed(0)
+    weight, x, padding = parts(name, made)
+    cells = {"whole": GroupCols(4).pack(weight)}
+    cells |= {f"{rows} {s}": packed(weight, rows, s, made) for rows in (1, 4) for s in SPARSITIES}
+    with tempfile.TemporaryDirectory() as folder:
+        program = compile_to(Path(folder) / "group_cols.wasm", WASM)
+        command = ["node", str(RUN), str(program), "vectors", str(rounds)]
+        found = {}
+        for cell, held in cells.items():
+            text, _ = message(held, x, padding=padding)
+            done = subprocess.run(command, input=text, capture_output=True, check=True)
+            found[cell] = statistics.median(float(n) for n in done.stderr.split())
+    print(f"{name} in Node: whole {found['whole']:.2f} ms", flush=True)
+    work = 2e-6 * weight.numel() * (x.numel() // x.shape[1])
+    return {"layer": name, "milliseconds": found, "mega": work, "load": os.getloadavg()[0]}
+
+
+def gains(cell: dict) -> tuple[float, dict[tuple[int, float], float]]:
+    """The milliseconds of the fastest dense way, and by rows and sparsity how many times as fast each is."""
+    spent = cell["milliseconds"]
+    dense = min(spent[way] for way in cell.get("dense", ["whole"]))
+    keys = [(int(k.split()[0]), float(k.split()[1])) for k in spent if k[0].isdigit()]
+    return dense, {key: dense / spent[f"{key[0]} {key[1]}"] for key in keys}
+
+
+def crossover(gain: dict[float, float]) -> str:
+    """The sparsity from which it is faster, on the line between the two that were measured."""
+    before = None
+    for sparsity, times in sorted(gain.items()):
+        if times >= 1:
+            if before is None:
+                return f"below {sparsity:.0%}"
+            at, lost = before
+            return f"{at + (sparsity - at) * (1 - lost) / (times - lost):.0%}"
+        before = sparsity, times
+    return "never"
+
+
+def table(cells: list[dict], columns: tuple[float, ...]) -> list[str]:
+    lines = ["| layer | rows | " + " | ".join(f"{s:.0%}" for s in columns) + " | faster from |"]
+    lines.append("| --- | --- |" + " --- |" * (len(columns) + 1))
+    for cell in cells:
+        _, found = gains(cell)
+        for rows in sorted({key[0] for key in found}):
+            here = {s: found[rows, s] for s in columns if (rows, s) in found}
+            shown = " | ".join(f"{here[s]:.2f}" for s in columns)
+            lines.append(f"| {cell['layer']} | {rows} | {shown} | {crossover(here)} |")
+    return lines
+
+
+def page(found: dict) -> str:
+    """The tables as Markdown."""
+    lines = [
+        "# How fast groups that share their columns are",
+        "",
+        "Written by `python benchmarks/group_cols.py`. How many times as fast as the fastest dense way of torch in the "
+        "same run, float32, one picture: the convolution as a model calls it, with channels last, or the product. "
+        "Groups of 1 are single weights, without any pattern. Medians of processor time, all ways in turn.",
+        "",
+        str(found["about"]),
+        "",
+        *table(found["cells"], SPARSITIES),
+        "",
+        "Dense, in thousand millions of operations a second: the ways of torch, and the same kernel on a weight of "
+        "which nothing is removed. Sparse kernels count here what they store.",
+        "",
+        "| layer | convolution | channels last | product | same kernel | groups of 8 at 70% | single weights at 70% |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for cell in found["cells"]:
+        spent, work = cell["milliseconds"], cell["mega"]
+        ways = [f"{work / spent[w]:.0f}" if w in spent else "" for w in ("convolution", "channels last", "product")]
+        rest = [work / spent["whole"], 0.3 * work / spent["8 0.7"], 0.3 * work / spent["1 0.7"]]
+        lines.append(f"| {cell['layer']} | " + " | ".join([*ways, *(f"{n:.0f}" for n in rest)]) + " |")
+    lines += ["", "What was set out to be reached, and what was:", "", "| layer | rows | sparsity | goal | here |  |"]
+    lines.append("| --- | --- | --- | --- | --- | --- |")
+    for (start, rows), goals in GOALS.items():
+        for cell in (c for c in found["cells"] if c["layer"].startswith(start)):
+            _, here = gains(cell)
+            for sparsity, goal in goals.items():
+                got = here[rows, sparsity]
+                said = "reached" if got >= goal else "missed"
+                lines.append(f"| {cell['layer']} | {rows} | {sparsity:.0%} | {goal} | {got:.2f} | {said} |")
+    if found.get("node"):
+        lines += [
+            "",
+            "## WebAssembly in Node",
+            "",
+            "The same source compiled for WebAssembly, against itself on a weight of which nothing is removed in "
+            "groups of 4; medians by the clock of that engine, so that other work on the machine counts.",
+            "",
+            *table(found["node"], SPARSITIES),
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", default="", help="layers whose name begins so")
+    parser.add_argument("--node", action="store_true", help="the WebAssembly build alone")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    found = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {"cells": [], "node": []}
+    kind, names = ("node", IN_NODE) if asked.node else ("cells", tuple(LAYERS))
+    with torch.no_grad():
+        for name in (n for n in names if n.startswith(asked.only)):
+            cell = (in_node if asked.node else measure)(name, asked.rounds)
+            rest = [c for c in found[kind] if c["layer"] != name]
+            found[kind] = sorted([*rest, cell], key=lambda c: list(LAYERS).index(c["layer"]))
+            machine = about_machine()
+            loads = [c["load"] for c in [*found["cells"], *found["node"]]]
+            found |= {"created": now(), "machine": machine, "versions": about_versions(), "level": kernels.level()}
+            found["about"] = (
+                f"One thread, kernels for {kernels.level()}, on {machine['processor']}, torch {torch.__version__}, "
+                f"{asked.rounds} rounds, load average {min(loads):.0f} to {max(loads):.0f}, {found['created']}."
+            )
+            RESULT.parent.mkdir(exist_ok=True)
+            write_text(RESULT, json.dumps(found, indent=1) + "\n")
+    write_text(PAGE, page(found))
+
+
+if __name__ == "__main__":
+    main()
