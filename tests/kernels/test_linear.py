@@ -10,6 +10,7 @@ from torch import nn
 from secateur.errors import FormatError
 from secateur.formats import Bitmap, Sell16
 from secateur.formats.linear import SparseLinear
+from secateur.formats.packed import Packed
 
 FORMATS = [Bitmap(), Sell16()]
 each = pytest.mark.parametrize("format", FORMATS, ids=lambda f: f.name)
@@ -99,3 +100,22 @@ def test_compile_and_export_see_one_operator(format):
         (X, None, [getattr(model[0], name) for name in format.names], model[0]._header),
         test_utils=("test_schema", "test_faketensor"),
     )
+
+
+@each
+def test_an_operator_takes_what_its_layer_made_ready_and_no_other(format, monkeypatch):
+    sparse, other = SparseLinear.of(layer(0), format), SparseLinear.of(layer(1), format)
+    made = []
+    monkeypatch.setattr("secateur.formats.linear.Packed", lambda *given: made.append(given) or Packed(*given))
+
+    def called(one, tensors):
+        return torch.ops.secateur.packed_linear(X, one.bias, tensors, one._header)
+
+    tensors, others = ([getattr(one, name) for name in format.names] for one in (sparse, other))
+    with torch.no_grad():
+        assert torch.equal(called(sparse, tensors), sparse(X)) and not made
+        mixed = [tensors[0].clone(), *tensors[1:]]  # a layer that nobody holds
+        assert torch.equal(called(sparse, mixed), sparse(X)) and len(made) == 1
+        assert torch.equal(called(other, others), other(X))
+        again = copy.deepcopy(sparse)
+        assert torch.equal(called(again, [getattr(again, name) for name in format.names]), sparse(X))
