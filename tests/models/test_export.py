@@ -17,7 +17,7 @@ from secateur.edit import Mask, Remove, apply_
 from secateur.errors import ExportError, SettingError
 from secateur.export import densify, export, exporting, target_named
 from secateur.methods.int8 import rounded
-from secateur.models import Opened, open_model, save
+from secateur.models import Opened, hf, open_model, save
 from secateur.models.folder import header
 from secateur.outcome import Outcome, Record
 from secateur.report.ledger import lines
@@ -83,6 +83,18 @@ def test_a_folder_says_in_its_config_in_what_its_layers_differ(folders):
     config = hub.LlamaConfig.from_dict({**said, "model_type": "llama"})
     assert [config.per_layer_config[place].intermediate_size for place in (0, 1)] == [32, 20]
     assert "per_layer_config" not in json.loads((folders / "stock" / "config.json").read_text())
+
+
+def test_biases_that_came_along_are_not_why_layers_differ(tmp_path):
+    model, before = llama(), llama()
+    edits = apply_(model, [Remove(mlp(model, 1), first(48, 20))])
+    down = model.model.layers[1].mlp.down_proj
+    down.bias = nn.Parameter(torch.ones(32))  # as methods add that make up for what is gone
+    config, why = hf.fit_config(type(model), before.config, hf.shapes_of(model), hf.kept_layers(model, before))
+    assert config is None and edits
+    assert (
+        why == "layers differ in shape: model.layers.1.mlp.gate_proj.weight is [20, 32] where one config gives [48, 32]"
+    )
 
 
 def test_onnx_takes_layers_of_different_widths_and_answers_alike(folders, tmp_path):

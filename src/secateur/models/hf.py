@@ -366,8 +366,9 @@ def _fit(
                 now = shapes_of(skeleton(kind, config))
             except Exception as error:  # each architecture has its own rules, and its own exceptions
                 return None, f"{type(config).__name__} refuses {key}={size + wanted}: {one_line(error)}"
-    if {n: s for n, s in now.items() if n in target or not n.endswith(".bias")} != target:
-        return None, _mismatch(now, target)
+    needed = {n: s for n, s in now.items() if n in target or not n.endswith(".bias")}
+    if needed != target:
+        return None, _mismatch(needed, target)
     for key, value in invented.items():  # what was spelled out and turned out not to matter goes again
         heads = getattr(config, "num_attention_heads", 0)
         width = getattr(config, "hidden_size", 0)

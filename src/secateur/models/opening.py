@@ -244,7 +244,10 @@ def _has_tokenizer(folder: Path) -> bool:
 
 def _tokenizer(hub: Any, folder: Path, **where: Any) -> Any:
     try:
-        return hub.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, **where)
+        with hf.quiet():  # which would warn of a model type that is ours
+            return hub.AutoTokenizer.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False, **where
+            )
     except Exception as error:  # whatever tokenizers raises for a damaged file
         raise ModelError(
             f"the tokenizer of {folder} was to be read", f"transformers says: {hf.one_line(error)}", "Get it again."
