@@ -26,11 +26,19 @@ USUAL_TASKS = {
     "resnet32": "cifar10",
     "resnet56": "cifar10",
     "fastestdet": "bccd",
+    "vgg": "cifar10",
+    "mobilenet": "cifar10",
+    "mobilenet-half": "cifar10",
+    "mobilenet-quarter": "cifar10",
+    "vit-tiny": "cifar10",
+    "gru": "reber",
+    "lstm": "reber",
+    "gpt": "wikitext2",
     "vit-fashion": "fashion-mnist",
     "char-mixtral": "tinyshakespeare",
     "fashion-diffusion": "fashion-prompts",
 }
-"""What the models that have a name of their own were trained on."""
+"""What the models that have a name of their own were trained on, or are to be."""
 
 
 class Moved(Around):

@@ -18,7 +18,7 @@ from torch import nn
 from secateur import edit as edits_file
 from secateur.edit import Edit, Mask, Merge, Remove, Replace, Rotate, Update, apply_
 from secateur.errors import ModelError, SecateurError
-from secateur.models import fastestdet, hf, mobilenet, onnx, pipelines, resnet, super_resolution
+from secateur.models import fastestdet, fresh, hf, mobilenet, onnx, pipelines, resnet, super_resolution
 from secateur.models.folder import Entry, check_saved, check_tensors, few, header, read_json, read_tensors
 from secateur.site import Site, Tensors, tensors
 
@@ -29,6 +29,11 @@ OWN_BUILDERS: dict[str, Builder] = {
     f"{f.__module__}:{f.__name__}": f
     for f in (
         fastestdet.fastestdet,
+        fresh.gpt,
+        fresh.gru,
+        fresh.lstm,
+        fresh.vgg,
+        fresh.vit_tiny,
         mobilenet.mobilenet,
         mobilenet.mobilenet_half,
         mobilenet.mobilenet_quarter,

@@ -44,8 +44,20 @@ _PACK_FILES = {
     "fastestdet": ("fastestdet_bccd.safetensors", "secateur.models.fastestdet", (1, 3, 352, 352)),
 }
 """File, the module whose function of that name builds the network, and the shape of an example."""
+_IMAGE = {"x": (1, 3, 32, 32)}
+_FRESH: dict[str, tuple[str, str, Mapping[str, tuple[int, ...]]]] = {
+    "gpt": ("secateur.models.fresh", "gpt", {}),
+    "gru": ("secateur.models.fresh", "gru", {}),
+    "lstm": ("secateur.models.fresh", "lstm", {}),
+    "mobilenet": ("secateur.models.mobilenet", "mobilenet", _IMAGE),
+    "mobilenet-half": ("secateur.models.mobilenet", "mobilenet_half", _IMAGE),
+    "mobilenet-quarter": ("secateur.models.mobilenet", "mobilenet_quarter", _IMAGE),
+    "vgg": ("secateur.models.fresh", "vgg", _IMAGE),
+    "vit-tiny": ("secateur.models.fresh", "vit_tiny", {}),
+}
+"""With random weights: module, function, and the shape of an example where the network does not say it itself."""
 _PIPELINES = {"fashion-diffusion": pipelines.fashion}
-NAMES = (*_PACKAGES, *_PACK_FOLDERS, *_PACK_FILES, *_PIPELINES)
+NAMES = (*_PACKAGES, *_PACK_FOLDERS, *_PACK_FILES, *_FRESH, *_PIPELINES)
 """Models that have a name of their own."""
 
 _DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "float64")}
@@ -355,6 +367,12 @@ def _from_name(name: str, dtype: torch.dtype) -> Opened:
                 )
             return _from_gguf(files[0], dtype, name)
         return _from_folder(folder / "model", dtype, name)
+    if name in _FRESH:
+        module, function, shapes = _FRESH[name]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # the same network every time, for a recipe that names it
+            opened = _from_function(module, function, None, dtype)
+        return replace(opened, name=name, example_hint=shapes or opened.example_hint)
     if name in _PIPELINES:
         return Opened(_PIPELINES[name](dtype), None, name, name, "pipeline")
     path = data_pack() / "weights" / (_PACK_FOLDERS.get(name) or _PACK_FILES[name][0])

@@ -19,7 +19,7 @@ from secateur.models.pipelines import Pipeline
 from secateur.tasks import corpora, images, speech
 from secateur.tasks.answers import Answers, answers
 from secateur.tasks.captioned import Captioned, fashion_pairs
-from secateur.tasks.corpora import Characters, Tokenizer, from_path, from_text, python_docs, wikitext2
+from secateur.tasks.corpora import Bytes, Characters, Tokenizer, from_path, from_text, python_docs, wikitext2
 from secateur.tasks.detection import Detection, bccd
 from secateur.tasks.divided import federated, forgetting
 from secateur.tasks.grammar import reber
@@ -35,6 +35,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "Answers",
+    "Bytes",
     "Captioned",
     "Characters",
     "Detection",
@@ -85,6 +86,9 @@ LABELLED: dict[str, Callable[..., Labelled]] = {
 KINDS: dict[str, type[Labelled]] = {"reber": Labelled, "spoken-digits": Speech}
 """Those that are not of images."""
 
+
+BYTES = 256
+"""A model of so many tokens that has no tokenizer reads bytes."""
 
 PAIRED: dict[str, Callable[..., Captioned]] = {"captions": fashion_pairs}
 
@@ -146,6 +150,8 @@ def open_task(
         _check(name, given, make, Text)
         _refuse(name, model, text=True)
         longest = _config(model, "max_position_embeddings")
+        if tokenizer is None and _config(model, "vocab_size") == BYTES:
+            tokenizer = Bytes()
         if "window" not in given and longest:
             usual = inspect.signature(make).parameters.get("window")
             given["window"] = min(longest, usual.default if usual else 512)

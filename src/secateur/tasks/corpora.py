@@ -43,6 +43,18 @@ class Characters:
         return [self.vocabulary[c] for c in text if c in self.vocabulary]
 
 
+class Bytes:
+    """One token per byte of UTF-8, 256 in all: what reads any text without a vocabulary of its own."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids."""
+        return list(text.encode("utf-8"))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text again; a character that was cut in two is shown as such."""
+        return bytes(ids).decode("utf-8", errors="replace")
+
+
 def from_text(
     text: str | Sequence[str], tokenizer: Tokenizer | None, *, name: str = "text", window: int = 512, **settings: Any
 ) -> Text:
