@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from secateur import edit as edits_file
 from secateur.edit import Edit, Mask, Merge, Remove, Replace, Rotate, Update, apply_
@@ -109,24 +109,31 @@ def structure_(model: nn.Module, edits: Iterable[Edit]) -> nn.Module:
             if edit.name in named and named[edit.name].shape == edit.value.shape:
                 continue
         if isinstance(edit, (Remove, Rotate, Merge)):
-            _check_parts(edit.site, tensors(model))
+            _check_parts(edit.site, tensors(model), edit.keep.reshape(-1) if isinstance(edit, Remove) else None)
         if isinstance(edit, Replace):  # a copy, since later edits may cut what was put in
             edit = Replace(edit.name, copy.deepcopy(edit.module))
         apply_(model, edit)
     return model
 
 
-def _check_parts(site: Site, named: Tensors) -> None:
-    """A choice made on a longer or shorter axis would take the wrong positions, or leave some behind."""
+def _check_parts(site: Site, named: Tensors, keep: Tensor | None = None) -> None:
+    """A choice made on a longer or shorter axis would take the wrong positions, or leave some behind.
+
+    What is removed may lie twice along one axis: the second part is of what the first leaves.
+    """
+    left: dict[tuple[str, int], int] = {}
     for part in site.parts:
         axis, owned = part.axis, part.owned()
-        size = part.read(named).shape[axis] if axis is not None else owned.numel()
+        size = owned.numel() if axis is None else left.get((part.key, axis), part.read(named).shape[axis])
         if owned.numel() != size:
             raise ModelError(
                 f"{site.name} was to be cut again",
                 f"{part.key} has {size} positions where {owned.numel()} were chosen from",
                 "Give the edits that belong to this model.",
             )
+        if axis is not None and keep is not None:
+            gone = (owned >= 0) & ~keep[owned.clamp(min=0)]
+            left[part.key, axis] = size - int(gone.sum())
 
 
 def _stock(folder: Path, saved: dict[str, Any], there: dict[str, Entry]) -> nn.Module:
