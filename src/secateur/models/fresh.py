@@ -61,8 +61,8 @@ def vit_tiny() -> nn.Module:
         num_attention_heads=3,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
-        num_labels=10,
     )
+    config.num_labels = 10
     return ViTForImageClassification(config)
 
 
