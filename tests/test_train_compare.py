@@ -15,8 +15,10 @@ from secateur.errors import SettingError
 from secateur.method import prune
 from secateur.methods.gradual import GradualPruning
 from secateur.methods.set import SparseEvolution
+from secateur.models.recurrent import RecurrentClassifier
 from secateur.outcome import Record
 from secateur.report.compare import points
+from secateur.tasks.grammar import reber
 
 GRID = ("compare", "tiny:mlp", "--task", "tiny:toy_vectors", "--epochs", "0.5")
 
@@ -138,6 +140,14 @@ def test_what_was_spent_is_counted_layer_by_layer_as_density_moves():
     assert curves["density of 0.weight"][-1] == (5, 0.5)
     held = prune(model, SparseEvolution(sparsity=0.75, steps=10, every=2), task)
     assert training.spent(model, held, task)["training compute"][-1][1] == pytest.approx(2.5 * per_step, rel=0.2)
+
+
+def test_the_matrices_of_a_recurrent_layer_share_its_work():
+    model = RecurrentClassifier(width=8, layers=1)
+    task = reber(train_size=64, val_size=16, test_size=16, shortest=5, longest=20, batch=16)
+    done = prune(model, GradualPruning(sparsity=0.5, begin=0.5, until=0.5, steps=10, every=1), task)
+    curve = dict(training.spent(model, done, task)["training compute"])
+    assert curve[10] == pytest.approx(1.5 * curve[5], rel=0.02)  # half of the work for half of the steps
 
 
 def job(**changes):

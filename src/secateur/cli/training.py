@@ -103,7 +103,7 @@ def spent(start: "nn.Module", outcome: "Outcome", task: "Task") -> dict[str, lis
     masked = history.densities
     work = _work(start if masked else outcome.model, task)
     batch = _batch(task)
-    by_site = {name: work.get(name.rpartition(".")[0], 0.0) for name in masked}
+    by_site = {name: work.get(name.rpartition(".")[0], 0.0) * _share(start, name) for name in masked}
     rest = work[""] - sum(by_site.values())
     once = (1 + BACKWARD) * batch
     total, at, reached = 0.0, dict.fromkeys(masked, 1.0), dict.fromkeys(masked, 0)
@@ -117,6 +117,17 @@ def spent(start: "nn.Module", outcome: "Outcome", task: "Task") -> dict[str, lis
         if (step + 1) % max(1, steps // POINTS) == 0 or step + 1 == steps:
             points.append((step + 1, total))
     return {**{f"density of {name}": list(curve) for name, curve in masked.items()}, "training compute": points}
+
+
+def _share(model: "nn.Module", name: str) -> float:
+    """What a site's tensor is of all matrices of its module: 1 but for recurrent layers and stacked experts."""
+    module, _, tensor = name.rpartition(".")
+    own, _, expert = tensor.partition("[")
+    sizes = {n: p for n, p in model.get_submodule(module).named_parameters(recurse=False) if p.dim() > 1}
+    if own not in sizes:
+        return 1.0
+    whole = sum(p.numel() for p in sizes.values())
+    return sizes[own].numel() / whole / (len(sizes[own]) if expert else 1)
 
 
 def _batch(task: "Task") -> int:
