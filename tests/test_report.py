@@ -257,6 +257,12 @@ def test_headline_does_not_rank_what_removed_nothing():
     assert said.endswith("; int8 removes nothing and comes to 21.50 in 70.0 MB instead of 136.8 MB.")
 
 
+def test_headline_ranks_none_where_all_are_equal():
+    said = report.headline([record(quality=21.5), record("random", quality=21.5)])
+    assert said.startswith("At 50% sparsity of smollm2, all 2 methods have the same perplexity on wikitext2, 21.50")
+    assert "lowest" not in said and "highest" not in said
+
+
 def test_a_control_alone_is_ranked_and_does_not_move_the_middle():
     assert "int8" in report.headline([control(0), control(1)])
     grid = [record(sparsity=s, quality=20 + s) for s in (0.3, 0.5, 0.7)]

@@ -42,6 +42,8 @@ def headline(records: Sequence[Record]) -> str:
     told = f"{figures.interval(best.quality, best.half)}{seeds}{against}"
     if len(ranked) == 1:
         return f"{start}{best.series} reaches {name}{task} {told}."
+    if len({figures.quality(p.quality) for p in ranked}) == 1:
+        return f"{start}all {len(ranked)} methods have the same {name}{task}, {told}."
     lead, trail = ("highest", "lowest") if record.task.get("higher_is_better") else ("lowest", "highest")
     second, worst = ranked[1], ranked[-1]
     close = [p.series for p in ranked[1:] if _overlap(best, p)]
