@@ -27,7 +27,7 @@ METHODS = {
     "soft_filter": (SoftFilter(sparsity=0.1, steps=2, every=1, samples=64), 0.3),
     "structure_selection": (StructureSelection(strength=500.0, steps=2), 0.0),
     "mask_sparsity": (MaskSparsity(sparsity=0.3, strength=20.0, steps=4, threshold=Below(0.2)), 0.0),
-    "spa": (Spa(sparsity=0.3, of="flops", criterion=JointObs(), repair=Mend(), norms=Anew(), samples=32), 0.6),
+    "spa": (Spa(sparsity=0.3, of="flops", criterion=JointObs(), repair=Mend(), norms=Anew(), samples=64), 0.7),
 }
 
 
