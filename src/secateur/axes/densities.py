@@ -5,7 +5,7 @@ weights is, but for a constant, the product of all layers' densities. A layer of
 density of r_in r_out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +29,7 @@ def best_densities(weights: Numbers, work: Numbers, most_weights: float, most_wo
     return _least(given, work, most_work)
 
 
-def _least(densities, cost: Numbers, most: float) -> Numbers:  # type: ignore[no-untyped-def]
+def _least(densities: Callable[[float], Numbers], cost: Numbers, most: float) -> Numbers:
     """Densities at the smallest multiplier of 0 and more that keeps a cost within a budget."""
     if cost @ densities(0.0) <= most:
         return densities(0.0)
@@ -138,7 +138,7 @@ def check_least(costs: Costs, limits: Sequence[Limit], least: Numbers | None = N
             )
 
 
-def climb(costs: Costs, limits: Sequence[Limit], goal) -> Numbers:  # type: ignore[no-untyped-def]
+def climb(costs: Costs, limits: Sequence[Limit], goal: Callable[[Numbers], tuple[float, Numbers, Numbers]]) -> Numbers:
     """Widths of one channel up to the most within the limits, where a goal is highest: Newton's method in logarithms.
 
     Boundaries repel, less and less, as in interior-point methods (Boyd and Vandenberghe 2004, section 11.3).
