@@ -13,6 +13,9 @@ from secateur.formats.packed import VALUES, Call, Packed, broken, kept, pointer,
 DEPTH = 4
 LEVELS = 127  # on either side of zero
 
+MANY = 48
+"""Rows from which a weight of 16 bits is written out and multiplied as a dense one: measured, one thread."""
+
 
 class Struct(ctypes.Structure):
     """`BitmapInt8` of kernels/bitmap.h."""
@@ -92,4 +95,6 @@ class BitmapInt8:
         """bitmap_int8_matmul, over panels."""
         given = packed.tensors
         struct = Struct(*packed.shape, *(pointer(given[name]) for name in self.names))
-        return Call(f"bitmap_int8_matmul_{VALUES[packed.dtype]}", struct, len(given["offsets"]) - 1)
+        name = VALUES[packed.dtype]
+        items = len(given["offsets"]) - 1
+        return Call(f"bitmap_int8_matmul_{name}", struct, items, expand=f"bitmap_int8_expand_{name}", many=MANY)

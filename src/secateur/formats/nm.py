@@ -16,6 +16,9 @@ from secateur.formats.packed import VALUES, Call, Packed, broken, kept, pointer,
 GROUPS = (2, 4, 8, 16)
 """The M there are: a group of x has to lie in one register."""
 
+MANY = 48
+"""Rows from which a weight of 16 bits is written out and multiplied as a dense one: measured, one thread."""
+
 
 class Struct(ctypes.Structure):
     """`NM` of kernels/nm.h."""
@@ -116,7 +119,9 @@ class NM:
         """nm_matmul, over panels."""
         given = packed.tensors
         struct = Struct(*packed.shape, self.n, self.m, *(pointer(given[name]) for name in self.names))
-        return Call(f"nm_matmul_{VALUES[packed.dtype]}", struct, len(given["values"]))
+        name = VALUES[packed.dtype]
+        items = len(given["values"])
+        return Call(f"nm_matmul_{name}", struct, items, expand=f"nm_expand_{name}", many=MANY)
 
 
 def places_of(keep: Tensor, n: int) -> Tensor:

@@ -17,6 +17,12 @@ VALUES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 """The dtypes of weights that formats hold, and what kernels call them."""
 
 
+class Expand(ctypes.Structure):
+    """`Expand` of kernels/expand.h."""
+
+    _fields_ = (("weight", ctypes.c_void_p), ("dense", ctypes.c_void_p))
+
+
 @dataclass(frozen=True)
 class Call:
     """What the kernels of a format need: the name of one, the struct it reads, and how many items there are."""
@@ -25,6 +31,8 @@ class Call:
     weight: ctypes.Structure
     items: int
     bias: Tensor | None = None  # that the format holds with the weight and its kernels add
+    expand: str | None = None  # the kernel that writes the weight out, for a dense product
+    many: int = 0  # rows from which that is faster, where tiles multiply it
 
 
 class Format(Protocol):
@@ -124,6 +132,10 @@ class Packed:
         if kernel is None or ((x.requires_grad or _learns(bias)) and torch.is_grad_enabled()):
             y = F.linear(x, self.plain, bias)
             return y if call.bias is None else y + call.bias
+        if call.expand is not None and x.numel() >= call.many * self.shape[1] and kernels.level() == "amx":
+            expand = kernels.find(call.expand)
+            if expand is not None:
+                return F.linear(x, self.written(expand, torch.empty(self.shape, dtype=self.dtype)), bias)
         if x.dim() == 2 and x.is_contiguous():
             y = x.new_empty(x.shape[0], self.shape[0])
             kernels.matmul(kernel, call.weight, x, y, bias, call.items)
@@ -132,6 +144,12 @@ class Packed:
         y = x.new_empty(*x.shape[:-1], self.shape[0])
         kernels.matmul(kernel, call.weight, flat, y, bias, call.items)
         return y
+
+    def written(self, kernel: kernels.Kernel, into: Tensor) -> Tensor:
+        """The dense weight, as a kernel writes it into a matrix of its shape and dtype: not kept."""
+        call = Expand(ctypes.addressof(self.prepared.weight), into.data_ptr())
+        kernels.run(kernel, call, self.prepared.items)
+        return into
 
     def unchanged(self) -> None:
         """Raise FormatError when the tensors were changed after packing."""

@@ -1,0 +1,58 @@
+"""A packed weight written out by a kernel is the one that was packed, and is multiplied with many rows."""
+
+import pytest
+import torch
+
+from secateur import kernels
+from secateur.formats import NM, BitmapInt8, Sell16
+from tests.kernels.test_grid import SHAPES, SPARSITIES, case, exact, inputs, levels, names
+
+FORMATS = [Sell16(), NM(2, 4), NM(1, 2), NM(3, 8), NM(5, 16), BitmapInt8()]
+
+
+def written(packed, level):
+    """What the kernel of a level writes over memory that held something else."""
+    with kernels.forced(level):
+        kernel = kernels.find(packed.prepared.expand)
+        if kernel is None:
+            pytest.skip("nothing is compiled here")
+        return packed.written(kernel, torch.full(packed.shape, float("nan"), dtype=packed.dtype))
+
+
+@pytest.mark.parametrize("format", FORMATS, **names)
+def test_the_weight_is_written_out_by_every_variant(format):
+    for shape in [*SHAPES, (33, 130)]:
+        for sparsity in SPARSITIES:
+            weight, mask = case(format, shape, sparsity, torch.bfloat16)
+            packed = format.pack(weight, mask)
+            for level in levels():
+                assert torch.equal(written(packed, level), packed.dense()), f"{level} {shape} at {sparsity}"
+
+
+@pytest.mark.parametrize("format", FORMATS, **names)
+def test_scales_and_signs_come_out_as_torch_has_them(format):
+    made = torch.Generator().manual_seed(0)
+    _, mask = case(format, (40, 96), 0.6, torch.bfloat16)
+    weight = torch.randn(mask.shape, generator=made).to(torch.bfloat16)
+    packed = format.pack(weight, mask)
+    for level in levels():
+        assert torch.equal(written(packed, level), packed.dense())
+
+
+@pytest.mark.parametrize("format", FORMATS, **names)
+def test_many_rows_go_through_the_weight_that_was_written(format, monkeypatch):
+    weight, mask = case(format, (48, 64), 0.5, torch.bfloat16)
+    packed = format.pack(weight, mask)
+    calls = []
+    monkeypatch.setattr(type(packed), "written", lambda self, kernel, into: calls.append(kernel) or self.dense())
+    few, many = (inputs(rows, 64, torch.bfloat16) for rows in (packed.prepared.many - 1, packed.prepared.many))
+    bias = inputs(1, 48, torch.bfloat16, seed=2)[0]
+    for level in levels():
+        with kernels.forced(level):
+            calls.clear()
+            packed.matmul(few, bias)
+            assert not calls
+            got = packed.matmul(many, bias)
+            assert bool(calls) == (level == "amx" and kernels.library() is not None)
+        if not isinstance(format, BitmapInt8):
+            assert torch.equal(got, exact(many, weight, mask, bias))
