@@ -36,7 +36,7 @@ def test_under_the_interpreter():
     """In a process of its own: triton has to be told before anything imports it, and torch may have done so here."""
     if find_spec("triton") is None:
         pytest.skip("triton is not installed, without which there is no kernel for cards")
-    run = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", __file__]
+    run = [sys.executable, "-m", "pytest", "-x", "-o", "addopts=", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(run, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-3000:]
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from secateur.edit import Edit, Mask, Merge, Remove
@@ -460,7 +460,16 @@ def about_task(task: Task) -> dict[str, Any]:
         "metric": task.metric,
         "higher_is_better": task.higher_is_better,
         "fingerprint": task.fingerprint(),
+        "example": _shape(task.example),
     }
+
+
+def _shape(batch: Batch) -> list[int] | None:
+    """The shape of one example where that is a single tensor of numbers, such as a picture: what an export asks for."""
+    if isinstance(batch.inputs, Mapping) or len(batch.inputs) != 1:
+        return None
+    only = batch.inputs[0]
+    return [1, *only.shape[1:]] if isinstance(only, Tensor) and only.dim() > 1 and only.is_floating_point() else None
 
 
 def about_model(model: nn.Module, name: str = "") -> dict[str, Any]:

@@ -349,6 +349,7 @@ def test_the_small_files(tmp_path):
     assert "nan" not in card.lower()
     assert not [p for p in tmp_path.iterdir() if p.name != "out"]
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~_umask()
+    assert {p.stat().st_mode & 0o777 for p in (tmp_path / "out").iterdir()} == {0o666 & ~_umask()}
     before = fingerprint(tmp_path / "out")
     save(outcome, model, tmp_path / "out", overwrite=True)
     assert fingerprint(tmp_path / "out") != before  # another recipe
@@ -359,6 +360,13 @@ def _umask():
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def test_a_saved_network_says_what_one_picture_looks_like(tmp_path):
+    model, task = tiny.make_model("cnn"), tiny.make_task("cnn")
+    save(methods.prune(model, methods.load("magnitude")(), task), model, tmp_path / "out")
+    there = open_model("tiny:cnn", checkpoint=tmp_path / "out")
+    assert there.example_hint == {"x": (1, *task.example.inputs[0].shape[1:])}
 
 
 def test_a_real_run_comes_back_with_modules_that_were_put_in(tmp_path):

@@ -464,7 +464,8 @@ def load_checkpoint_(model: nn.Module, path: str | Path) -> None:
 def _from_saved(folder: Path, dtype: torch.dtype, build: str | None = None, builder: Builder | None = None) -> Opened:
     model = load(folder, build=builder)
     model = model if isinstance(model, onnx.Network) else hf.cast_(model, dtype)
-    saved = read_json(folder / "secateur.json")["saved"]
+    record = read_json(folder / "secateur.json")
+    saved, shape = record["saved"], record["task"].get("example")
     known = hf.is_hf(model)
     stock = saved["stock"] is True
     build = build or saved.get("build")
@@ -477,7 +478,7 @@ def _from_saved(folder: Path, dtype: torch.dtype, build: str | None = None, buil
         read_json(folder / ("config.json" if stock else "base_config.json")) if known else None,
         build,
         builder or (OWN_BUILDERS.get(build) if build else None),
-        hf.example_hint(model),
+        hf.example_hint(model) or ({"x": tuple(shape)} if shape else {}),
         () if stock or isinstance(model, onnx.Network) else tuple(load_edits(folder)),
         saved.get("index", {}),
         tuple(saved.get("lineage", ())),

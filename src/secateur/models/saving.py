@@ -72,6 +72,8 @@ def save(
         mask = os.umask(0)
         os.umask(mask)
         partial.chmod(0o777 & ~mask)
+        for file in partial.rglob("*.safetensors"):
+            file.chmod(0o666 & ~mask)  # the library lets nobody else read what it writes
         _swap(partial, target, asked, overwrite)
     except OSError as error:
         raise ModelError(
