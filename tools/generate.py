@@ -46,10 +46,10 @@ NOTE = "<!-- Written by tools/generate.py: do not edit. -->"
 def generated() -> dict[str, str]:
     """Every generated file by its path in the repository, with the text it should have."""
     methods = {name: catalogue.load(name) for name in catalogue.names()}
-    measured = claim_results()
+    measured = claim_results(large=False)
     pages = {
         "src/secateur/methods/README.md": methods_page(methods, measured),
-        "claims/README.md": claims_page(measured),
+        "claims/README.md": claims_page(measured, claim_results(large=True)),
         "docs/reference/README.md": reference_index(methods),
         "docs/record.schema.json": json.dumps(record_schema(), indent=1, sort_keys=True) + "\n",
         "docs/claim.schema.json": json.dumps(claim_schema(), indent=1, sort_keys=True) + "\n",
@@ -164,10 +164,10 @@ def benchmark_pages() -> dict[str, str]:
     return pages
 
 
-def claim_results() -> dict[str, ClaimResult]:
-    """The measured claims of the repository, at our size, by name."""
+def claim_results(large: bool) -> dict[str, ClaimResult]:
+    """The measured claims of the repository by name: at our size, or with their large settings."""
     found = (ClaimResult.read(path) for path in sorted(harness.RESULTS.glob("*.json")))
-    return {result.name: result for result in found if not result.large}
+    return {result.name: result for result in found if result.large == large}
 
 
 def studies() -> dict[str, ModuleType]:
@@ -348,7 +348,7 @@ def settings_table(kind: type[Method]) -> list[str]:
 # Claims
 
 
-def claims_page(measured: dict[str, ClaimResult]) -> str:
+def claims_page(measured: dict[str, ClaimResult], large: dict[str, ClaimResult]) -> str:
     """Every claim, what was measured, the verdict."""
     tally = {v: sum(r.verdict == v for r in measured.values()) for v in _PLURAL}
     known = harness.names()
@@ -368,6 +368,7 @@ def claims_page(measured: dict[str, ClaimResult]) -> str:
         "",
         f"{len(known)} claims, {len(measured)} measured: "
         + ", ".join(f"{count} {_PLURAL[v]}" for v, count in tally.items())
+        + (f". {len(large)} of them also with `--large`" if large else "")
         + ".",
         "",
     ]
@@ -375,21 +376,16 @@ def claims_page(measured: dict[str, ClaimResult]) -> str:
         lines += table("claim", "the paper says", "measured here", "seeds", "verdict")
     for name in known:
         claim, _ = harness.load(name)
-        result = measured.get(name)
         says = f"{claim.says} ({claim.source})"
-        if result is None:
+        if name not in measured:
             lines.append(row(f"[{name}]({name}.py)", says, claim.here, len(claim.seeds), "not measured"))
-            continue
-        shown = "; ".join(finding_text(f) for f in result.findings if f.central)
-        lines.append(
-            row(
-                f"[{name}](results/{name}.json)",
-                says,
-                f"{claim.here} {shown}",
-                len(result.seeds),
-                f"**{result.verdict}**",
-            )
-        )
+        for size, result in (("", measured.get(name)), (" --large", large.get(name))):
+            if result is None:
+                continue
+            shown = "; ".join(finding_text(f) for f in result.findings if f.central)
+            file = harness.paths(name, result.large)[1].name
+            here = f"{claim.here} {shown}" if not size else f"With `--large`: {shown}"
+            lines.append(row(f"[{name}{size}](results/{file})", says, here, len(result.seeds), f"**{result.verdict}**"))
     return "\n".join([*lines, ""])
 
 
