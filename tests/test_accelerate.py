@@ -16,7 +16,7 @@ from secateur.accelerate import Accelerated, Choice, Trial, accelerate, break_ev
 from secateur.cli import bench, main
 from secateur.cli.terminal import Terminal
 from secateur.errors import SettingError
-from secateur.formats import Bitmap, GroupCols
+from secateur.formats import Bitmap, DepthTaps, GroupCols
 from secateur.formats.conv import SparseConv2d
 from secateur.formats.linear import SparseLinear
 
@@ -144,7 +144,7 @@ def test_convolutions_are_packed_in_groups_that_are_full(cost, monkeypatch):
     assert {c.layer: c.chosen for c in found.choices} == {
         "first": "dense",
         "groups": "group-cols-1",  # as fast as any here, and the first
-        "depth": "dense",
+        "depth": "depth-taps",
         "single": "group-cols-1",
         "head": "dense",
     }
@@ -153,7 +153,9 @@ def test_convolutions_are_packed_in_groups_that_are_full(cost, monkeypatch):
     dense = ["dense", "dense, as a product", "dense, channels last"]
     assert tried == [*dense, "group-cols-1", "group-cols-2", "group-cols-4"]
     assert [t.name for t in by_name["single"].trials] == ["dense", "dense, channels last", "group-cols-1"]
-    assert by_name["depth"].why == "it has 24 groups"
+    assert [t.name for t in by_name["depth"].trials] == ["dense", "dense, channels last", "depth-taps"]
+    groups = accelerate(model, x, formats=[GroupCols(1)])
+    assert {c.layer: c.why for c in groups.choices}["depth"] == "group-cols-1: it has 24 groups"
     assert (by_name["single"].shape, by_name["single"].rows) == ((9, 24, 3, 3), 49)
     assert isinstance(found.model.groups, SparseConv2d)
     torch.testing.assert_close(found.model(x), model(x))
@@ -194,6 +196,11 @@ def test_the_break_even_of_a_convolution(monkeypatch):
     slid = MODULE.Slide(2, (9, 7), (2, 1), (1, 1), (1, 1))
     assert break_even((10, 3, 3, 3), 70, torch.float32, GroupCols(4), slid) == pytest.approx(0.4)
     assert break_even((10, 3), 70, torch.bfloat16, GroupCols(4)) is None
+    depthwise = MODULE.Slide(2, (9, 7), (2, 1), (1, 1), (1, 1), 10)
+    ask = iter([(1.0, 1.3), (1.0, 1.1), (1.0, 0.9)])
+    assert break_even((10, 1, 3, 3), 70, torch.float32, DepthTaps(), depthwise) == pytest.approx(0.4)
+    assert break_even((10, 1, 3, 3), 70, torch.float32, GroupCols(4), depthwise) is None
+    assert break_even((10, 3), 70, torch.float32, DepthTaps()) is None
 
 
 def test_a_real_race_in_another_dtype_gives_back_the_threads():

@@ -16,16 +16,17 @@ from torch.nn.utils import parametrize
 
 from secateur import kernels
 from secateur.errors import SettingError
-from secateur.formats import Bitmap, BitmapInt8, Format, GroupCols, Sell16
+from secateur.formats import Bitmap, BitmapInt8, DepthTaps, Format, GroupCols, Sell16
 from secateur.formats import conv as convolutions
-from secateur.formats.conv import SparseConv2d
+from secateur.formats.conv import Form, SparseConv2d
 from secateur.formats.linear import SparseLinear
 from secateur.formats.packed import Packed
 from secateur.outcome import Timing, time_pair
 from secateur.task import Batch
 
-FORMATS: tuple[Format, ...] = (Bitmap(), Sell16(), *(GroupCols(rows) for rows in (1, 2, 4, 8)))
-"""What is tried for a layer, unless other formats are asked for: of these a convolution takes `GroupCols`."""
+FORMATS: tuple[Format, ...] = (Bitmap(), Sell16(), *(GroupCols(rows) for rows in (1, 2, 4, 8)), DepthTaps())
+"""What is tried for a layer, unless other formats are asked for: of these a convolution takes `GroupCols`, and a
+depthwise one `DepthTaps`."""
 
 Layer = nn.Linear | nn.Conv2d
 
@@ -58,6 +59,7 @@ class Slide:
     stride: tuple[int, int]
     padding: tuple[int, int]
     dilation: tuple[int, int]
+    groups: int = 1
 
 
 @dataclass(frozen=True)
@@ -168,13 +170,13 @@ def break_even(
     them, for dense as for sparse. A convolution says with `slid` what it goes over.
     """
     made = torch.Generator().manual_seed(0)
-    shape = (min(shape[0], 4096), *shape[1:])
+    shape = (min(shape[0], 4096) if slid is None or slid.groups == 1 else shape[0], *shape[1:])
     weight = torch.randn(shape, generator=made).to(dtype)
     of_group = format.rows if isinstance(format, GroupCols) else 1
     noise = torch.rand(-(-shape[0] // of_group), *shape[1:], generator=made).repeat_interleave(of_group, 0)[: shape[0]]
-    x = torch.randn((rows, shape[1]) if slid is None else (slid.pictures, shape[1], *slid.size), generator=made)
-    x = x.to(dtype)
-    if format.why_not(weight) is not None:
+    size = (rows, shape[1]) if slid is None else (slid.pictures, shape[1] * slid.groups, *slid.size)
+    x = torch.randn(size, generator=made).to(dtype)
+    if not holds(format, shape, slid) or format.why_not(weight) is not None:
         return None
     before: tuple[float, float] | None = None
     with torch.no_grad():
@@ -191,12 +193,19 @@ def break_even(
     return None
 
 
+def holds(format: Format, shape: tuple[int, ...], slid: Slide | None) -> bool:
+    """Whether a format is for layers of a weight's shape: matrices, or convolutions of so many groups."""
+    if slid is None:
+        return not isinstance(format, DepthTaps)
+    return isinstance(format, Form) and format.unsuited(shape[1] * slid.groups, slid.groups, shape[0]) is None
+
+
 def _both_ways(weight: Tensor, packed: Packed, x: Tensor, slid: Slide | None) -> list[Callable[[], Tensor]]:
     """A weight as a dense layer has it, and packed."""
     if slid is None:
         return [lambda: F.linear(x, weight), lambda: packed.matmul(x)]
     how = slid.stride, slid.padding, slid.dilation
-    return [lambda: F.conv2d(x, weight, None, *how), lambda: convolutions.convolve(packed, x, *how)]
+    return [lambda: F.conv2d(x, weight, None, *how, slid.groups), lambda: convolutions.convolve(packed, x, *how)]
 
 
 def memory_speed(nbytes: int = 2**28) -> float | None:
@@ -273,9 +282,12 @@ def _measured(
 
 def _why_not(format: Format, layer: Layer, seen: "Seen") -> str | None:
     """Why a format is not tried for a layer; None when it is."""
-    if isinstance(layer, nn.Conv2d) and not isinstance(format, GroupCols):
-        return "it holds no convolution"
-    reason = format.why_not(layer.weight)
+    reason: str | None = None
+    if isinstance(layer, nn.Conv2d):
+        if not isinstance(format, Form):
+            return "it holds no convolution"
+        reason = format.unsuited(layer.in_channels, layer.groups, layer.out_channels)
+    reason = reason or format.why_not(layer.weight)
     if reason is not None or not isinstance(format, GroupCols):
         return reason
     rows, full = seen.rows(layer), format.fullness(layer.weight)
@@ -287,7 +299,7 @@ def _why_not(format: Format, layer: Layer, seen: "Seen") -> str | None:
 def _packed(layer: Layer, format: Format) -> SparseLinear | SparseConv2d:
     if isinstance(layer, nn.Linear):
         return SparseLinear.of(layer, format)
-    if not isinstance(format, GroupCols):
+    if not isinstance(format, Form):
         raise TypeError(format)
     return SparseConv2d.of(layer, format)
 
@@ -299,8 +311,8 @@ def _dense_ways(layer: Layer, x: Tensor) -> list[tuple[str, Callable[[], Tensor]
         return ways
     weight, bias, slide = layer.weight, layer.bias, convolutions.slide(layer)
     turned, there = (t.contiguous(memory_format=torch.channels_last) for t in (weight, x))
-    ways.append(("dense, channels last", lambda: F.conv2d(there, turned, bias, *slide)))
-    if layer.kernel_size == (1, 1) and slide[:2] == ((1, 1), (0, 0)) and len(x) == 1:
+    ways.append(("dense, channels last", lambda: F.conv2d(there, turned, bias, *slide, layer.groups)))
+    if layer.groups == 1 and layer.kernel_size == (1, 1) and slide[:2] == ((1, 1), (0, 0)) and len(x) == 1:
         matrix, pixels = weight.flatten(1), x.flatten(2)[0]
         if bias is None:
             ways.append(("dense, as a product", lambda: matrix @ pixels))
@@ -356,7 +368,7 @@ class Seen:
 
     def slid(self, layer: nn.Conv2d) -> Slide:
         """How the kernel goes over it."""
-        return Slide(self.shape[0], (self.shape[2], self.shape[3]), *convolutions.slide(layer))
+        return Slide(self.shape[0], (self.shape[2], self.shape[3]), *convolutions.slide(layer), layer.groups)
 
     def example(self, layer: Layer) -> Tensor:
         """Noise of that shape."""

@@ -6,9 +6,10 @@ import torch
 from hypothesis import given, settings
 
 from secateur.errors import FormatError
-from secateur.formats import NM, Bitmap, BitmapInt8, Block, GroupCols, Sell16, unpack
+from secateur.formats import NM, Bitmap, BitmapInt8, Block, DepthTaps, GroupCols, Sell16, unpack
+from secateur.formats.conv import convolve
 
-FORMATS = [Bitmap(), Sell16(), BitmapInt8(), NM(2, 4), NM(1, 8), Block(4, 4), GroupCols(4)]
+FORMATS = [DepthTaps(), Bitmap(), Sell16(), BitmapInt8(), NM(2, 4), NM(1, 8), Block(4, 4), GroupCols(4)]
 
 
 def whole(format, dtype):
@@ -16,6 +17,8 @@ def whole(format, dtype):
     weight = torch.randn(20, 40, generator=made)
     best = weight.abs().view(20, -1, 8).topk(1, dim=2).indices
     mask = torch.zeros(20, 5, 8, dtype=torch.bool).scatter_(2, best, True).view(20, 40)
+    if isinstance(format, DepthTaps):
+        weight, mask = weight.view(20, 1, 5, 8), mask.view(20, 1, 5, 8)
     packed = format.pack(weight.to(dtype), mask)
     return {"header": packed.header, **{name: value.clone() for name, value in packed.tensors.items()}}
 
@@ -25,7 +28,7 @@ def whole(format, dtype):
 @given(data=st.data())
 def test_anything_in_the_tensors_is_refused_or_read(format, data):
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
-    dtype = torch.float32 if isinstance(format, GroupCols) else dtype  # the only one it has
+    dtype = torch.float32 if isinstance(format, (GroupCols, DepthTaps)) else dtype  # the only one it has
     tensors = whole(format, dtype)
     for _ in range(data.draw(st.integers(1, 3))):
         name = data.draw(st.sampled_from(sorted(tensors)))
@@ -51,3 +54,5 @@ def test_anything_in_the_tensors_is_refused_or_read(format, data):
     assert packed.dense().flatten(1).shape == (outputs, inputs)
     for rows in (1, 5, 40):
         assert packed.matmul(torch.ones(rows, inputs, dtype=packed.dtype)).shape == (rows, outputs)
+    if isinstance(packed.format, DepthTaps):
+        assert convolve(packed, torch.ones(1, outputs, 9, 9), padding=(8, 8)).shape[1] == outputs

@@ -116,14 +116,14 @@ def _limits(found: "Accelerated", formats: "Sequence[Format]") -> dict[str, Any]
     """What memory gives, and the sparsity from which each format wins at each shape."""
     import torch
 
-    from secateur.accelerate import FEWEST, break_even, memory_speed
+    from secateur.accelerate import FEWEST, break_even, holds, memory_speed
     from secateur.formats import GroupCols
 
     dtype = getattr(torch, found.dense.dtype)
     tried = {(choice.shape, choice.rows, choice.slid) for choice in found.choices if choice.trials}
     even: dict[str, dict[str, float | None]] = {}
     for shape, rows, slid in sorted(tried, key=str):
-        some = [f for f in formats if isinstance(f, GroupCols) or slid is None]
+        some = [f for f in formats if holds(f, shape, slid)]
         some = [f for f in some if rows >= FEWEST or not isinstance(f, GroupCols)]
         name = f"{'x'.join(map(str, shape))} at {rows}"
         even[name] = {f.name: break_even(shape, rows, dtype, f, slid) for f in some}

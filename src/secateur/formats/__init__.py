@@ -12,12 +12,15 @@ from secateur.errors import FormatError, SettingError
 from secateur.formats.bitmap import Bitmap
 from secateur.formats.bitmap_int8 import BitmapInt8
 from secateur.formats.block import Block
+from secateur.formats.depth_taps import DepthTaps
 from secateur.formats.group_cols import GroupCols
 from secateur.formats.nm import NM
 from secateur.formats.packed import Format, Packed, whole
 from secateur.formats.sell import Sell16
 
-FORMATS: dict[int, type[Format]] = {kind.code: kind for kind in (Bitmap, Sell16, BitmapInt8, NM, Block, GroupCols)}
+FORMATS: dict[int, type[Format]] = {
+    kind.code: kind for kind in (Bitmap, Sell16, BitmapInt8, NM, Block, GroupCols, DepthTaps)
+}
 """Every format by the number that stands first in its header."""
 
 
@@ -49,4 +52,16 @@ def unpack(tensors: Mapping[str, Tensor]) -> Packed:
     return whole(Packed(format, (outputs, inputs), {k: v for k, v in tensors.items() if k != "header"}))
 
 
-__all__ = ["FORMATS", "NM", "Bitmap", "BitmapInt8", "Block", "Format", "GroupCols", "Packed", "Sell16", "unpack"]
+__all__ = [
+    "FORMATS",
+    "NM",
+    "Bitmap",
+    "BitmapInt8",
+    "Block",
+    "DepthTaps",
+    "Format",
+    "GroupCols",
+    "Packed",
+    "Sell16",
+    "unpack",
+]

@@ -11,19 +11,20 @@ from torch.nn import functional as F
 
 from secateur import kernels
 from secateur.errors import FormatError
+from secateur.formats.depth_taps import DepthTaps
 from secateur.formats.group_cols import GroupCols
 from secateur.formats.packed import Packed
 from secateur.formats.state import loaded, now, register
 
-SUMS = 2**18
-"""Of an item, so that they stay in the second cache; and of at most 512 pixels."""
-
 ANY = (-math.inf, math.inf)
 Pair = tuple[int, int]
+Form = GroupCols | DepthTaps
+"""The formats that hold a convolution."""
+KINDS: dict[int, type[Form]] = {kind.code: kind for kind in (GroupCols, DepthTaps)}
 
 
 class Call(ctypes.Structure):
-    """`GroupColsConv` of kernels/group_cols.h."""
+    """`Convolution` of kernels/convolution.h."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("weight", "x", "y")),
@@ -53,10 +54,11 @@ def convolve(
     struct, shape = arranged(packed, x, stride, padding, dilation, torch.get_num_threads())
     packed.unchanged()
     call = packed.prepared
-    kernel = kernels.find("group_cols_conv_f32")
+    form = _form(packed)
+    kernel = kernels.find(form.convolves)
     if kernel is None or (x.requires_grad and torch.is_grad_enabled()):
-        weight = packed.plain.view(shape[1], x.shape[1], struct.taps_high, struct.taps_wide)
-        y = F.conv2d(x, weight, call.bias, stride, padding, dilation)
+        weight = packed.plain.view(shape[1], -1, struct.taps_high, struct.taps_wide)
+        y = F.conv2d(x, weight, call.bias, stride, padding, dilation, form.groups(packed))
         return y if between == ANY else y.clamp(*between)
     x = x.contiguous()
     y = x.new_empty(shape)
@@ -73,30 +75,25 @@ def arranged(
 
     Raises FormatError as `convolve` does.
     """
-    form = _form(packed)
-    outputs, columns = packed.shape
-    channels = columns // form.taps
+    form, channels = _form(packed), _form(packed).inputs(packed)
     if x.dtype is not torch.float32 or x.dim() != 4 or x.shape[1] != channels or not x.is_cpu:
+        held = [packed.shape[0], packed.shape[1] // form.taps, form.high, form.wide]
         raise FormatError(
-            f"a {form.name} weight {[outputs, channels, form.high, form.wide]} was to convolve {x.dtype} "
-            f"{list(x.shape)} on {x.device}",
+            f"a {form.name} weight {held} was to convolve {x.dtype} {list(x.shape)} on {x.device}",
             f"it takes torch.float32 [pictures, {channels}, high, wide] on the CPU",
             "Convert what is given, or pack the layer again.",
         )
     out = out_size(form, x.shape[2:], stride, padding, dilation)
-    of_pixels = form.taps == 1 and stride == (1, 1) and padding == (0, 0)
-    size = out[0] * out[1] if of_pixels else out[0]
-    pixels = max(128, min(512, SUMS // outputs))
-    chunk = pixels if of_pixels else max(1, pixels // out[1])
-    chunks = max(1, -(-size // chunk))
-    chunk = -(-size // chunks)  # as even as can be
-    pictures, groups = len(x), outputs // form.rows + outputs % form.rows
-    parts = 1 if threads == 1 else min(groups, max(1, 2 * threads // max(1, chunks * pictures)))
+    of_pixels = isinstance(form, GroupCols) and form.taps == 1 and stride == (1, 1) and padding == (0, 0)
+    high, wide = (out[0] * out[1], 1) if of_pixels else out
+    chunk, parts = form.cut(packed, (high, wide), len(x), threads)
+    chunks = max(1, -(-high // chunk))
+    chunk = -(-high // chunks)  # as even as can be
     sizes = (*x.shape, *out, form.high, form.wide, *stride, *padding, *dilation, chunk, chunks, parts)
-    return Call(None, None, None, *sizes), (pictures, outputs, *out)
+    return Call(None, None, None, *sizes), (len(x), packed.shape[0], *out)
 
 
-def out_size(form: GroupCols, size: Sequence[int], stride: Pair, padding: Pair, dilation: Pair) -> Pair:
+def out_size(form: Form, size: Sequence[int], stride: Pair, padding: Pair, dilation: Pair) -> Pair:
     """How high and wide the outcome is. Raises FormatError when the padded picture is smaller than the kernel."""
     high, wide = (
         (of + 2 * pad - apart * (taps - 1) - 1) // step + 1
@@ -132,9 +129,9 @@ class SparseConv2d(nn.Module):
         self.stride, self.padding, self.dilation, self.between = stride, padding, dilation, between
 
     @classmethod
-    def of(cls, conv: nn.Conv2d, format: GroupCols, mask: Tensor | None = None) -> "SparseConv2d":
+    def of(cls, conv: nn.Conv2d, format: Form, mask: Tensor | None = None) -> "SparseConv2d":
         """A convolution in a format; without a mask all that is not zero is kept. Raises FormatError on `why_not`."""
-        reason = why_not(conv)
+        reason = why_not(conv) or format.unsuited(conv.in_channels, conv.groups, conv.out_channels)
         if reason is not None:
             raise FormatError(f"a convolution was to be packed as {format.name}", reason, "Keep it dense.")
         return cls(format.pack(conv.weight, mask, conv.bias), *slide(conv))
@@ -149,20 +146,20 @@ class SparseConv2d(nn.Module):
 
     def dense(self) -> nn.Conv2d:
         """The dense layer that this one stands for; what holds its outcome between two numbers is not in it."""
-        outputs, columns = self.packed.shape
-        form = _form(self.packed)
-        bias = form.bias(self.packed)
+        packed, form = self.packed, _form(self.packed)
+        bias = form.bias(packed)
         made = nn.Conv2d(
-            columns // form.taps,
-            outputs,
+            form.inputs(packed),
+            packed.shape[0],
             (form.high, form.wide),
             self.stride,
             self.padding,
             self.dilation,
+            form.groups(packed),
             bias=bool(bias.any()),
             device="meta",
         )
-        made.weight = nn.Parameter(self.packed.dense(), requires_grad=False)
+        made.weight = nn.Parameter(packed.dense(), requires_grad=False)
         if made.bias is not None:
             made.bias = nn.Parameter(bias, requires_grad=False)
         return made
@@ -183,9 +180,9 @@ class SparseConv2d(nn.Module):
 
     def extra_repr(self) -> str:
         """Shape, geometry and format."""
-        form, (outputs, columns) = _form(self._packed), self._packed.shape
+        form, outputs = _form(self._packed), self._packed.shape[0]
         return (
-            f"{columns // form.taps}, {outputs}, kernel_size=({form.high}, {form.wide}), stride={self.stride}, "
+            f"{form.inputs(self._packed)}, {outputs}, kernel_size=({form.high}, {form.wide}), stride={self.stride}, "
             f"padding={self.padding}, dilation={self.dilation}, {form.name}"
         )
 
@@ -211,9 +208,7 @@ def slide(conv: nn.Conv2d) -> tuple[Pair, Pair, Pair]:
 
 
 def why_not(conv: nn.Conv2d) -> str | None:
-    """Why a convolution cannot be packed: groups, or padding with anything but zeros; None when it can."""
-    if conv.groups != 1:
-        return f"it has {conv.groups} groups"
+    """Why no format can hold how a convolution slides: padding with anything but zeros; None when one can."""
     if conv.padding_mode != "zeros":
         return f"its padding is {conv.padding_mode}, not of zeros"
     even = [taps for taps, apart in zip(conv.kernel_size, conv.dilation, strict=True) if apart * (taps - 1) % 2]
@@ -222,8 +217,8 @@ def why_not(conv: nn.Conv2d) -> str | None:
     return None
 
 
-def _form(packed: Packed) -> GroupCols:
-    if not isinstance(packed.format, GroupCols) or not packed.format.high:
+def _form(packed: Packed) -> Form:
+    if not isinstance(packed.format, Form) or not packed.format.high:
         raise FormatError(
             f"a {packed.format.name} weight {list(packed.shape)} was to convolve",
             "it was packed from a matrix",
@@ -245,8 +240,8 @@ def packed_conv2d(
 
     `pairs` are stride, padding and dilation, `between` the numbers that the outcome is held between.
     """
-    _, _, outputs, columns, *settings = header
-    kind = GroupCols(*settings)
+    code, _, outputs, columns, *settings = header
+    kind = KINDS[code](*settings)
     packed = Packed(kind, (outputs, columns), dict(zip(kind.names, tensors, strict=True)))
     low, high = between
     return convolve(packed, x, _pair(pairs[:2]), _pair(pairs[2:4]), _pair(pairs[4:]), (low, high))
@@ -256,6 +251,6 @@ def packed_conv2d(
 def _(
     x: Tensor, tensors: Sequence[Tensor], header: Sequence[int], pairs: Sequence[int], between: Sequence[float]
 ) -> Tensor:
-    form = GroupCols(*header[4:])
+    form = KINDS[header[0]](*header[4:])
     stride, padding, dilation = _pair(pairs[:2]), _pair(pairs[2:4]), _pair(pairs[4:])
     return x.new_empty(x.shape[0], header[2], *out_size(form, x.shape[2:], stride, padding, dilation))

@@ -17,6 +17,9 @@ SLICES = {1: 1024, 2: 1024, 4: 1024, 8: 2048, 16: 2048}
 """By rows of a group: how many columns a slice may have, for the panel of it to stay in the second cache. Measured:
 smaller ones, whose panel stays in the first, cost more on the way of the sums to memory and back than they save."""
 
+SUMS = 2**18
+"""Of an item of a convolution, so that they stay in the second cache; and of at most 512 pixels."""
+
 EMPTIEST = 1 << 20
 """How many times as many weights as numbers it holds a matrix may have, for a file to be believed."""
 
@@ -59,6 +62,7 @@ class GroupCols:
     names: ClassVar[tuple[str, ...]] = ("values", "counts", "steps", "first")
     code: ClassVar[int] = 6
     version: ClassVar[int] = 1
+    convolves: ClassVar[str] = "group_cols_conv_f32"
 
     def __post_init__(self) -> None:
         if self.rows not in ROWS:
@@ -140,6 +144,26 @@ class GroupCols:
     def bias(self, packed: Packed) -> Tensor:
         """The bias [out] that was packed with the weight, zeros where there was none."""
         return self._parts(packed)[1]
+
+    def unsuited(self, channels: int, groups: int, outputs: int) -> str | None:
+        """Why a convolution of so many inputs, groups and outputs cannot be held; None when it can."""
+        return None if groups == 1 else f"it has {groups} groups"
+
+    def inputs(self, packed: Packed) -> int:
+        """Channels of the pictures that a convolution takes."""
+        return packed.shape[1] // self.taps
+
+    def groups(self, packed: Packed) -> int:
+        """Of the convolution: one, as every output may see every input."""
+        return 1
+
+    def cut(self, packed: Packed, out: tuple[int, int], pictures: int, threads: int) -> tuple[int, int]:
+        """Rows of the outcome in an item, or pixels where `out` is one row of them, and parts of the groups."""
+        size, groups = out[0], self._groups(packed.shape[0])
+        pixels = max(128, min(512, SUMS // packed.shape[0]))
+        chunk = max(1, pixels // out[1])
+        chunks = max(1, -(-size // chunk))
+        return chunk, 1 if threads == 1 else min(groups, max(1, 2 * threads // max(1, chunks * pictures)))
 
     def density(self, packed: Packed) -> float:
         """The fraction of the weights that is stored, zeros inside kept columns among them."""

@@ -27,7 +27,7 @@ class Expand(ctypes.Structure):
 class Call:
     """What the kernels of a format need: the name of one, the struct it reads, and how many items there are."""
 
-    kernel: str
+    kernel: str  # empty where none multiplies, and torch does, with the dense weight
     weight: ctypes.Structure
     items: int
     bias: Tensor | None = None  # that the format holds with the weight and its kernels add

@@ -8,15 +8,6 @@ namespace {
 
 inline bool finite(float value) { return (bits_of_float(value) & 0x7f800000) != 0x7f800000; }
 
-// What a column of a convolution sees at a place of the outcome: zero beyond the picture.
-inline float seen(const GroupColsConv& call, const float* picture, int64_t column, int64_t high, int64_t wide) {
-  const int64_t taps = call.taps_high * call.taps_wide, tap = column % taps;
-  const int64_t row = high * call.stride_high - call.pad_high + tap / call.taps_wide * call.apart_high;
-  const int64_t at = wide * call.stride_wide - call.pad_wide + tap % call.taps_wide * call.apart_wide;
-  if (row < 0 || row >= call.height || at < 0 || at >= call.width) return 0;
-  return picture[(column / taps * call.height + row) * call.width + at];
-}
-
 // The outcome of groups [begin, end), for the inputs that `in` gives by their column.
 template <class In, class Out>
 void follow(const GroupCols& weight, int64_t begin, int64_t end, const In& in, const Out& out) {
@@ -48,21 +39,24 @@ void follow(const GroupCols& weight, int64_t begin, int64_t end, const In& in, c
   }
 }
 
-inline float held(float value, float low, float high) { return value < low ? low : value > high ? high : value; }
-
 }  // namespace
 
-extern "C" void group_cols_item_f32(const GroupColsConv* pointer, int64_t item) {
-  const GroupColsConv& call = *pointer;
-  const GroupColsItem at = group_cols_item(pointer, item);
+extern "C" void group_cols_item_f32(const Convolution* pointer, int64_t item) {
+  const Convolution& call = *pointer;
+  const GroupCols& weight = *group_cols_of(pointer);
+  const ConvolutionItem at = convolution_item(pointer, item, weight.groups);
+  const int64_t taps = call.taps_high * call.taps_wide, channel = call.height * call.width;
   const int64_t size = call.out_height * call.out_width, unit = of_pixels(pointer) ? 1 : call.out_width;
   const int64_t first = at.chunk * call.chunk * unit, last = first + call.chunk * unit;
-  const float* picture = call.x + at.picture * call.channels * call.height * call.width;
-  float* y = call.y + at.picture * call.weight->outputs * size;
+  const float* picture = call.x + at.picture * call.channels * channel;
+  float* y = call.y + at.picture * weight.outputs * size;
   for (int64_t pixel = first; pixel < last && pixel < size; pixel++)
     follow(
-        *call.weight, at.begin, at.end,
-        [&](int64_t column) { return seen(call, picture, column, pixel / call.out_width, pixel % call.out_width); },
+        weight, at.begin, at.end,
+        [&](int64_t column) {
+          return seen(pointer, picture + column / taps * channel, column % taps, pixel / call.out_width,
+                      pixel % call.out_width);
+        },
         [&](int64_t output, float value) { y[output * size + pixel] = held(value, call.low, call.high); });
 }
 
@@ -78,7 +72,7 @@ extern "C" void group_cols_row_f32(const Matmul* call, int64_t begin, int64_t en
 
 extern "C" void group_cols_conv_f32_base(const void* call, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; item++)
-    group_cols_item_f32(static_cast<const GroupColsConv*>(call), item);
+    group_cols_item_f32(static_cast<const Convolution*>(call), item);
 }
 
 extern "C" void group_cols_matmul_f32_base(const void* pointer, int64_t begin, int64_t end) {

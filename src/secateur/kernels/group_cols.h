@@ -7,7 +7,7 @@
 // read of them stays in the nearest cache, and need for that where a group is in a slice: `at` and `begins`, laid out
 // from the steps when a weight is first used.
 #pragma once
-#include "kernels.h"
+#include "convolution.h"
 
 struct GroupCols {
   int64_t outputs, columns;
@@ -22,34 +22,10 @@ struct GroupCols {
   const int32_t* begins;  // [slices + 1, groups]: the first column in the stream that a group keeps of a slice
 };
 
-// A convolution, or with one tap a product with columns of pixels. An item is some rows of the outcome of one picture,
-// or some of its pixels, of some groups; the last axis varies fastest.
-struct GroupColsConv {
-  const GroupCols* weight;
-  const float* x;  // [pictures, channels, height, width]
-  float* y;        // [pictures, outputs, out_height, out_width]
-  int64_t pictures, channels, height, width, out_height, out_width;
-  int64_t taps_high, taps_wide, stride_high, stride_wide, pad_high, pad_wide, apart_high, apart_wide;
-  int64_t chunk;                // rows of the outcome in an item; with one tap, no stride and no padding, pixels
-  int64_t chunks, parts;        // how many items a picture has, and into how many parts its groups are divided
-  float low, high;              // what the outcome is held between
-};
-
-// What an item of a convolution is.
-struct GroupColsItem {
-  int64_t picture, chunk, begin, end;  // groups [begin, end)
-};
-
-static inline struct GroupColsItem group_cols_item(const GroupColsConv* call, int64_t item) {
-  const int64_t part = item % call->parts, rest = item / call->parts, groups = call->weight->groups;
-  GroupColsItem found = {rest / call->chunks, rest % call->chunks, groups * part / call->parts,
-                         groups * (part + 1) / call->parts};
-  return found;
-}
-
-static inline bool of_pixels(const GroupColsConv* call) {
-  return call->taps_high * call->taps_wide == 1 && call->stride_high * call->stride_wide == 1 &&
-         call->pad_high + call->pad_wide == 0;
+// The weight of a convolution, or with one tap of a product with columns of pixels. An item is some rows of the outcome
+// of one picture, or some of its pixels, of some groups; the last axis varies fastest.
+static inline const GroupCols* group_cols_of(const Convolution* call) {
+  return static_cast<const GroupCols*>(call->weight);
 }
 
 // Where the values of a group begin, its biases first, when `before` columns are kept by the groups before it.
@@ -60,5 +36,5 @@ static inline const float* values_of(const GroupCols* weight, int64_t group, int
 }
 
 // One item of a convolution, and one row of x for groups [begin, end), whatever is in the inputs.
-extern "C" void group_cols_item_f32(const GroupColsConv* call, int64_t item);
+extern "C" void group_cols_item_f32(const Convolution* call, int64_t item);
 extern "C" void group_cols_row_f32(const Matmul* call, int64_t begin, int64_t end, int64_t row);

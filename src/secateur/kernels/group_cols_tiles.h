@@ -9,27 +9,15 @@
 // Everything here is static: each file keeps the copy compiled with its own flags.
 #pragma once
 #include "group_cols.h"
-
-#ifndef LANES
-#error "LANES is not defined"
-#endif
+#include "planes.h"
 
 namespace {
-
-typedef float Vector __attribute__((vector_size(LANES * 4)));
-typedef float Loose __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 
 #ifdef __aarch64__
 enum { WIDEST = 8, REGISTERS = 32 };
 #else
 enum { WIDEST = 8, REGISTERS = LANES == 16 ? 32 : 16 };
 #endif
-
-inline Vector load(const float* from) { return *reinterpret_cast<const Loose*>(from); }
-inline void store(float* to, Vector value) { *reinterpret_cast<Loose*>(to) = value; }
-inline Vector all(float value) { return value - Vector{}; }
-
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Outputs that are computed together, and vectors of pixels, for groups of N rows: what registers hold.
 constexpr int together(int n) { return n > 8 ? 8 : n; }
@@ -211,30 +199,6 @@ inline int64_t pitch_of(const GroupCols& weight, int64_t pixels) {
 
 inline int64_t rounded(int64_t floats) { return (floats + TILE + AROUND - 1) / AROUND * AROUND; }
 
-// Copies floats, and adds zero to `wild` for each, or NaN for one that is not finite.
-inline void copy(float* to, const float* from, int64_t count, Vector& wild) {
-  int64_t i = 0;
-  for (; i + LANES <= count; i += LANES) {
-    const Vector some = load(from + i);
-    store(to + i, some);
-    wild += some * 0.0f;
-  }
-  for (; i < count; i++) {
-    to[i] = from[i];
-    wild[0] += from[i] * 0.0f;
-  }
-}
-
-inline void clear(float* to, int64_t count) {
-  for (int64_t i = 0; i < count; i++) to[i] = 0;
-}
-
-inline bool finite(Vector wild) {
-  for (int lane = 0; lane < LANES; lane++)
-    if (wild[lane] != 0) return false;
-  return true;
-}
-
 // One tap, no stride, no padding: a column is a channel, and its pixels lie side by side.
 struct Pixels {
   const float* x;
@@ -254,8 +218,8 @@ struct Pixels {
   }
 };
 
-bool pixels_item(const GroupColsConv& call, const GroupColsItem& item, float* y, int64_t outputs) {
-  const GroupCols& weight = *call.weight;
+bool pixels_item(const Convolution& call, const ConvolutionItem& item, float* y, int64_t outputs) {
+  const GroupCols& weight = *group_cols_of(&call);
   const int64_t size = call.height * call.width, first = item.chunk * call.chunk;
   const int64_t pixels = least(call.chunk, size - first), pitch = pitch_of(weight, pixels);
   float* const panel = static_cast<float*>(scratch((rounded(weight.slice * TILE) + outputs * pitch) * sizeof(float)));
@@ -290,58 +254,29 @@ struct Planes {
   }
 };
 
-// Any convolution. The rows that an item sees are first laid out with their padding and, with a stride, apart by it, so
-// that what a tap sees of all pixels lies side by side: a pixel's place is its row times the width of a plane, and its
-// column; places that are none, at the end of each row, are computed and not kept.
-bool planes_item(const GroupColsConv& call, const GroupColsItem& item, float* y, int64_t outputs) {
-  const GroupCols& weight = *call.weight;
-  const int64_t sh = call.stride_high, sw = call.stride_wide, taps = call.taps_high * call.taps_wide;
-  const int64_t reach_high = (call.taps_high - 1) * call.apart_high, reach_wide = (call.taps_wide - 1) * call.apart_wide;
-  const int64_t phases_high = least(sh, reach_high + 1), phases_wide = least(sw, reach_wide + 1);
-  const int64_t first = item.chunk * call.chunk, rows = least(call.chunk, call.out_height - first);
-  // Without a stride the padding at the end of a row is that at the beginning of the next.
-  const int64_t shared = sw == 1 ? least(call.pad_wide, reach_wide) : 0;
-  const int64_t high = rows + reach_high / sh, wide = call.out_width + reach_wide / sw - shared;  // of a plane
-  const int64_t plane = high * wide, channel = plane * phases_high * phases_wide;
-  if (call.channels * channel > INT32_MAX) return false;
-  const int64_t pixels = rows * wide, pitch = pitch_of(weight, pixels), beyond = TILE + reach_wide + wide;
-  const int64_t needed = rounded(weight.slice * TILE) + outputs * pitch + rounded(call.channels * channel + beyond);
+// Any convolution, over the planes of planes.h.
+bool planes_item(const Convolution& call, const ConvolutionItem& item, float* y, int64_t outputs) {
+  const GroupCols& weight = *group_cols_of(&call);
+  const Layout layout = layout_of(call, item);
+  const int64_t rows = layout.rows, wide = layout.wide, taps = call.taps_high * call.taps_wide;
+  if (call.channels * layout.channel > INT32_MAX) return false;
+  const int64_t pixels = rows * wide, pitch = pitch_of(weight, pixels), beyond = TILE + layout.reach;
+  const int64_t laid = rounded(call.channels * layout.channel + beyond);
+  const int64_t needed = rounded(weight.slice * TILE) + outputs * pitch + laid;
   float* const panel = static_cast<float*>(scratch(needed * sizeof(float) + weight.columns * sizeof(int32_t)));
   float* const sums = panel + rounded(weight.slice * TILE);
   float* const planes = sums + outputs * pitch;
   int32_t* const places = reinterpret_cast<int32_t*>(panel + needed);
   for (int64_t tap = 0; tap < taps; tap++) {
-    const int64_t down = tap / call.taps_wide * call.apart_high, right = tap % call.taps_wide * call.apart_wide;
-    const int64_t place = (down % sh * phases_wide + right % sw) * plane + down / sh * wide + right / sw;
-    for (int64_t c = 0; c < call.channels; c++) places[c * taps + tap] = int32_t(c * channel + place);
+    const int64_t place = place_of(call, layout, tap);
+    for (int64_t c = 0; c < call.channels; c++) places[c * taps + tap] = int32_t(c * layout.channel + place);
   }
 
   Vector wild = {};
   float* to = planes;
+  const int64_t size_of_channel = call.height * call.width;
   for (int64_t c = 0; c < call.channels; c++)
-    for (int64_t phase_high = 0; phase_high < phases_high; phase_high++)
-      for (int64_t phase_wide = 0; phase_wide < phases_wide; phase_wide++)
-        for (int64_t row = 0; row < high; row++, to += wide) {
-          const int64_t from = (first + row) * sh + phase_high - call.pad_high;
-          const int64_t shift = phase_wide - call.pad_wide;  // column i of the plane is i * sw + shift of the picture
-          if (from < 0 || from >= call.height) {
-            clear(to, wide);
-            continue;
-          }
-          const int64_t begin = least(wide, shift < 0 ? (sw - 1 - shift) / sw : 0);
-          const int64_t end = least(wide, call.width <= shift ? 0 : (call.width - shift + sw - 1) / sw);
-          const float* x = call.x + ((item.picture * call.channels + c) * call.height + from) * call.width + shift;
-          clear(to, begin);
-          if (sw == 1) {
-            copy(to + begin, x + begin, end - begin, wild);
-          } else {
-            for (int64_t i = begin; i < end; i++) {
-              to[i] = x[i * sw];
-              wild[0] += to[i] * 0.0f;
-            }
-          }
-          clear(to + (end < begin ? begin : end), wide - (end < begin ? begin : end));
-        }
+    to = lay_out(call, layout, call.x + (item.picture * call.channels + c) * size_of_channel, to, wild);
   clear(to, beyond);
   if (!finite(wild)) return false;
 
@@ -353,15 +288,15 @@ bool planes_item(const GroupColsConv& call, const GroupColsItem& item, float* y,
   for (int64_t output = 0; output < outputs; output++)
     for (int64_t row = 0; row < rows; row++)
       for (int64_t i = 0; i < call.out_width; i++)
-        y[output * size + (first + row) * call.out_width + i] = sums[output * pitch + row * wide + i];
+        y[output * size + (layout.first + row) * call.out_width + i] = sums[output * pitch + row * wide + i];
   return true;
 }
 
 [[maybe_unused]] void convolve(const void* pointer, int64_t begin, int64_t end) {
-  const GroupColsConv& call = *static_cast<const GroupColsConv*>(pointer);
-  const GroupCols& weight = *call.weight;
+  const Convolution& call = *static_cast<const Convolution*>(pointer);
+  const GroupCols& weight = *group_cols_of(&call);
   for (int64_t number = begin; number < end; number++) {
-    const GroupColsItem item = group_cols_item(&call, number);
+    const ConvolutionItem item = convolution_item(&call, number, weight.groups);
     const int64_t output = first_output(weight, item.begin), outputs = first_output(weight, item.end) - output;
     float* y = call.y + (item.picture * weight.outputs + output) * call.out_height * call.out_width;
     const bool done =

@@ -1,0 +1,97 @@
+// Vectors of LANES floats, which the compiler turns into the instructions of its target, and how floats are copied by
+// them. Everything here is static: each file keeps the copy compiled with its own flags.
+#pragma once
+#include <stdint.h>
+
+#ifndef LANES
+#error "LANES is not defined"
+#endif
+
+namespace {
+
+typedef float Vector __attribute__((vector_size(LANES * 4)));
+typedef float Loose __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+
+inline Vector load(const float* from) { return *reinterpret_cast<const Loose*>(from); }
+inline void store(float* to, Vector value) { *reinterpret_cast<Loose*>(to) = value; }
+inline Vector all(float value) { return value - Vector{}; }
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// The floats of even number of two vectors.
+inline Vector evens(Vector a, Vector b) {
+#if LANES == 4
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6);
+#elif LANES == 8
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14);
+#else
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+#endif
+}
+
+// Copies floats, and adds zero to `wild` for each, or NaN for one that is not finite.
+inline void copy(float* to, const float* from, int64_t count, Vector& wild) {
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) {
+    const Vector some = load(from + i);
+    store(to + i, some);
+    wild += some * 0.0f;
+  }
+  for (; i < count; i++) {
+    to[i] = from[i];
+    wild[0] += from[i] * 0.0f;
+  }
+}
+
+inline void clear(float* to, int64_t count) {
+  for (int64_t i = 0; i < count; i++) to[i] = 0;
+}
+
+// The same in whole vectors, which write over up to LANES - 1 floats behind: for what is laid out from front to back, with
+// as much room at its end. Nothing is read from `limit` on, and the floats behind may count for `wild`.
+inline void copy_over(float* to, const float* from, int64_t count, const float* limit, Vector& wild) {
+  int64_t i = 0;
+  for (; i < count && limit - from - i >= LANES; i += LANES) {
+    const Vector some = load(from + i);
+    store(to + i, some);
+    wild += some * 0.0f;
+  }
+  if (i >= count) return;
+  float sum = 0;
+  for (; i < count; i++) {
+    to[i] = from[i];
+    sum += from[i] * 0.0f;
+  }
+  wild[0] += sum;
+}
+
+// Every `step`th float. Two are so common that they have a way of their own.
+inline void gather_over(float* to, const float* from, int64_t step, int64_t count, const float* limit, Vector& wild) {
+  int64_t i = 0;
+  if (step == 2)
+    for (; i < count && limit - from - 2 * i >= 2 * LANES; i += LANES) {
+      const Vector some = evens(load(from + 2 * i), load(from + 2 * i + LANES));
+      store(to + i, some);
+      wild += some * 0.0f;
+    }
+  if (i >= count) return;
+  float sum = 0;
+  for (; i < count; i++) {
+    to[i] = from[i * step];
+    sum += to[i] * 0.0f;
+  }
+  wild[0] += sum;
+}
+
+inline void clear_over(float* to, int64_t count) {
+  if (count > 0) store(to, Vector{});  // mostly all of it, and not worth a call of what a loop becomes
+  for (int64_t i = LANES; i < count; i += LANES) store(to + i, Vector{});
+}
+
+inline bool finite(Vector wild) {
+  for (int lane = 0; lane < LANES; lane++)
+    if (wild[lane] != 0) return false;
+  return true;
+}
+
+}  // namespace
