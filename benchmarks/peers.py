@@ -2,15 +2,16 @@
 
     python benchmarks/peers.py [--rounds 9] [--only mlp] [--model smollm2] [--deepsparse /path/to/python]
 
-Two networks, one example at a time, one thread each: a perceptron of 1024-4096-4096-4096-1024 in float32 under masks
-at random of several sparsities, and SmolLM2-135M with half of the weights of its layers at zero, one token with
-nothing before it. All take turns, round by round; a time is the processor's for all threads of the process. What is
-not installed is left out, and the page says why. DeepSparse 1.8 wants older packages than secateur, so it lives in an
-environment of its own, and its python is named; it runs there, told by lines when to. Writes results/peers.json, from
-which docs/peers-speed.md is made.
+One example at a time, one thread each: a perceptron of 1024-4096-4096-4096-1024 in float32 under masks at random of
+several sparsities, ResNet-20 and MobileNet-v1 for pictures of 32x32 the same way, and SmolLM2-135M with half of the
+weights of its layers at zero, one token with nothing before it. All take turns, round by round; a time is the
+processor's for all threads of the process. What is not installed is left out, and the page says why. DeepSparse 1.8
+wants older packages than secateur, so it lives in an environment of its own, and its python is named; it runs there,
+told by lines when to. Writes results/peers.json, from which docs/peers-speed.md is made.
 """
 
 import argparse
+import copy
 import json
 import os
 import statistics
@@ -30,10 +31,13 @@ from torch import Tensor, nn
 from benchmarks.whole_models import mask_
 from secateur import kernels
 from secateur.accelerate import accelerate
+from secateur.axes import Taps
 from secateur.errors import SecateurError
 from secateur.export import gguf, onnx
 from secateur.formats import BitmapInt8
 from secateur.models import Opened, open_model
+from secateur.models.mobilenet import mobilenet
+from secateur.models.resnet import resnet20
 from secateur.outcome import about_machine, about_versions, now, write_text
 
 HERE = Path(__file__).resolve().parent
@@ -42,6 +46,9 @@ PAGE = HERE.parent / "docs" / "peers-speed.md"
 
 SIZES = (1024, 4096, 4096, 4096, 1024)
 SPARSITIES = (0.5, 0.8, 0.9, 0.95)
+NETWORKS = {"resnet20": resnet20, "mobilenet": mobilenet}
+GOALS = {"resnet20": {0.8: 2.0, 0.9: 3.0, 0.95: 4.6}}
+"""What was set out to be reached over ONNX Runtime, of single weights."""
 CALLS = 5  # in a turn
 
 HELD: list[Any] = []
@@ -150,6 +157,56 @@ def mlp(sparsity: float, place: Path, python: str) -> tuple[Ways, dict[str, str]
     wanted, given = model(x).numpy(), {"x": x.numpy()}
     ways: Ways = {"torch": turn(lambda: model(x)), "secateur": turn(lambda: fast(x))}
     return joined(ways, {"secateur": fast(x).numpy()}, wanted, path, given, python, ("f32",))
+
+
+def pictures(kind: str, sparsity: float, place: Path, python: str) -> tuple[Ways, dict[str, str], dict[str, float]]:
+    """A network for pictures at one sparsity, of single weights, which all run, and of blocks of four outputs."""
+    single, blocks = (masked(kind, sparsity, rows) for rows in (1, 4))
+    x = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    last, turned = copy.deepcopy(single).to(memory_format=torch.channels_last), to_last(x)
+    path = place / f"{kind}{sparsity}.onnx"
+    onnx._trace(single, path, {"x": x})
+    fast, faster = accelerate(single, x), accelerate(blocks, x)
+    print(kind, sparsity, fast.chosen, faster.chosen, flush=True)
+    wanted, given = single(x).numpy(), {"x": x.numpy()}
+    ways: Ways = {
+        "torch": turn(lambda: single(x)),
+        "torch, channels last": turn(lambda: last(turned)),
+        "secateur": turn(lambda: fast.model(x)),
+        "secateur, blocks of 4": turn(lambda: faster.model(x)),
+    }
+    ways, left_out, off = joined(ways, {"secateur": fast.model(x).numpy()}, wanted, path, given, python, ("f32",))
+    return ways, left_out, off | {"secateur, blocks of 4": faster.error}
+
+
+def to_last(x: Tensor) -> Tensor:
+    return x.to(memory_format=torch.channels_last)
+
+
+def masked(kind: str, sparsity: float, rows: int) -> nn.Module:
+    """A network with zeros at random in all convolutions but the first, in whole blocks of `rows` outputs by one input.
+
+    Depthwise kernels stay dense with single weights; with blocks they keep four taps of nine.
+    """
+    made = torch.Generator().manual_seed(0)
+    model = NETWORKS[kind]().eval().requires_grad_(False)
+    first = True
+    for layer in model.modules():
+        if not isinstance(layer, nn.Conv2d):
+            continue
+        weight = layer.weight
+        keep = torch.ones(weight.shape, dtype=torch.bool)
+        if layer.groups > 1 and rows > 1:
+            keep = Taps().select(torch.rand(weight.shape, generator=made), weight.numel() // 9 * 4)
+        elif layer.groups == 1 and not first:
+            noise = torch.rand(
+                len(weight) // rows, *weight.shape[1:2], *([1, 1] if rows > 1 else weight.shape[2:]), generator=made
+            )
+            keep = (noise >= sparsity).repeat_interleave(rows, 0).expand(weight.shape)
+        first = False
+        fan = weight[0].numel() * float(keep.sum()) / keep.numel()
+        weight.data = torch.randn(weight.shape, generator=made) * (2 / fan) ** 0.5 * keep
+    return model
 
 
 def joined(
@@ -266,6 +323,8 @@ def page(found: dict[str, Any]) -> str:
     ]
     titles = {
         "mlp": "A perceptron of 1024-4096-4096-4096-1024, float32, masks at random",
+        "resnet20": "ResNet-20, one picture of 32x32, float32, masks at random in all convolutions but the first",
+        "mobilenet": "MobileNet-v1, one picture of 32x32, float32, masks at random in its 1x1 convolutions",
         "smollm2": "SmolLM2-135M, half of the weights of its layers at zero, one token with nothing before it",
     }
     for kind, title in titles.items():
@@ -273,7 +332,9 @@ def page(found: dict[str, Any]) -> str:
         if not cells:
             continue
         lines += ["", f"## {title}", ""]
-        if kind == "mlp":
+        if kind in NETWORKS:
+            lines += pictures_page(cells, GOALS.get(kind, {}))
+        elif kind == "mlp":
             names = [n for n in cells[0]["milliseconds"] if n != "secateur"]
             lines += ["| zeros | secateur (ms) | " + " | ".join(f"{n} (ms): over it" for n in names) + " |"]
             lines += ["| --- |" + " --- |" * (len(names) + 1)]
@@ -292,6 +353,32 @@ def page(found: dict[str, Any]) -> str:
         missing = {n: why for cell in cells for n, why in cell["left_out"].items()}
         lines += [line for n, why in missing.items() for line in ("", f"{n} is not here: {why}.")]
     return "\n".join(lines) + "\n"
+
+
+def pictures_page(cells: list[dict[str, Any]], goals: dict[float, float]) -> list[str]:
+    """Pictures a second of every way, and how many times as fast as each dense one is what was accelerated."""
+    dense = [n for n in cells[0]["milliseconds"] if not n.startswith("secateur")]
+    ours = ("secateur", "secateur, blocks of 4")
+    lines = [
+        "Pictures a second. Blocks are of four outputs by one input, a whole kernel where it is 3x3, and depthwise "
+        "kernels keep four taps of nine beside them; with single weights they are dense. Only secateur runs blocks.",
+        "",
+        "| zeros | " + " | ".join([*ours, *dense]) + " |",
+        "| --- |" + " --- |" * (len(ours) + len(dense)),
+    ]
+    cells = sorted(cells, key=lambda cell: cell["name"])
+    for cell in cells:
+        rates = " | ".join(
+            f"{1e3 / cell['milliseconds'][n]:.0f}" if n in cell["milliseconds"] else "" for n in (*ours, *dense)
+        )
+        lines.append(f"| {float(cell['name'].split()[1]):.0%} | {rates} |")
+    lines += ["", "How many times as fast as each, single weights and blocks of 4:", ""]
+    lines += ["| zeros | " + " | ".join(dense) + " | goal over ONNX Runtime |", "| --- |" + " --- |" * (len(dense) + 1)]
+    for cell in cells:
+        ms, sparsity = cell["milliseconds"], float(cell["name"].split()[1])
+        ratios = " | ".join(" and ".join(f"{ms[n] / ms[o]:.2f}" for o in ours) if n in ms else "" for n in dense)
+        lines.append(f"| {sparsity:.0%} | {ratios} | {goals.get(sparsity, '')} |")
+    return lines
 
 
 def about(found: dict[str, Any]) -> str:
@@ -322,7 +409,7 @@ def runtimes(python: str) -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--only", choices=("mlp", "smollm2"))
+    parser.add_argument("--only", choices=("mlp", *NETWORKS, "smollm2"))
     parser.add_argument("--model", default="smollm2", help="a name, or a folder with the same model, opened sooner")
     parser.add_argument("--deepsparse", default="", metavar="PYTHON", help="of an environment that has DeepSparse 1.8")
     asked = parser.parse_args()
@@ -336,11 +423,15 @@ def main() -> None:
         "runtimes": runtimes(asked.deepsparse) or found.get("runtimes", {}),
         "level": kernels.level(),
     }
-    kinds = (asked.only,) if asked.only else ("mlp", "smollm2")
+    kinds = (asked.only,) if asked.only else ("mlp", *NETWORKS, "smollm2")
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         jobs: dict[str, Callable[[], tuple[Ways, dict[str, str], dict[str, float]]]] = {}
         if "mlp" in kinds:
             jobs |= {f"mlp {s}": lambda s=s: mlp(s, Path(folder), asked.deepsparse) for s in SPARSITIES}
+        for kind in (kind for kind in NETWORKS if kind in kinds):
+            jobs |= {
+                f"{kind} {s}": lambda k=kind, s=s: pictures(k, s, Path(folder), asked.deepsparse) for s in SPARSITIES
+            }
         if "smollm2" in kinds:
             jobs["smollm2 0.5"] = lambda: smollm2(asked.model, Path(folder), asked.deepsparse)
         for name, prepare in jobs.items():
