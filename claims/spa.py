@@ -36,11 +36,12 @@ def task_of(seed: int, images: int, test: int) -> Images:
 
 
 @lru_cache(maxsize=1)
-def elsewhere(samples: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Clothes in grey, enlarged to the photographs' size and put into three channels."""
-    x, y = fashion_mnist(train_size=samples).splits["train"]
-    wide = torch.nn.functional.pad(x.reshape(-1, 1, 28, 28), (2, 2, 2, 2)).expand(-1, 3, -1, -1)
-    return wide.contiguous(), y
+def elsewhere(samples: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clothes in grey that a seed draws, enlarged to the photographs' size and put into three channels."""
+    x, y = fashion_mnist(train_size=10_000).splits["train"]
+    drawn = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:samples]
+    wide = torch.nn.functional.pad(x[drawn].reshape(-1, 1, 28, 28), (2, 2, 2, 2)).expand(-1, 3, -1, -1)
+    return wide.contiguous(), y[drawn]
 
 
 def cell(condition: str, seed: int, settings: Settings) -> dict[str, float]:
@@ -53,7 +54,7 @@ def cell(condition: str, seed: int, settings: Settings) -> dict[str, float]:
     if name == "obspa, other data":
         task = Images(
             "cifar10 seen through clothes",
-            {**task.splits, "calibration": elsewhere(settings["samples"])},
+            {**task.splits, "calibration": elsewhere(settings["samples"], seed)},
             seed=seed, mean=task.mean, std=task.std, batch=128,
         )  # fmt: skip
     method = Spa(

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from secateur import prune
 from secateur.axes import NM, Blocks, Global, ObsSweep, Owl, PerMatrix, PerRow, PerSlab
-from secateur.axes.criteria import wanda_score
+from secateur.axes.criteria import factor_, wanda_score
 from secateur.cut import weights
 from secateur.edit import Mask
 from secateur.errors import EvidenceError, ModelError, PatternError, SettingError, TaskError
@@ -262,3 +262,15 @@ def test_masks_and_weights_equal_the_plain_formulas_on_layers_of_the_real_model(
             ours_error = reconstruction_error(weight, value, gram)
             assert ours_error == pytest.approx(reconstruction_error(weight, plain_value.float(), gram), rel=1e-3)
             assert ours_error < reconstruction_error(weight, weight * plain, gram)  # below Wanda's
+
+
+@pytest.mark.parametrize("size", [1, 7, 16, 45])
+def test_the_factor_is_built_in_place_block_by_block(size: int) -> None:
+    x = torch.randn(2 * size, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    gram = x.T @ x
+    made = gram.clone()
+    assert factor_(made, block=16)
+    assert torch.equal(made, made.tril())
+    assert torch.allclose(made.T @ made, gram, rtol=1e-12, atol=1e-12)
+    gram[0, 0] = -1
+    assert not factor_(gram, block=16)

@@ -102,16 +102,35 @@ def gram_factor(gram: Tensor, damp: float, name: str = "") -> tuple[Tensor, Tens
     # Damped, the gram is far from singular, and float32 is enough; what it cannot factor, float64 may. The last try is
     # with ten times the damping.
     for share, dtype in ((damp, torch.float32), (damp, torch.float64), (10 * damp, torch.float64)):
-        lower = gram.flip(0, 1).to(dtype)  # one copy, factored in place: of a wide layer it is larger than the weights
-        lower.diagonal().masked_fill_(dead.flip(0), mean).add_(share * mean)
-        torch.linalg.cholesky_ex(lower, out=(lower, failed := torch.zeros((), dtype=torch.int32)))
-        if not int(failed):
-            return lower.float().T.flip(0, 1).contiguous(), dead
+        lower = gram.to(dtype, copy=True)  # one copy, factored in place: of a wide layer it is larger than the weights
+        lower.diagonal().masked_fill_(dead, mean).add_(share * mean)
+        if factor_(lower):
+            return lower.float(), dead
     raise EvidenceError(
         f"the inputs of {name or 'a layer'} were to be inverted",
         "their gram is not positive definite, even with ten times the damping",
         "Give more calibration data, or a larger damp.",
     )
+
+
+def factor_(matrix: Tensor, block: int = 256) -> bool:
+    """Put R, lower triangular with R^T R the matrix, in its place; False where it is not positive definite.
+
+    From the last block up, what is above brought up to date by products of matrices: on one thread twice as fast as
+    LAPACK's Cholesky of the reversed matrix, which is the same. The lower triangle is read.
+    """
+    for b in range(len(matrix), 0, -block):
+        a = max(b - block, 0)
+        turned, failed = torch.linalg.cholesky_ex(matrix[a:b, a:b].flip(0, 1), upper=True)
+        if int(failed):
+            return False
+        square = turned.flip(0, 1)
+        left = torch.linalg.solve_triangular(square.T, matrix[a:b, :a], upper=True)
+        matrix[a:b, :a], matrix[a:b, a:b], matrix[a:b, b:] = left, square, 0
+        for c in range(0, a, block):
+            d = min(c + block, a)
+            matrix[c:d, :d].addmm_(left[:, c:d].T, left[:, :d], alpha=-1)
+    return True
 
 
 @dataclass(frozen=True)

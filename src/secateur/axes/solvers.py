@@ -105,40 +105,45 @@ class ObsSweep:
         """Mask and new weights [out, in] that keep `keep` of them, given the inputs' gram [in, in]."""
         rows, columns = weight.shape
         factor, dead = gram_factor(gram, self.damp, name)  # R, lower triangular: H = R^T R
-        original = weight.clone()
-        original[:, dead] = 0
-        scale = factor.diagonal()
-        change = torch.zeros(columns, rows, dtype=weight.dtype)  # (w - q)^T: a column a row, to be read in one piece
+        scale = factor.diagonal().unsqueeze(1)
+        # All that follows is turned, [columns, rows], so that what a column has lies in one piece.
+        value = weight.T.contiguous()
+        if value.data_ptr() == weight.data_ptr():
+            value = value.clone()
+        value[dead] = 0
+        push = torch.zeros_like(value)  # what the columns so far ask of those to come
         mask = torch.ones(rows, columns, dtype=torch.bool)
-        result = original.clone()
         span = self.pattern.span
         kept = 0
         for a in range(0, columns, self.block):
             b = min(a + self.block, columns)
-            push = change[:a].T @ factor[a:b, :a].T  # [rows, b - a]: what earlier columns ask of these
+            change = torch.empty(b - a, rows, dtype=value.dtype)  # w - q
             step = b - a if span is None else max(span, 1)
             for c in range(a, b, step):
                 d = min(c + step, b)
-                inner = push[:, c - a : d - a] + change[a:c].T @ factor[c:d, a:c].T
-                square = factor[c:d, c:d]
+                inner, here, square = push[c:d], change[c - a : d - a], factor[c:d, c:d]
+                if c > a:
+                    inner.addmm_(factor[c:d, a:c], change[: c - a])
                 # As the weights stand if nothing in these columns is dropped: what the choice is made on.
-                free = original[:, c:d] + torch.linalg.solve_triangular(square, inner.T, upper=False).T
-                score = (free * scale[c:d]).square()
+                free = torch.linalg.solve_triangular(square, inner, upper=False).add_(value[c:d])
+                score = free.mul_(scale[c:d]).square_().T.contiguous()
                 # What is due by now less what was kept: a pattern's rounding here is made up for by the next columns.
                 share = min(max(keep * d // columns - kept, 0), rows * (d - c))
                 share = self.pattern.nearest((rows, d - c), share)
                 kept += share
                 chosen = self.pattern.select(score, share)
                 mask[:, c:d] = chosen
-                plain, inner = original[:, c:d].T.contiguous(), inner.T.contiguous()  # [columns here, rows]
-                here = change[c:d]
-                if not _compiled(plain, inner, square, chosen.T.contiguous(), here):
-                    stays = chosen.T.contiguous().to(weight.dtype)
+                plain, stays = value[c:d], chosen.T.contiguous()
+                if not _compiled(plain, inner, square, stays, here):
+                    held = stays.to(value.dtype)
                     for j in range(d - c):
-                        value = inner[j] if j == 0 else torch.addmv(inner[j], here[:j].T, square[j, :j])
-                        value = torch.add(plain[j], value, alpha=1 / float(square[j, j])).mul_(stays[j])
-                        torch.sub(plain[j], value, out=here[j])
-                result[:, c:d] = (plain - here).T
+                        due = inner[j] if j == 0 else torch.addmv(inner[j], here[:j].T, square[j, :j])
+                        torch.sub(
+                            plain[j], torch.add(plain[j], due, alpha=1 / float(square[j, j])).mul_(held[j]), out=here[j]
+                        )
+                plain.sub_(here)
+            push[b:].addmm_(factor[b:, a:b], change)
+        result = value.T.contiguous()
         result[~mask] = 0
         return mask, result
 
