@@ -182,6 +182,48 @@ def test_a_convolution_that_loses_to_any_dense_way_stays(monkeypatch):
     assert len(names) == 3
 
 
+class Normed(nn.Module):
+    """Norms behind convolutions, one of which is seen by something else too, and one that is called twice."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.first, self.second = (nn.Conv2d(4, 4, 3, padding=1, bias=bias) for bias in (False, True))
+            self.seen, self.twice = (nn.Conv2d(4, 4, 1) for _ in range(2))
+            self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(4))
+            for norm in self.norms:
+                for value in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+                    nn.init.uniform_(value, 0.5, 1.5)
+
+    def forward(self, x):
+        x = self.norms[1](self.second(self.norms[0](self.first(x)).relu()))
+        x = self.seen(x)
+        x = x + self.norms[2](x)
+        return self.norms[3](self.twice(self.norms[3](self.twice(x))))
+
+
+class Asks(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+def test_batch_norms_go_into_the_convolutions_before_them(cost, monkeypatch):
+    cost(2.0, 3.0)
+    monkeypatch.setattr(MODULE, "time_pair", lambda *_: (timing(2.0), timing(1.0)))
+    model, x = Normed().eval(), torch.randn(2, 4, 7, 7, generator=torch.Generator().manual_seed(0))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = accelerate(model, x)
+    assert [type(norm) for norm in found.model.norms] == [nn.Identity] * 2 + [nn.BatchNorm2d] * 2
+    torch.testing.assert_close(found.model(x), model(x))
+    assert found.error < 1e-6
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    # A model that was slower so stays, and one whose code asks for numbers is not traced.
+    monkeypatch.setattr(MODULE, "time_pair", lambda *_: (timing(1.0), timing(2.0)))
+    assert isinstance(accelerate(model, x).model.norms[0], nn.BatchNorm2d)
+    assert isinstance(MODULE._folded(nn.Sequential(model, Asks()))[0].norms[0], nn.BatchNorm2d)
+
+
 def test_linear_layers_with_rows_enough_are_tried_in_groups(cost):
     cost(2.0, 1.0)
     found = accelerate(Slow(), torch.randn(16, 256), formats=[GroupCols(2), GroupCols(1)])

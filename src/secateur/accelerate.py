@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from secateur import kernels
 from secateur.errors import SettingError
@@ -109,8 +110,10 @@ def accelerate(
     """A copy of a model for inference, with each layer in the storage that was fastest on this example.
 
     Layers are linear ones and two-dimensional convolutions. One stays dense unless it is faster packed than in the
-    fastest of the ways torch has for it: as the model calls it, for convolutions with channels last too, and those
-    that look at one pixel as a product.
+    fastest of the ways torch has for it: as the model calls it, for convolutions with channels last too, from the
+    layout of the model and back to it, and those that look at one pixel as a product.
+
+    Batch norms go into the convolutions before them where the model can be traced, whether those are packed or not.
 
     The example has the batch and the number of tokens that the model will be used with: one token for decoding, a
     window for reading prompts. Layers are timed one after the other, as the model calls them, so that weights come from
@@ -131,9 +134,10 @@ def accelerate(
     if dtype is not None:
         dense = dense.to(dtype)
         batch = _converted(batch, dtype)
+    base = _folded(dense)
     layers = {
         name: module
-        for name, module in dense.named_modules()
+        for name, module in base.named_modules()
         if type(module) in (nn.Linear, nn.Conv2d) and not parametrize.is_parametrized(module)
     }
     if not layers:
@@ -143,7 +147,7 @@ def accelerate(
             "Give one that has.",
         )
     with _threads(threads), torch.no_grad():
-        seen = _seen(dense, layers, batch)
+        seen = _seen(base, layers, batch)
         chosen: dict[str, nn.Module] = {}
         choices: list[Choice] = []
         for some in _at_once(layers):
@@ -151,9 +155,9 @@ def accelerate(
                 choices.append(choice)
                 if packed is not None:
                     chosen[choice.layer] = packed
-        sparse = _with(dense, {layers[name]: packed for name, packed in chosen.items()})
+        sparse = _with(base, {layers[name]: packed for name, packed in chosen.items()})
         before, after = time_pair(dense, sparse, batch)
-        if chosen and after.milliseconds > before.milliseconds:
+        if (chosen or base is not dense) and after.milliseconds > before.milliseconds:
             why = f"the whole model was slower with it: {after.milliseconds:.3g} ms, dense {before.milliseconds:.3g}"
             choices = [c if c.chosen == "dense" else _kept_dense(c, why) for c in choices]
             sparse, after = dense, before
@@ -310,8 +314,14 @@ def _dense_ways(layer: Layer, x: Tensor) -> list[tuple[str, Callable[[], Tensor]
     if isinstance(layer, nn.Linear):
         return ways
     weight, bias, slide = layer.weight, layer.bias, convolutions.slide(layer)
-    turned, there = (t.contiguous(memory_format=torch.channels_last) for t in (weight, x))
-    ways.append(("dense, channels last", lambda: F.conv2d(there, turned, bias, *slide, layer.groups)))
+    before = torch.channels_last if not x.is_contiguous() else torch.contiguous_format
+    turned = weight.contiguous(memory_format=torch.channels_last)
+
+    def last() -> Tensor:  # with the way there and back, as the model around it would have it
+        there = x.contiguous(memory_format=torch.channels_last)
+        return F.conv2d(there, turned, bias, *slide, layer.groups).contiguous(memory_format=before)
+
+    ways.append(("dense, channels last", last))
     if layer.groups == 1 and layer.kernel_size == (1, 1) and slide[:2] == ((1, 1), (0, 0)) and len(x) == 1:
         matrix, pixels = weight.flatten(1), x.flatten(2)[0]
         if bias is None:
@@ -400,7 +410,32 @@ def _seen(model: nn.Module, layers: Mapping[str, Layer], batch: Batch) -> dict[s
     return found
 
 
-def _with(model: nn.Module, instead: Mapping[Layer, nn.Module]) -> nn.Module:
+def _folded(model: nn.Module) -> nn.Module:
+    """A model whose convolutions do what the batch norms after them did; the model itself where there are none.
+
+    A norm goes where the trace shows it to be all that sees the outcome of a convolution, each called once.
+    """
+    if not any(type(module) is nn.BatchNorm2d for module in model.modules()):
+        return model
+    try:
+        nodes = list(torch.fx.symbolic_trace(model).graph.nodes)
+    except Exception:  # whatever a model's own code raises when it meets no numbers
+        return model
+    called = [id(model.get_submodule(node.target)) for node in nodes if node.op == "call_module"]
+    instead: dict[nn.Module, nn.Module] = {}
+    for node in nodes:
+        after = next(iter(node.users), None)
+        if node.op != "call_module" or len(node.users) != 1 or after is None or after.op != "call_module":
+            continue
+        conv, norm = model.get_submodule(node.target), model.get_submodule(after.target)
+        plain = type(conv) is nn.Conv2d and not parametrize.is_parametrized(conv)
+        once = called.count(id(conv)) == called.count(id(norm)) == 1
+        if plain and once and type(norm) is nn.BatchNorm2d and norm.running_var is not None:
+            instead |= {conv: fuse_conv_bn_eval(conv, norm), norm: nn.Identity()}
+    return _with(model, instead) if instead else model
+
+
+def _with(model: nn.Module, instead: Mapping[Any, nn.Module]) -> nn.Module:
     """A model that shares everything with another but the layers that stand in for its own."""
     # A copy in which nothing is copied: all parameters, buffers and the layers that go are taken as they are.
     same: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}

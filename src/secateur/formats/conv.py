@@ -1,6 +1,7 @@
 """A convolution that holds its weight packed, and the operator through which torch.compile and torch.export see it."""
 
 import ctypes
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -58,7 +59,7 @@ def convolve(
     kernel = kernels.find(form.convolves)
     if kernel is None or (x.requires_grad and torch.is_grad_enabled()):
         weight = packed.plain.view(shape[1], -1, struct.taps_high, struct.taps_wide)
-        y = F.conv2d(x, weight, call.bias, stride, padding, dilation, form.groups(packed))
+        y = F.conv2d(x, weight, call.bias, stride, padding, dilation, form.groups(packed.shape))
         return y if between == ANY else y.clamp(*between)
     x = x.contiguous()
     y = x.new_empty(shape)
@@ -75,22 +76,37 @@ def arranged(
 
     Raises FormatError as `convolve` does.
     """
-    form, channels = _form(packed), _form(packed).inputs(packed)
-    if x.dtype is not torch.float32 or x.dim() != 4 or x.shape[1] != channels or not x.is_cpu:
+    form = _form(packed)
+    if x.dtype is not torch.float32 or not x.is_cpu or x.dim() != 4 or x.shape[1] != form.inputs(packed.shape):
         held = [packed.shape[0], packed.shape[1] // form.taps, form.high, form.wide]
         raise FormatError(
             f"a {form.name} weight {held} was to convolve {x.dtype} {list(x.shape)} on {x.device}",
-            f"it takes torch.float32 [pictures, {channels}, high, wide] on the CPU",
+            f"it takes torch.float32 [pictures, {form.inputs(packed.shape)}, high, wide] on the CPU",
             "Convert what is given, or pack the layer again.",
         )
-    out = out_size(form, x.shape[2:], stride, padding, dilation)
+    struct, shape = _cut(form, packed.shape, tuple(x.shape), stride, padding, dilation, threads)
+    return Call.from_buffer_copy(struct), shape  # of its own, since threads may call at once
+
+
+@functools.lru_cache(maxsize=4096)
+def _cut(
+    form: Form,
+    weight: tuple[int, int],
+    size: tuple[int, ...],
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    threads: int,
+) -> tuple[Call, tuple[int, int, int, int]]:
+    """What `arranged` says of a weight and a picture of some size: kept, since small layers take microseconds."""
+    out = out_size(form, size[2:], stride, padding, dilation)
     of_pixels = isinstance(form, GroupCols) and form.taps == 1 and stride == (1, 1) and padding == (0, 0)
     high, wide = (out[0] * out[1], 1) if of_pixels else out
-    chunk, parts = form.cut(packed, (high, wide), len(x), threads)
+    chunk, parts = form.cut(weight, (high, wide), size[0], threads)
     chunks = max(1, -(-high // chunk))
     chunk = -(-high // chunks)  # as even as can be
-    sizes = (*x.shape, *out, form.high, form.wide, *stride, *padding, *dilation, chunk, chunks, parts)
-    return Call(None, None, None, *sizes), (len(x), packed.shape[0], *out)
+    sizes = (*size, *out, form.high, form.wide, *stride, *padding, *dilation, chunk, chunks, parts)
+    return Call(None, None, None, *sizes), (size[0], weight[0], *out)
 
 
 def out_size(form: Form, size: Sequence[int], stride: Pair, padding: Pair, dilation: Pair) -> Pair:
@@ -149,13 +165,13 @@ class SparseConv2d(nn.Module):
         packed, form = self.packed, _form(self.packed)
         bias = form.bias(packed)
         made = nn.Conv2d(
-            form.inputs(packed),
+            form.inputs(packed.shape),
             packed.shape[0],
             (form.high, form.wide),
             self.stride,
             self.padding,
             self.dilation,
-            form.groups(packed),
+            form.groups(packed.shape),
             bias=bool(bias.any()),
             device="meta",
         )
@@ -180,9 +196,9 @@ class SparseConv2d(nn.Module):
 
     def extra_repr(self) -> str:
         """Shape, geometry and format."""
-        form, outputs = _form(self._packed), self._packed.shape[0]
+        form, shape = _form(self._packed), self._packed.shape
         return (
-            f"{form.inputs(self._packed)}, {outputs}, kernel_size=({form.high}, {form.wide}), stride={self.stride}, "
+            f"{form.inputs(shape)}, {shape[0]}, kernel_size=({form.high}, {form.wide}), stride={self.stride}, "
             f"padding={self.padding}, dilation={self.dilation}, {form.name}"
         )
 

@@ -124,19 +124,19 @@ class DepthTaps:
         """The bias [channels] that was packed with the weight, zeros where there was none."""
         return packed.tensors["values"][self._biases(packed)]
 
-    def inputs(self, packed: Packed) -> int:
-        """Channels of the pictures."""
-        return packed.shape[0]
+    def inputs(self, shape: tuple[int, int]) -> int:
+        """Channels of the pictures, for a packed weight of a shape."""
+        return shape[0]
 
-    def groups(self, packed: Packed) -> int:
+    def groups(self, shape: tuple[int, int]) -> int:
         """Of the convolution: each channel by itself."""
-        return packed.shape[0]
+        return shape[0]
 
-    def cut(self, packed: Packed, out: tuple[int, int], pictures: int, threads: int) -> tuple[int, int]:
+    def cut(self, shape: tuple[int, int], out: tuple[int, int], pictures: int, threads: int) -> tuple[int, int]:
         """Rows of the outcome in an item, and into how many parts its channels are divided."""
         chunk = max(1, PIXELS // out[1])
         together = max(1, PIXELS // (out[0] * out[1]))  # channels
-        return chunk, -(-packed.shape[0] // together)
+        return chunk, -(-shape[0] // together)
 
     def check(self, packed: Packed) -> None:
         """Raise FormatError unless shapes, which and values agree."""

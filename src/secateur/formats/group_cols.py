@@ -149,18 +149,18 @@ class GroupCols:
         """Why a convolution of so many inputs, groups and outputs cannot be held; None when it can."""
         return None if groups == 1 else f"it has {groups} groups"
 
-    def inputs(self, packed: Packed) -> int:
-        """Channels of the pictures that a convolution takes."""
-        return packed.shape[1] // self.taps
+    def inputs(self, shape: tuple[int, int]) -> int:
+        """Channels of the pictures, for a packed weight of a shape."""
+        return shape[1] // self.taps
 
-    def groups(self, packed: Packed) -> int:
+    def groups(self, shape: tuple[int, int]) -> int:
         """Of the convolution: one, as every output may see every input."""
         return 1
 
-    def cut(self, packed: Packed, out: tuple[int, int], pictures: int, threads: int) -> tuple[int, int]:
+    def cut(self, shape: tuple[int, int], out: tuple[int, int], pictures: int, threads: int) -> tuple[int, int]:
         """Rows of the outcome in an item, or pixels where `out` is one row of them, and parts of the groups."""
-        size, groups = out[0], self._groups(packed.shape[0])
-        pixels = max(128, min(512, SUMS // packed.shape[0]))
+        size, groups = out[0], self._groups(shape[0])
+        pixels = max(128, min(512, SUMS // shape[0]))
         chunk = max(1, pixels // out[1])
         chunks = max(1, -(-size // chunk))
         return chunk, 1 if threads == 1 else min(groups, max(1, 2 * threads // max(1, chunks * pictures)))
