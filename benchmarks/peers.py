@@ -1,6 +1,6 @@
 """Other run-times at the same weights: ONNX Runtime, OpenVINO, llama.cpp and DeepSparse beside an accelerated model.
 
-    python benchmarks/peers.py [--rounds 9] [--only mlp] [--model smollm2] [--deepsparse /path/to/python]
+    python benchmarks/peers.py [--rounds 9] [--only "mlp 0.9"] [--model smollm2] [--deepsparse /path/to/python]
 
 One example at a time, one thread each: a perceptron of 1024-4096-4096-4096-1024 in float32 under masks at random of
 several sparsities, ResNet-20 and MobileNet-v1 for pictures of 32x32 the same way, and SmolLM2-135M with half of the
@@ -409,7 +409,7 @@ def runtimes(python: str) -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--only", choices=("mlp", *NETWORKS, "smollm2"))
+    parser.add_argument("--only", default="", help='cells whose name begins so, such as resnet20 or "mlp 0.9"')
     parser.add_argument("--model", default="smollm2", help="a name, or a folder with the same model, opened sooner")
     parser.add_argument("--deepsparse", default="", metavar="PYTHON", help="of an environment that has DeepSparse 1.8")
     asked = parser.parse_args()
@@ -423,17 +423,15 @@ def main() -> None:
         "runtimes": runtimes(asked.deepsparse) or found.get("runtimes", {}),
         "level": kernels.level(),
     }
-    kinds = (asked.only,) if asked.only else ("mlp", *NETWORKS, "smollm2")
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        jobs: dict[str, Callable[[], tuple[Ways, dict[str, str], dict[str, float]]]] = {}
-        if "mlp" in kinds:
-            jobs |= {f"mlp {s}": lambda s=s: mlp(s, Path(folder), asked.deepsparse) for s in SPARSITIES}
-        for kind in (kind for kind in NETWORKS if kind in kinds):
-            jobs |= {
-                f"{kind} {s}": lambda k=kind, s=s: pictures(k, s, Path(folder), asked.deepsparse) for s in SPARSITIES
-            }
-        if "smollm2" in kinds:
-            jobs["smollm2 0.5"] = lambda: smollm2(asked.model, Path(folder), asked.deepsparse)
+        place = Path(folder)
+        jobs: dict[str, Callable[[], tuple[Ways, dict[str, str], dict[str, float]]]] = {
+            f"mlp {s}": lambda s=s: mlp(s, place, asked.deepsparse) for s in SPARSITIES
+        }
+        for kind in NETWORKS:
+            jobs |= {f"{kind} {s}": lambda k=kind, s=s: pictures(k, s, place, asked.deepsparse) for s in SPARSITIES}
+        jobs["smollm2 0.5"] = lambda: smollm2(asked.model, place, asked.deepsparse)
+        jobs = {name: job for name, job in jobs.items() if name.startswith(asked.only)}
         for name, prepare in jobs.items():
             ways, left_out, off = prepare()
             cell = measured(name, ways, asked.rounds) | {"left_out": left_out, "off": off}
