@@ -1,13 +1,14 @@
 """Products and convolutions whose groups of outputs share their columns, against the fastest dense way torch has.
 
-    python benchmarks/group_cols.py [--rounds 5] [--only 1x1] [--node [--web FOLDER]]
+    python benchmarks/group_cols.py [--rounds 5] [--only 1x1] [--node [--web FOLDER] | --aarch64]
 
 Layers of MobileNet-v1 that look at one pixel, a product as a prompt has it, and 3x3 convolutions; masks are random, of
 whole groups. One thread, whose processor time counts; every way is called once before any is called again, medians.
 The dense ways are the convolution as a model calls it, with channels last, and the product; and beside them the same
 kernel on a weight of which nothing is removed, in groups of 8: a dense kernel of the same quality. With --node the
 WebAssembly build is timed in Node instead, by the processor's time for that process, against itself on a whole weight
-and against onnxruntime-web, where FOLDER is one that `npm install onnxruntime-web` ran in.
+and against onnxruntime-web, where FOLDER is one that `npm install onnxruntime-web` ran in. With --aarch64 the NEON
+build runs under qemu-user, which tells nothing of time: the instructions of a call are counted, by a plugin of qemu.
 Writes results/group_cols.json, from which docs/group-cols-speed.md is made; what was not measured is not there.
 """
 
@@ -28,11 +29,12 @@ from torch.nn import functional as F
 from secateur import kernels
 from secateur.formats import GroupCols, Packed
 from secateur.formats.conv import convolve
-from secateur.formats.portable import WASM, compile_to, message
+from secateur.formats.portable import AARCH64, WASM, compile_to, message
 from secateur.outcome import about_machine, about_versions, now, write_text
 
 HERE = Path(__file__).resolve().parent
 RESULT = HERE / "results" / "group_cols.json"
+COUNTER = HERE / "instructions.c"
 BENCH = HERE / "group_cols.mjs"
 PAGE = HERE.parent / "docs" / "group-cols-speed.md"
 
@@ -49,6 +51,10 @@ LAYERS = {  # outputs, inputs, kernel, picture
     "3x3, 256x256, 14x14": (256, 256, 3, (14, 14)),
 }
 IN_NODE = ("1x1, 256x256, 28x28", "1x1, 512x512, 14x14", "product, 1024x1024, 128 columns")
+ON_AARCH64 = {"1x1, 128x128, 28x28": (128, 128, 1, (28, 28)), "3x3, 64x64, 14x14": (64, 64, 3, (14, 14))}
+"""Smaller than what is timed: instructions do not depend on caches, and emulation is slow."""
+
+COUNTED = (0.3, 0.5, 0.7, 0.9)
 NODE_GOALS = {0.5: 1.8, 0.7: 2.7, 0.8: 4.0, 0.9: 7.0}
 """What was set out to be reached in Node over onnxruntime-web."""
 GOALS = {  # what was set out to be reached, over the best dense way: layers that begin so, rows of a group
@@ -60,7 +66,7 @@ GOALS = {  # what was set out to be reached, over the best dense way: layers tha
 
 
 def parts(name: str, made: torch.Generator) -> tuple[Tensor, Tensor, tuple[int, int]]:
-    outputs, inputs, kernel, size = LAYERS[name]
+    outputs, inputs, kernel, size = (LAYERS | ON_AARCH64)[name]
     weight = torch.randn(outputs, inputs, kernel, kernel, generator=made)
     return weight, torch.randn(1, inputs, *size, generator=made), (kernel // 2, kernel // 2)
 
@@ -175,6 +181,31 @@ def graphs(weight: Tensor, x: Tensor, place: Path) -> dict[str, dict[str, object
     return found
 
 
+def on_aarch64(name: str) -> dict[str, object]:
+    """Instructions of a call: of two calls less those of one, so that reading the message is not among them."""
+    made = torch.Generator().manual_seed(0)
+    weight, x, padding = parts(name, made)
+    found: dict[str, int] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        program, plugin = compile_to(place / "group_cols", AARCH64), place / "instructions.so"
+        subprocess.run(["gcc", "-shared", "-fPIC", "-O2", str(COUNTER), "-o", str(plugin)], check=True)
+        for rows in ROWS:
+            cells = {f"whole {rows}": GroupCols(rows).pack(weight)}
+            cells |= {f"{rows} {s}": packed(weight, rows, s, made) for s in COUNTED}
+            for cell, held in cells.items():
+                text, _ = message(held, x, padding=padding)
+                once, twice = (counted(plugin, program, text, times) for times in (1, 2))
+                found[cell] = twice - once
+    print(f"{name} on AArch64: " + ", ".join(f"{cell} {n / 1e6:.2f}" for cell, n in found.items()), flush=True)
+    return {"layer": name, "instructions": found, "multiplications": weight.numel() * (x.numel() // x.shape[1])}
+
+
+def counted(plugin: Path, program: Path, text: bytes, times: int) -> int:
+    command = ["qemu-aarch64", "-plugin", str(plugin), str(program), "vectors", str(times)]
+    return int(subprocess.run(command, input=text, capture_output=True, check=True).stderr)
+
+
 def gains(cell: dict) -> tuple[float, dict[tuple[int, float], float]]:
     """The milliseconds of the fastest dense way, and by rows and sparsity how many times as fast each is."""
     spent = cell["milliseconds"]
@@ -243,7 +274,33 @@ def page(found: dict) -> str:
                 lines.append(f"| {cell['layer']} | {rows} | {sparsity:.0%} | {goal} | {got:.2f} | {said} |")
     if found.get("node"):
         lines += ["", *in_node_page(found["node"], str(found["about_node"]))]
+    if found.get("aarch64"):
+        lines += ["", *aarch64_page(found["aarch64"], str(found["about_aarch64"]))]
     return "\n".join(lines) + "\n"
+
+
+def aarch64_page(cells: list[dict], about: str) -> list[str]:
+    """Instructions, sparse beside the whole weight of the fewest."""
+    lines = [
+        "## AArch64, in instructions",
+        "",
+        "The same source compiled for NEON and run under emulation, which says nothing of time: how many times fewer "
+        "instructions a sparse weight takes than a whole one in the same kernel, in groups of as many rows as take "
+        "fewest. A vector has four lanes: a whole weight needs a quarter of an instruction a multiplication at least.",
+        "",
+        about,
+        "",
+        "| layer | rows | whole, instructions a multiplication | " + " | ".join(f"{s:.0%}" for s in COUNTED) + " |",
+        "| --- | --- | --- |" + " --- |" * len(COUNTED),
+    ]
+    for cell in cells:
+        found = cell["instructions"]
+        whole = min(found[f"whole {rows}"] for rows in ROWS)
+        for rows in ROWS:
+            each = found[f"whole {rows}"] / cell["multiplications"]
+            fewer = " | ".join(f"{whole / found[f'{rows} {s}']:.2f}" for s in COUNTED)
+            lines.append(f"| {cell['layer']} | {rows} | {each:.3f} | {fewer} |")
+    return lines
 
 
 def in_node_page(cells: list[dict], about: str) -> list[str]:
@@ -301,9 +358,18 @@ def main() -> None:
     parser.add_argument("--only", default="", help="layers whose name begins so")
     parser.add_argument("--node", action="store_true", help="the WebAssembly build alone")
     parser.add_argument("--web", default="", metavar="FOLDER", help="with onnxruntime-web in it, for --node")
+    parser.add_argument("--aarch64", action="store_true", help="instructions of the NEON build, under qemu-user")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     found = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {"cells": [], "node": []}
+    if asked.aarch64:
+        with torch.no_grad():
+            found["aarch64"] = [on_aarch64(name) for name in ON_AARCH64]
+        said = subprocess.run([AARCH64[0], "-dumpfullversion"], capture_output=True, text=True, check=True)
+        found["about_aarch64"] = f"{AARCH64[0]} {said.stdout.strip()}, {now()}."
+        write_text(RESULT, json.dumps(found, indent=1) + "\n")
+        write_text(PAGE, page(found))
+        return
     kind, names = ("node", IN_NODE) if asked.node else ("cells", tuple(LAYERS))
     with torch.no_grad():
         for name in (n for n in names if n.startswith(asked.only)):
