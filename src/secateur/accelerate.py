@@ -428,9 +428,9 @@ def _folded(model: nn.Module) -> nn.Module:
         if node.op != "call_module" or len(node.users) != 1 or after is None or after.op != "call_module":
             continue
         conv, norm = model.get_submodule(node.target), model.get_submodule(after.target)
-        plain = type(conv) is nn.Conv2d and not parametrize.is_parametrized(conv)
-        once = called.count(id(conv)) == called.count(id(norm)) == 1
-        if plain and once and type(norm) is nn.BatchNorm2d and norm.running_var is not None:
+        if type(conv) is not nn.Conv2d or parametrize.is_parametrized(conv) or type(norm) is not nn.BatchNorm2d:
+            continue
+        if called.count(id(conv)) == called.count(id(norm)) == 1 and norm.running_var is not None:
             instead |= {conv: fuse_conv_bn_eval(conv, norm), norm: nn.Identity()}
     return _with(model, instead) if instead else model
 

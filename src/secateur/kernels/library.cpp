@@ -18,12 +18,17 @@
 #else
 #define X86(name, level)
 #endif
+#ifdef __aarch64__
+#define ARM(name, level) KERNEL(name, level)
+#else
+#define ARM(name, level)
+#endif
 #include "table.inc"
 #undef KERNEL
 
 namespace {
 
-enum Level { base, avx2, avx512, amx };  // each holds those before it
+enum Level { base, avx2, avx512, amx, neon };  // each holds those before it; neon only base
 
 struct Entry {
   const char* name;
@@ -69,6 +74,8 @@ Level detect() {
   if (!tiles || !bit(a71, 5) || !bit(c7, 11) || (saved & 0x60000) != 0x60000) return avx512;  // AVX512-BF16, VNNI
   return tiles_allowed() ? amx : avx512;
 }
+#elif defined(__aarch64__)
+Level detect() { return neon; }  // no such processor is without
 #else
 Level detect() { return base; }
 #endif

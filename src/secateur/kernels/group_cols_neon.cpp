@@ -1,0 +1,9 @@
+// Vectors of 4 floats.
+#define LANES 4
+#include "group_cols_tiles.h"
+
+extern "C" void group_cols_conv_f32_neon(const void* call, int64_t begin, int64_t end) { convolve(call, begin, end); }
+
+extern "C" void group_cols_matmul_f32_neon(const void* call, int64_t begin, int64_t end) {
+  multiply(call, begin, end);
+}
