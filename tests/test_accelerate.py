@@ -15,10 +15,10 @@ from secateur import kernels
 from secateur.accelerate import Accelerated, Choice, Trial, accelerate, break_even, memory_speed
 from secateur.cli import bench, main
 from secateur.cli.terminal import Terminal
-from secateur.errors import SettingError
+from secateur.errors import FormatError, SettingError
 from secateur.formats import Bitmap, DepthTaps, GroupCols
 from secateur.formats.conv import SparseConv2d
-from secateur.formats.linear import SparseLinear
+from secateur.formats.linear import SparseLinear, SparsePointwise
 
 MODULE = sys.modules[accelerate.__module__]  # the package's name of it is the function
 X = torch.randn(1, 256, generator=torch.Generator().manual_seed(0))
@@ -49,7 +49,7 @@ class Clock:
 
     def __call__(self, calls, rounds):
         layers = [(call.__defaults__ or (None,))[-1] for call in calls]
-        return [self.cost[isinstance(layer, (SparseLinear, SparseConv2d))] for layer in layers]
+        return [self.cost[isinstance(layer, (SparseLinear, SparseConv2d, SparsePointwise))] for layer in layers]
 
 
 @pytest.fixture
@@ -222,6 +222,25 @@ def test_batch_norms_go_into_the_convolutions_before_them(cost, monkeypatch):
     monkeypatch.setattr(MODULE, "time_pair", lambda *_: (timing(1.0), timing(2.0)))
     assert isinstance(accelerate(model, x).model.norms[0], nn.BatchNorm2d)
     assert isinstance(MODULE._folded(nn.Sequential(model, Asks()))[0].norms[0], nn.BatchNorm2d)
+
+
+def test_a_pointwise_convolution_of_few_pixels_is_tried_as_a_linear_layer(cost, monkeypatch):
+    cost(2.0, 1.0)
+    monkeypatch.setattr(MODULE, "time_pair", lambda *_: (timing(2.0), timing(1.0)))
+    made = torch.Generator().manual_seed(0)
+    conv, x = nn.Conv2d(40, 24, 1), torch.randn(3, 40, 2, 2, generator=made)
+    with torch.no_grad():
+        conv.weight *= torch.rand(conv.weight.shape, generator=made) > 0.8
+    found = accelerate(nn.Sequential(conv), x)
+    assert found.chosen == {"bitmap": 1}
+    packed = found.model[0]
+    assert isinstance(packed, SparsePointwise)
+    torch.testing.assert_close(packed(x), conv(x))
+    torch.testing.assert_close(packed(x[0]), conv(x[0]))
+    torch.testing.assert_close(packed.dense()(x), conv(x))
+    assert accelerate(nn.Sequential(conv), torch.randn(4, 40, 2, 2)).choices[0].trial("bitmap") is None
+    with pytest.raises(FormatError, match="it looks at more than one pixel"):
+        SparsePointwise.of(nn.Conv2d(4, 4, 1, stride=2), Bitmap())
 
 
 def test_linear_layers_with_rows_enough_are_tried_in_groups(cost):

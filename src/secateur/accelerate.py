@@ -20,7 +20,7 @@ from secateur.errors import SettingError
 from secateur.formats import Bitmap, BitmapInt8, DepthTaps, Format, GroupCols, Sell16
 from secateur.formats import conv as convolutions
 from secateur.formats.conv import Form, SparseConv2d
-from secateur.formats.linear import SparseLinear
+from secateur.formats.linear import SparseLinear, SparsePointwise, why_no_linear
 from secateur.formats.packed import Packed
 from secateur.outcome import Timing, time_pair
 from secateur.task import Batch
@@ -230,7 +230,7 @@ def _measured(
     layers: Mapping[str, Layer], seen: Mapping[str, "Seen"], formats: Sequence[Format]
 ) -> Iterator[tuple[Choice, nn.Module | None]]:
     """Each layer with what was chosen for it, the packed layer unless that is dense."""
-    packed: dict[str, dict[str, SparseLinear | SparseConv2d]] = {}
+    packed: dict[str, dict[str, SparseLinear | SparseConv2d | SparsePointwise]] = {}
     reasons: dict[str, str] = {}
     calls: list[tuple[str, str, Any]] = []
     for name, layer in layers.items():
@@ -289,7 +289,9 @@ def _why_not(format: Format, layer: Layer, seen: "Seen") -> str | None:
     reason: str | None = None
     if isinstance(layer, nn.Conv2d):
         if not isinstance(format, Form):
-            return "it holds no convolution"
+            if seen.rows(layer) >= FEWEST or why_no_linear(layer) is not None:
+                return "it holds no convolution"
+            return format.why_not(layer.weight.flatten(1))
         reason = format.unsuited(layer.in_channels, layer.groups, layer.out_channels)
     reason = reason or format.why_not(layer.weight)
     if reason is not None or not isinstance(format, GroupCols):
@@ -300,12 +302,10 @@ def _why_not(format: Format, layer: Layer, seen: "Seen") -> str | None:
     return f"{full:.0%} of what its groups store is not zero" if full < FULLEST else None
 
 
-def _packed(layer: Layer, format: Format) -> SparseLinear | SparseConv2d:
+def _packed(layer: Layer, format: Format) -> SparseLinear | SparseConv2d | SparsePointwise:
     if isinstance(layer, nn.Linear):
         return SparseLinear.of(layer, format)
-    if not isinstance(format, Form):
-        raise TypeError(format)
-    return SparseConv2d.of(layer, format)
+    return SparseConv2d.of(layer, format) if isinstance(format, Form) else SparsePointwise.of(layer, format)
 
 
 def _dense_ways(layer: Layer, x: Tensor) -> list[tuple[str, Callable[[], Tensor]]]:
@@ -422,6 +422,7 @@ def _folded(model: nn.Module) -> nn.Module:
     except Exception:  # whatever a model's own code raises when it meets no numbers
         return model
     called = [id(model.get_submodule(node.target)) for node in nodes if node.op == "call_module"]
+    read = {node.target.rpartition(".")[0] for node in nodes if node.op == "get_attr"}  # weights that code looks at
     instead: dict[nn.Module, nn.Module] = {}
     for node in nodes:
         after = next(iter(node.users), None)
@@ -430,7 +431,8 @@ def _folded(model: nn.Module) -> nn.Module:
         conv, norm = model.get_submodule(node.target), model.get_submodule(after.target)
         if type(conv) is not nn.Conv2d or parametrize.is_parametrized(conv) or type(norm) is not nn.BatchNorm2d:
             continue
-        if called.count(id(conv)) == called.count(id(norm)) == 1 and norm.running_var is not None:
+        once = called.count(id(conv)) == called.count(id(norm)) == 1 and not {node.target, after.target} & read
+        if once and norm.running_var is not None:
             instead |= {conv: fuse_conv_bn_eval(conv, norm), norm: nn.Identity()}
     return _with(model, instead) if instead else model
 

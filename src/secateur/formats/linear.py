@@ -84,6 +84,50 @@ class SparseLinear(nn.Module):
         self._hold(Packed(self._packed.format, self._packed.shape, self._packed.tensors))  # copied onto itself
 
 
+class SparsePointwise(nn.Module):
+    """A 1x1 convolution as the linear layer it is in every pixel: for pictures of so few that lanes would be empty."""
+
+    def __init__(self, linear: SparseLinear) -> None:
+        """A convolution, without stride, padding and groups, by a linear layer of its channels."""
+        super().__init__()
+        self.linear = linear
+
+    @classmethod
+    def of(cls, conv: nn.Conv2d, format: Format, mask: Tensor | None = None) -> "SparsePointwise":
+        """A convolution in a format of matrices; without a mask all that is not zero is kept.
+
+        Raises FormatError where it looks at more than its pixel, and on `why_not`.
+        """
+        reason = why_no_linear(conv)
+        if reason is not None:
+            raise FormatError(f"a convolution was to be packed as {format.name}", reason, "Keep it dense.")
+        mask = None if mask is None else mask.flatten(1)
+        return cls(SparseLinear(format.pack(conv.weight.flatten(1), mask), conv.bias))
+
+    @property
+    def packed(self) -> Packed:
+        """The weight, as a matrix."""
+        return self.linear.packed
+
+    def dense(self) -> nn.Conv2d:
+        """The dense layer that this one stands for."""
+        linear = self.linear.dense()
+        made = nn.Conv2d(linear.in_features, linear.out_features, 1, bias=linear.bias is not None, device="meta")
+        made.weight = nn.Parameter(linear.weight.detach()[:, :, None, None], requires_grad=False)
+        made.register_parameter("bias", linear.bias)
+        return made
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[pictures, channels, high, wide], or one picture. Raises FormatError for another dtype, shape or device."""
+        return self.linear(x.movedim(-3, -1)).movedim(-1, -3).contiguous()
+
+
+def why_no_linear(conv: nn.Conv2d) -> str | None:
+    """Why a convolution is no linear layer in every pixel; None when it is one."""
+    alone = conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.padding in ((0, 0), "valid", "same")
+    return None if alone and conv.groups == 1 else "it looks at more than one pixel of all channels, or leaves some out"
+
+
 _HELD: WeakValueDictionary[int, Packed] = WeakValueDictionary()
 """The id of the first tensor of a layer -> what the layer made ready for calls, while there is the layer."""
 
