@@ -123,10 +123,12 @@ def _limits(found: "Accelerated", formats: "Sequence[Format]") -> dict[str, Any]
     tried = {(choice.shape, choice.rows, choice.slid) for choice in found.choices if choice.trials}
     even: dict[str, dict[str, float | None]] = {}
     for shape, rows, slid in sorted(tried, key=str):
-        some = [f for f in formats if holds(f, shape, slid)]
-        some = [f for f in some if rows >= FEWEST or not isinstance(f, GroupCols)]
         name = f"{'x'.join(map(str, shape))} at {rows}"
-        even[name] = {f.name: break_even(shape, rows, dtype, f, slid) for f in some}
+        if slid is not None and rows < FEWEST and shape[2:] == (1, 1) and slid.groups == 1 and slid.stride == (1, 1):
+            shape, slid = shape[:2], None  # of so few pixels it is tried as a linear layer
+        some = [f for f in formats if holds(f, shape, slid) and (rows >= FEWEST or not isinstance(f, GroupCols))]
+        if some:
+            even[name] = {f.name: break_even(shape, rows, dtype, f, slid) for f in some}
     return {"memory_bytes_per_second": memory_speed(), "break_even": even}
 
 
