@@ -216,6 +216,12 @@ def test_headline_admits_that_seeds_do_not_tell_two_methods_apart():
     assert "apart" not in said
 
 
+def test_a_method_that_is_broken_on_every_seed_is_told_from_one_that_is_not():
+    good = [record("wanda", seed=s, quality=30.0 + s / 9) for s in range(3)]
+    broken = [record("random", seed=s, quality=q) for s, q in enumerate((2.3e6, 6.5e6, 1.3e8))]
+    assert "apart" not in report.headline([*good, *broken])  # of ratios: the linear interval takes in less than nothing
+
+
 def test_headline_names_a_method_that_missed_its_target():
     run = record("slicegpt", quality=90.0)
     over = replace(run, ledger=replace(run.ledger, removed=round(0.75 * run.ledger.prunable)))

@@ -1,11 +1,24 @@
 """What a run came to, in one plain sentence."""
 
 import math
+import statistics
 from collections.abc import Sequence
 
 from secateur.outcome import Record
 from secateur.report import figures
-from secateur.report.compare import WHOLE, Point, asked, dense, metric, points, quality_of, shown, shrank, speed_up
+from secateur.report.compare import (
+    WHOLE,
+    Point,
+    asked,
+    dense,
+    half_width,
+    metric,
+    points,
+    quality_of,
+    shown,
+    shrank,
+    speed_up,
+)
 
 MISSED = 0.01  # further from the sparsity asked for than this, a sentence says so
 
@@ -46,7 +59,7 @@ def headline(records: Sequence[Record]) -> str:
         return f"{start}all {len(ranked)} methods have the same {name}{task}, {told}."
     lead, trail = ("highest", "lowest") if record.task.get("higher_is_better") else ("lowest", "highest")
     second, worst = ranked[1], ranked[-1]
-    close = [p.series for p in ranked[1:] if _overlap(best, p)]
+    close = [p.series for p in ranked[1:] if _finite(p) and _overlap(best, p, name == "perplexity")]
     if close:
         sure = f"; its interval overlaps with that of {_join(close)}, so these seeds do not tell them apart"
     elif _finite(second) and (best.half is None or second.half is None):
@@ -87,10 +100,14 @@ def _rank(record: Record, point: Point) -> float:
     return -point.quality if record.task.get("higher_is_better") else point.quality
 
 
-def _overlap(one: Point, other: Point) -> bool:
-    if one.quality is None or other.quality is None or one.half is None or other.half is None:
+def _overlap(one: Point, other: Point, ratios: bool) -> bool:
+    """Whether the intervals of two methods meet: of logarithms where the quality is one of ratios, as perplexity is."""
+    scale = math.log if ratios and min([*one.qualities, *other.qualities], default=0) > 0 else float
+    first, second = ([scale(q) for q in point.qualities] for point in (one, other))
+    halves = half_width(first), half_width(second)
+    if halves[0] is None or halves[1] is None:
         return False
-    return abs(one.quality - other.quality) <= one.half + other.half
+    return abs(statistics.fmean(first) - statistics.fmean(second)) <= halves[0] + halves[1]
 
 
 def _join(names: Sequence[str]) -> str:
