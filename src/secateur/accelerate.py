@@ -17,7 +17,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from secateur import kernels
 from secateur.errors import SettingError
-from secateur.formats import Bitmap, BitmapInt8, DepthTaps, Format, GroupCols, Sell16
+from secateur.formats import Bitmap, BitmapInt8, DepthTaps, Format, GroupCols, KBlocked, Sell16
 from secateur.formats import conv as convolutions
 from secateur.formats.conv import Form, SparseConv2d
 from secateur.formats.linear import SparseLinear, SparsePointwise, why_no_linear
@@ -25,7 +25,13 @@ from secateur.formats.packed import Packed
 from secateur.outcome import Timing, time_pair
 from secateur.task import Batch
 
-FORMATS: tuple[Format, ...] = (Bitmap(), Sell16(), *(GroupCols(rows) for rows in (1, 2, 4, 8)), DepthTaps())
+FORMATS: tuple[Format, ...] = (
+    Bitmap(),
+    Sell16(),
+    *(GroupCols(rows) for rows in (1, 2, 4, 8)),
+    *(KBlocked(depth) for depth in (128, 256)),
+    DepthTaps(),
+)
 """What is tried for a layer, unless other formats are asked for: of these a convolution takes `GroupCols`, and a
 depthwise one `DepthTaps`."""
 
@@ -38,7 +44,7 @@ FEW = 16  # rows of 16 bits up to which a bitmap of a whole weight is read faste
 MARGIN = 0.05  # of the dense time that a format must save: less is noise
 AT_ONCE = 2**29  # bytes of dense weights that are measured together
 ROUNDS = 9
-FEWEST = 16  # rows of an input below which the lanes of `GroupCols` are empty
+FEWEST = 16  # rows of an input below which the lanes of `GroupCols` and `KBlocked` are empty
 FULLEST = 0.8  # of what groups store that must not be zero: with less, smaller groups do less
 
 
@@ -294,11 +300,13 @@ def _why_not(format: Format, layer: Layer, seen: "Seen") -> str | None:
             return format.why_not(layer.weight.flatten(1))
         reason = format.unsuited(layer.in_channels, layer.groups, layer.out_channels)
     reason = reason or format.why_not(layer.weight)
-    if reason is not None or not isinstance(format, GroupCols):
+    if reason is not None or not isinstance(format, (GroupCols, KBlocked)):
         return reason
-    rows, full = seen.rows(layer), format.fullness(layer.weight)
-    if rows < FEWEST:
+    if (rows := seen.rows(layer)) < FEWEST:
         return f"{rows} rows leave its lanes empty"
+    if isinstance(format, KBlocked):
+        return None if layer.weight.dtype is torch.float32 else "it is for float32: tiles multiply 16 bits faster"
+    full = format.fullness(layer.weight)
     return f"{full:.0%} of what its groups store is not zero" if full < FULLEST else None
 
 

@@ -14,12 +14,13 @@ from secateur.formats.bitmap_int8 import BitmapInt8
 from secateur.formats.block import Block
 from secateur.formats.depth_taps import DepthTaps
 from secateur.formats.group_cols import GroupCols
+from secateur.formats.k_blocked import KBlocked
 from secateur.formats.nm import NM
 from secateur.formats.packed import Format, Packed, whole
 from secateur.formats.sell import Sell16
 
 FORMATS: dict[int, type[Format]] = {
-    kind.code: kind for kind in (Bitmap, Sell16, BitmapInt8, NM, Block, GroupCols, DepthTaps)
+    kind.code: kind for kind in (Bitmap, Sell16, BitmapInt8, NM, Block, GroupCols, DepthTaps, KBlocked)
 }
 """Every format by the number that stands first in its header."""
 
@@ -61,6 +62,7 @@ __all__ = [
     "DepthTaps",
     "Format",
     "GroupCols",
+    "KBlocked",
     "Packed",
     "Sell16",
     "unpack",

@@ -1,0 +1,15 @@
+// Vectors of 8 floats.
+#define LANES 8
+#include "k_blocked_tiles.h"
+
+extern "C" void k_blocked_matmul_f32_avx2(const void* call, int64_t begin, int64_t end) {
+  matmul<float>(call, begin, end);
+}
+
+extern "C" void k_blocked_matmul_bf16_avx2(const void* call, int64_t begin, int64_t end) {
+  matmul<bf16>(call, begin, end);
+}
+
+extern "C" void k_blocked_matmul_f16_avx2(const void* call, int64_t begin, int64_t end) {
+  matmul<f16>(call, begin, end);
+}
