@@ -55,8 +55,8 @@ def test_the_nearest_that_multiples_allow_by_hand():
     with pytest.raises(BudgetError) as caught:
         Terms(0.99, of="parameters").counts(model, example, [site], {}, lambda s: every_layer([site], s))
     assert str(caught.value) == (
-        "a sparsity of 0.99 of the parameters was asked for, but 0.9688 can be reached with one unit left at each of "
-        "1 sites.\nAsk for less, protect fewer sites, or add kinds."
+        "a sparsity of 0.99 of the parameters was asked for, but 0.9688 can be reached with one unit left at the "
+        "one site.\nAsk for less, protect fewer sites, or add kinds."
     )
 
 

@@ -13,7 +13,7 @@ from secateur.edit import Mask, apply_
 from secateur.errors import ResumeError, SettingError
 from secateur.evidence import observe
 from secateur.task import Batch
-from secateur.walk import journal, stacks, walk, watching
+from secateur.walk import journal, look, stacks, walk, watching
 
 SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, vocab_size=64)
 GQA = dict(SMALL, num_key_value_heads=2)
@@ -112,6 +112,34 @@ def test_a_dense_walk_feeds_what_the_dense_blocks_put_out() -> None:
             apply_(model, Mask(site, torch.zeros(site.shape, dtype=torch.bool)))
     for site in sites:
         torch.testing.assert_close(seen[site.name].sums["input"], dense[site.name].sums["input"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "t5", "bloom"])
+def test_a_block_that_is_looked_at_once_runs_once_and_what_comes_is_the_same(name: str) -> None:
+    model, batches = make(name), batches_for(name)
+    counts: dict[str, int] = {}
+    with torch.no_grad():
+        wanted = {b.name: [*b.inputs, *b.outputs()] for b in walk(model, batches) if b.name}
+    for block in wanted:
+        model.get_submodule(block).register_forward_hook(
+            lambda *_, name=block: counts.update({name: counts.get(name, 0) + 1})
+        )
+    last = {stack[-1] for stack in stacks(model)}
+    seen = set()
+    for block in look(model, batches):
+        if not block.name:
+            continue
+        before = counts.get(block.name, 0)
+        given = [*block.inputs, *block.outputs()]
+        again = list(block.outputs())
+        assert counts[block.name] == before + len(batches)
+        assert all(torch.equal(a, b) for a, b in zip(given, wanted[block.name], strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(again, given[len(batches) :], strict=True))
+        seen.add(block.name)
+    assert seen == set(wanted)
+    if len(stacks(model)) == 1:  # where there are two the first runs again for what the second is given
+        # Once more for one example, to see the order of blocks. The last one is also run on by the model itself.
+        assert all(counts[name] == 1 + len(batches) for name in seen - last), counts
 
 
 def test_watch_gives_what_flows_into_a_module() -> None:

@@ -88,7 +88,8 @@ class Block:
     _calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
     _batches: Sequence[Batch] = ()
     _before: tuple[str, ...] = ()  # names of the other blocks, when this is the rest
-    _outputs: list[Any] | None = None  # taken before any change, when the feed is dense
+    _outputs: list[Any] | None = None  # taken before any change, when the feed is dense, or when it was looked at
+    _looks: bool = False  # whether what it puts out while it is looked at is kept
 
     def pick(self, sites: Iterable[Site]) -> list[Site]:
         """The sites that lie in this block."""
@@ -119,7 +120,7 @@ class Block:
     def outputs(self) -> Iterator[Tensor]:
         """What flows out of the block as it is now, a tensor per batch."""
         refuse_share(f"the outputs of {self.name}")
-        for found in self._run():
+        for found in self._outputs if self._looks and self._outputs is not None else self._run():
             yield _first_tensor(found)
 
     def observe(self, sites: Sequence[Site], needs: Iterable[str]) -> dict[str, Evidence]:
@@ -170,8 +171,22 @@ class Block:
             for batch in self._batches:
                 yield batch.through(self.model)
             return
+        found = []
         for args, kwargs in self._calls:
-            yield self.module(*args, **kwargs)
+            out = self.module(*args, **kwargs)
+            if self._looks:
+                found.append(out)
+            yield out
+        if self._looks:
+            self._outputs = found
+
+
+def look(model: nn.Module, batches: Iterable[Batch]) -> Iterator[Block]:
+    """As `walk`, for those who change nothing: what a block puts out while it is looked at is what goes on.
+
+    So a block that is looked at once runs once. It takes as much memory more as a block's outputs.
+    """
+    yield from _through(model, list(batches), [], _Journal(False), "pruned", True)
 
 
 def walk(
@@ -190,9 +205,13 @@ def walk(
     """
     if feed not in ("pruned", "dense", "repaired"):
         raise SettingError(f"feed={feed!r} was asked for", "it is pruned, dense or repaired", "Choose one of them.")
-    held = list(batches)
     record = [] if edits is None else edits
-    log = _Journal(edits is not None)
+    yield from _through(model, list(batches), record, _Journal(edits is not None), feed, False)
+
+
+def _through(
+    model: nn.Module, held: list[Batch], record: list[Edit], log: "_Journal", feed: Feed, looks: bool
+) -> Iterator[Block]:
     with calm(model):
         plan = _plan(model, held)
         names = [call.name for segment in plan for call in segment]
@@ -200,7 +219,7 @@ def walk(
         for segment in plan:
             states = _capture(model, held, segment)
             for place, call in enumerate(segment):
-                block = Block(call.name, index, len(names), model.get_submodule(call.name), model)
+                block = Block(call.name, index, len(names), model.get_submodule(call.name), model, _looks=looks)
                 block._calls = [_arguments(call, state) for state in states]
                 yield from _visit(block, record, log, dense=feed == "dense")
                 if place + 1 < len(segment):

@@ -249,7 +249,8 @@ class Terms:
             most = measure.gone(less)
             if most >= wanted * (1 - 1e-9):
                 return less
-            many = f"{'one unit' if self.least == 1 else f'{self.least} units'} left at each of {len(sites)} sites"
+            where = "the one site" if len(sites) == 1 else f"each of {len(sites)} sites"
+            many = f"{'one unit' if self.least == 1 else f'{self.least} units'} left at {where}"
             left = many if why is None else "what the allocation spares"
             raise BudgetError(
                 f"a sparsity of {self.sparsity:g} of the {self.of} was asked for",

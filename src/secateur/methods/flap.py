@@ -30,7 +30,7 @@ from secateur.method import Budget, Card, Method, check_sparsity
 from secateur.outcome import Outcome
 from secateur.site import Site, Tensors, tensors
 from secateur.task import Batch, Task
-from secateur.walk import Block, walk
+from secateur.walk import Block, look
 
 
 @dataclass(frozen=True, eq=False)
@@ -324,7 +324,7 @@ class FLAP(Method):
         """What flows into the matrix that reads each site, everything before it being dense."""
         masks = [b.inputs.get("attention_mask") if isinstance(b.inputs, Mapping) else None for b in batches]
         found: dict[str, Flow] = {}
-        for block in walk(model, batches):  # nothing is taken out on the way
+        for block in look(model, batches):
             modules = {site.name: reader(site).module for site in block.pick(sites)}
             if modules:
                 found |= of_all(self._seen(block, modules, masks))

@@ -25,7 +25,7 @@ from secateur.errors import BudgetError, ModelError, SettingError
 from secateur.method import Budget, Card, Method, check_sparsity
 from secateur.outcome import Outcome
 from secateur.site import Part, Site
-from secateur.task import Task, generator
+from secateur.task import Task, generator, quality
 from secateur.train import History, Snapshot
 
 # What makes a block worth keeping
@@ -355,7 +355,7 @@ class Rewound:
     def train(self, model: nn.Module, task: Task, course: Course, cut: Cut) -> tuple[list[Edit], History, list[str]]:
         """See Ticket."""
         whole = train_whole(model, task, course, {self.step})
-        dense, gone = task.measure(model)[task.metric], cut.choose()
+        dense, gone = task.measure(model), cut.choose()
         early = whole.at(self.step)
         early.restore_(model)
         edits = cut.remove_(gone)
@@ -374,17 +374,17 @@ class Redrawn:
     def train(self, model: nn.Module, task: Task, course: Course, cut: Cut) -> tuple[list[Edit], History, list[str]]:
         """See Ticket."""
         history = course.train(model, task)
-        dense, gone = task.measure(model)[task.metric], cut.choose()
+        dense, gone = task.measure(model), cut.choose()
         edits = cut.remove_(gone)
         reinitialize_(model, generator(task, "initial weights"))
         return edits, history.then(course.train(model, task)), [_won(model, task, dense)]
 
 
-def _won(model: nn.Module, task: Task, dense: float) -> str:
-    now = task.measure(model)[task.metric]
-    better = now >= dense if task.higher_is_better else now <= dense
-    verb = "wins" if better else "does not win"
-    return f"the ticket {verb}: {task.metric} {now:.4g} on val, and {dense:.4g} of the whole network"
+def _won(model: nn.Module, task: Task, dense: Mapping[str, float]) -> str:
+    now = task.measure(model)
+    verb = "wins" if quality(task, now) >= quality(task, dense) else "does not win"
+    of = f"{now[task.metric]:.4g} on val, and {dense[task.metric]:.4g} of the whole network"
+    return f"the ticket {verb}: {task.metric} {of}"
 
 
 def least_blocks(

@@ -29,7 +29,7 @@ from secateur.method import Budget, Card, Method
 from secateur.outcome import Outcome
 from secateur.site import Site
 from secateur.task import Batch, Task
-from secateur.walk import Block, walk
+from secateur.walk import Block, look
 
 
 def angular_distance(a: Tensor, b: Tensor) -> float:
@@ -179,7 +179,7 @@ def measured(model: nn.Module, site: Site, batches: Sequence[Batch]) -> tuple[Se
     names, outputs = names_of(site), answers(model, names_of(site)[0], batches[0])
     influence: list[float] = []
     last: list[list[Tensor]] = []  # by block, then by batch
-    for block in walk(model, batches, feed="dense"):
+    for block in look(model, batches):
         if block.name not in names:
             continue
         ends: list[Tensor] = []
