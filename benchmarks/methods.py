@@ -29,6 +29,7 @@ from secateur.axes import Rank, patterns, words
 from secateur.evidence import Recorder
 from secateur.method import load
 from secateur.outcome import about_machine, about_versions, now, write_text
+from secateur.recipe import build
 
 HERE = Path(__file__).resolve().parent
 RESULT = HERE / "results" / "methods.json"
@@ -45,7 +46,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sparsegpt": {},
     "dsnot": {},
     "gblm": {},
-    "ecoflap": {"sparsity": 0.5},
+    "ecoflap": {"sparsity": 0.5, "allocation": "ecoflap(steepness=zeroth-order(samples=4, draws=1))"},
     "icbs": {"steps": 10},
     "slicegpt": {"sparsity": 0.25},
     "flap": {"sparsity": 0.2},
@@ -122,7 +123,7 @@ def measure(name: str, samples: int, window: int, threads: int) -> dict[str, Any
     given = dict(SETTINGS[name])
     if "samples" in kind.__dataclass_fields__:  # type: ignore[attr-defined]
         given["samples"] = samples
-    method = kind(**given)
+    method = build(kind, given)
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
@@ -192,10 +193,16 @@ def main() -> None:
             command, env={**os.environ, ALLOCATOR: str(1 << 20)}, capture_output=True, text=True, check=False
         )
         if done.returncode:
-            print(f"{name}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+            print(f"{name}: {(done.stderr.strip() or 'it was ended').splitlines()[-1]}", file=sys.stderr)
             continue
         rows[name] = json.loads(done.stdout.strip().splitlines()[-1])
         print(f"{name:14s} {rows[name]['seconds']:8.1f} s  {rows[name]['extra memory'] >> 20} MiB", flush=True)
+        keep(rows, asked)
+    print(PAGE.read_text(encoding="utf-8"))
+
+
+def keep(rows: dict[str, dict[str, Any]], asked: argparse.Namespace) -> None:
+    """Write what there is, so that a run that is cut off loses nothing."""
     machine = about_machine()
     found = {
         "created": now(),
@@ -209,7 +216,6 @@ def main() -> None:
     RESULT.parent.mkdir(exist_ok=True)
     write_text(RESULT, json.dumps(found, indent=1) + "\n")
     write_text(PAGE, page(found))
-    print(page(found))
 
 
 if __name__ == "__main__":
