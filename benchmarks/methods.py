@@ -46,7 +46,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sparsegpt": {},
     "dsnot": {},
     "gblm": {},
-    "ecoflap": {"sparsity": 0.5, "allocation": "ecoflap(steepness=zeroth-order(samples=4, draws=1))"},
+    "ecoflap": {"sparsity": 0.5, "allocation": "ecoflap(steepness='zeroth-order(samples=4, draws=1)')"},
     "icbs": {"steps": 10},
     "slicegpt": {"sparsity": 0.25},
     "flap": {"sparsity": 0.2},
