@@ -176,6 +176,7 @@ class Remove:
     def apply_(self, model: nn.Module) -> None:
         """Slice every part, then set out_features, num_heads and the like to what is left."""
         named = tensors(model)
+        held = dict(named)  # as `named`, and under each of its names what a tied tensor has become
         keep = self.keep.reshape(-1)
         with torch.no_grad():
             for part in self.site.parts:
@@ -184,7 +185,7 @@ class Remove:
                 smaller = seen.index_select(axis, positions.to(seen.device))
                 whole = smaller.transpose(0, -1).contiguous() if part.turned else smaller
                 # Two parts may be two sides of one tensor: the second reads what the first left.
-                named[part.name] = _set_tensor(model, part.name, whole)
+                named[part.name] = _set_tensor(model, part.name, whole, held)
         _refit(model, self.site, int(keep.sum()))
 
     def describe(self) -> str:
@@ -316,9 +317,13 @@ def _holder(model: nn.Module, name: str) -> tuple[nn.Module, str]:
         ) from None
 
 
-def _set_tensor(model: nn.Module, name: str, value: Tensor) -> Tensor:
-    """Give a tensor new values of any shape; where it is tied, under each of its names. The new tensor."""
-    old = tensors(model)[name]
+def _set_tensor(model: nn.Module, name: str, value: Tensor, held: dict[str, Tensor] | None = None) -> Tensor:
+    """Give a tensor new values of any shape; where it is tied, under each of its names. The new tensor.
+
+    `held` are the model's tensors as they are, which whoever sets many has looked up once; they are kept up to date.
+    """
+    held = tensors(model) if held is None else held
+    old = held[name]
     if isinstance(old, nn.Parameter):
         new: Tensor = nn.Parameter(value.to(old.dtype), requires_grad=old.requires_grad)
         for module in model.modules():
@@ -327,9 +332,10 @@ def _set_tensor(model: nn.Module, name: str, value: Tensor) -> Tensor:
                     module._parameters[attribute] = new  # type: ignore[assignment]
                     if isinstance(module, nn.RNNBase):  # it computes with a list of its own, made anew so that a copy
                         module._flat_weights = [getattr(module, n) for n in module._flat_weights_names]  # keeps its own
+        held.update({other: new for other, tensor in held.items() if tensor is old})
         return new
     owner, attribute = _holder(model, name)
-    owner._buffers[attribute] = new = value.to(old.dtype)
+    owner._buffers[attribute] = held[name] = new = value.to(old.dtype)
     return new
 
 
