@@ -56,3 +56,15 @@ def test_many_rows_go_through_the_weight_that_was_written(format, monkeypatch):
             assert bool(calls) == (level == "amx" and kernels.library() is not None)
         if not isinstance(format, BitmapInt8):
             assert torch.equal(got, exact(many, weight, mask, bias))
+
+
+@pytest.mark.parametrize("format", FORMATS, **names)
+def test_an_infinity_spoils_its_own_row_alone_at_any_width(format):
+    for width in (64, 80, 112):
+        weight, mask = case(format, (40, width), 0.5, torch.bfloat16)
+        packed = format.pack(weight, mask)
+        x = inputs(2 * packed.prepared.many + 3, weight.shape[1], torch.bfloat16)
+        x[7, 5] = float("inf")
+        for level in levels():
+            with kernels.forced(level):
+                assert packed.matmul(x).isfinite().all(1).logical_not().nonzero().tolist() == [[7]], (width, level)

@@ -132,7 +132,9 @@ class Packed:
         if kernel is None or ((x.requires_grad or _learns(bias)) and torch.is_grad_enabled()):
             y = F.linear(x, self.plain, bias)
             return y if call.bias is None else y + call.bias
-        if call.expand is not None and x.numel() >= call.many * self.shape[1] and kernels.level() == "amx":
+        # Of other widths torch's product of 16 bits reads past the end of a row, and an infinity there spoils the row.
+        fits = self.shape[1] % 32 == 0 and x.numel() >= call.many * self.shape[1]
+        if call.expand is not None and fits and kernels.level() == "amx":
             expand = kernels.find(call.expand)
             if expand is not None:
                 return F.linear(x, self.written(expand, torch.empty(self.shape, dtype=self.dtype)), bias)
