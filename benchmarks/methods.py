@@ -90,6 +90,7 @@ class Clock:
 
     def watch(self) -> None:
         """Put the clock at the borders, in this process."""
+        # Clocks are put round what is there already, by its own name: no type allows that.
         torch.nn.Module.__call__ = self.around("forward", torch.nn.Module.__call__)  # type: ignore[method-assign]
         torch.autograd.backward = self.around("gradients", torch.autograd.backward)  # type: ignore[assignment]
         torch.autograd.grad = self.around("gradients", torch.autograd.grad)  # type: ignore[assignment]

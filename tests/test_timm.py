@@ -1,4 +1,4 @@
-"""Networks of timm, where it can be imported: each is coupled, cut by 30 % without anything frozen, and trained."""
+"""Networks of timm, where it can be imported: each is coupled, cut by 30 % with nothing frozen, and differentiated."""
 
 import copy
 from importlib.util import find_spec
@@ -30,7 +30,7 @@ NETWORKS = {
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_network_is_cut_whole_and_trains(name):
+def test_a_network_is_cut_whole_and_has_gradients(name):
     draw = torch.Generator().manual_seed(0)
     with torch.random.fork_rng():
         torch.manual_seed(0)
