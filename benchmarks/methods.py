@@ -47,7 +47,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "dsnot": {},
     "gblm": {},
     "ecoflap": {"sparsity": 0.5, "allocation": "ecoflap(steepness='zeroth-order(samples=4, draws=1)')"},
-    "icbs": {"steps": 10},
+    "icbs": {"steps": 10, "least": 0, "every": 0},
     "slicegpt": {"sparsity": 0.25},
     "flap": {"sparsity": 0.2},
     "llm_pruner": {"sparsity": 0.2},
