@@ -1,11 +1,12 @@
 """Time and memory of pruning itself: methods here against their published formulas done plainly (plain.py).
 
-    python benchmarks/pruning.py [--samples 8] [--repeats 3] [--threads 1] [--methods wanda,flap]
+    python benchmarks/pruning.py [--samples 16] [--repeats 3] [--threads 1] [--methods wanda,flap]
 
 Each side prunes the same SmolLM2-135M on the same windows, in turn, and the masks are compared. Memory is the most
 that is held above what the model itself takes, for which the allocator is told to give large pieces back at once:
 it would otherwise keep them, for either side, by what went before. A second table grows the width of a 12-block model.
-Writes results/pruning.json, from which docs/pruning-speed.md is made; `--methods` measures some again, keeps the rest.
+Writes results/pruning.json, from which docs/pruning-speed.md is made; `--methods` and `--samples`
+measure some again, or for another number of windows, and keep the rest.
 """
 
 import argparse
@@ -132,6 +133,7 @@ def side_by_side(name: str, model: nn.Module, ids: Tensor, repeats: int) -> dict
     first = [s for k, s in zip(masks[0], same, strict=True) if ".0." in k] if same else []
     return {
         "method": name,
+        "windows": len(ids),
         "speed-up": statistics.median(b / a for a, b in zip(*times, strict=True)),
         "seconds": statistics.median(times[0]),
         "seconds plain": statistics.median(times[1]),
@@ -183,17 +185,20 @@ def page(found: dict[str, object]) -> str:
         "# How fast pruning itself is",
         "",
         "Written by `python benchmarks/pruning.py`. Medians of runs in turn; a speed-up above 1 is ours. Ours gives "
-        "back the masks it chose, a bit a weight; the plain formulas leave zeros and no record.",
+        "back the masks it chose, a bit a weight; the plain formulas leave zeros and no record. FLAP here follows the "
+        "graph of any model and tries its cut, which takes as long for one window as for its default of 1024; the "
+        "plain formulas know a Llama's modules by name.",
         "",
         f"{found['about']}",
         "",
-        "| method | speed-up over the plain formulas | seconds, plain | mask agreement | in the first block "
+        "| method | windows | speed-up over the plain formulas | seconds, plain | mask agreement | in the first block "
         "| extra memory, plain (MiB) | of it the masks given back (MiB) | one block and its activations (MiB) |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in found["side by side"]:
         lines.append(
-            f"| {row['method']} | {row['speed-up']:.2f} | {row['seconds']:.1f}, {row['seconds plain']:.1f} "
+            f"| {row['method']} | {row['windows']} | {row['speed-up']:.2f} "
+            f"| {row['seconds']:.1f}, {row['seconds plain']:.1f} "
             f"| {agreement(row['mask agreement'], 4)} | {agreement(row['in first block'], 6)} "
             f"| {row['extra memory'] / mib:.0f}, {row['extra memory plain'] / mib:.0f} "
             f"| {row['masks'] / mib:.0f} | {row['block and activations'] / mib:.0f} |"
@@ -229,21 +234,21 @@ def main() -> None:
     task = python_docs(opened.tokenizer, window=asked.window)
     ids = torch.cat([b.inputs[0] for b in task.batches("calibration", asked.samples)])
     before = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    rows = {row["method"]: row for row in before.get("side by side", [])}
+    rows = {(row["method"], row["windows"]): row for row in before.get("side by side", [])}
     for name in asked.methods.split(","):
-        rows[name] = side_by_side(name, opened.model, ids, asked.repeats)
-        print(f"{name:12s} {rows[name]['speed-up']:.2f}", flush=True)
+        rows[name, len(ids)] = row = side_by_side(name, opened.model, ids, asked.repeats)
+        print(f"{name:12s} {row['speed-up']:.2f}", flush=True)
     found = {
         "created": now(),
         "settings": {k: v for k, v in vars(asked).items() if k != "methods"},
         "machine": about_machine(),
         "versions": about_versions(),
-        "side by side": [rows[name] for name in SIDES if name in rows],
+        "side by side": [rows[key] for key in sorted(rows, key=lambda key: (list(SIDES).index(key[0]), key[1]))],
         "growth": growth((256, 512, 1024)),
     }
     machine = found["machine"]
     found["about"] = (
-        f"SmolLM2-135M-Instruct in float32, {asked.samples} windows of {asked.window} tokens, "
+        f"SmolLM2-135M-Instruct in float32, windows of {asked.window} tokens, "
         f"{asked.threads} thread(s), {asked.repeats} repeats, on {machine['processor']}, {found['created']}."
     )
     RESULT.parent.mkdir(exist_ok=True)

@@ -12,7 +12,7 @@ class ("Conv2d"), or a role ("attention", "mlp", "head", "embedding", "router", 
 
 import fnmatch
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 
@@ -36,11 +36,14 @@ _MLP = re.compile(
 _ROUTER = re.compile(r"\b(router|gate|shared_expert_gate|classifier_router)\b", re.IGNORECASE)
 
 
-def role(model: nn.Module, name: str) -> str:
-    """What a parameter is for, one of ROLES, by the modules on its path."""
+def role(model: nn.Module, name: str, held: Mapping[str, Tensor] | None = None) -> str:
+    """What a parameter is for, one of ROLES, by the modules on its path.
+
+    `held` are the model's tensors, which whoever asks about many has looked up once.
+    """
     path = module_of(model, name)
     module = model.get_submodule(path)
-    value = tensors(model)[name]
+    value = (tensors(model) if held is None else held)[name]
     output = getattr(model, "get_output_embeddings", lambda: None)()
     if output is not None and any(p is value for p in output.parameters()):
         return "head"
@@ -63,9 +66,10 @@ def selected(model: nn.Module, names: Sequence[str], patterns: Sequence[str]) ->
     found: set[str] = set()
     everything = [n for n, _ in model.named_parameters(remove_duplicate=False)]
     classes = {type(m).__name__ for m in model.modules()}
+    held = tensors(model)
     for pattern in patterns:
         if pattern in ROLES:
-            found |= {n for n in names if role(model, n) == pattern}
+            found |= {n for n in names if role(model, n, held) == pattern}
             continue
         hits = [n for n in everything if _matches(model, n, pattern, classes)]
         if not hits:

@@ -14,7 +14,7 @@
 import copy
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, final, runtime_checkable
 
@@ -140,11 +140,12 @@ class Rotate:
     def apply_(self, model: nn.Module) -> None:
         """Contract every part with the matrix, in float64; or put its entries in the order, as they are."""
         named = tensors(model)
+        held = dict(named)
         if self.matrix.dim() == 1:
             _reorder_(named, self.site, self.matrix)
             return
         for part in self.site.parts:
-            _contract(model, named, part, self.matrix, self.site.name)
+            _contract(model, named, held, part, self.matrix, self.site.name)
         _refit(model, self.site, self.matrix.shape[1])
 
     def describe(self) -> str:
@@ -206,8 +207,9 @@ class Merge:
         matrix = torch.zeros(self.site.units, clusters, dtype=torch.float64)
         matrix[torch.arange(self.site.units), self.assignment] = self.weights
         named = tensors(model)
+        held = dict(named)
         for part in self.site.parts:
-            _contract(model, named, part, matrix, self.site.name)
+            _contract(model, named, held, part, matrix, self.site.name)
         _refit(model, self.site, clusters)
 
     def describe(self) -> str:
@@ -326,7 +328,7 @@ def _set_tensor(model: nn.Module, name: str, value: Tensor, held: dict[str, Tens
     old = held[name]
     if isinstance(old, nn.Parameter):
         new: Tensor = nn.Parameter(value.to(old.dtype), requires_grad=old.requires_grad)
-        for module in model.modules():
+        for module in _holders(model, old, held):
             for attribute, parameter in list(module._parameters.items()):
                 if parameter is old:
                     module._parameters[attribute] = new  # type: ignore[assignment]
@@ -339,6 +341,20 @@ def _set_tensor(model: nn.Module, name: str, value: Tensor, held: dict[str, Tens
     return new
 
 
+def _holders(model: nn.Module, tensor: Tensor, held: Mapping[str, Tensor]) -> list[nn.Module]:
+    """The modules that hold a parameter: found by its names, or where something is wrapped round it, among all."""
+    found = []
+    for name in [name for name, other in held.items() if other is tensor]:
+        here: nn.Module | None = model
+        path, _, attribute = name.rpartition(".")
+        for piece in path.split(".") if path else ():
+            here = here._modules.get(piece) if here is not None else None
+        if here is None or here._parameters.get(attribute) is not tensor:
+            return list(model.modules())
+        found.append(here)
+    return found
+
+
 def _positions(part: Part, keep: Tensor) -> tuple[int, Tensor]:
     axis = part.axis
     assert axis is not None and part.owner is not None, "removable was checked"
@@ -346,7 +362,9 @@ def _positions(part: Part, keep: Tensor) -> tuple[int, Tensor]:
     return axis, ((owner < 0) | keep[owner.clamp(min=0)]).nonzero().reshape(-1)
 
 
-def _contract(model: nn.Module, named: dict[str, Tensor], part: Part, matrix: Tensor, site: str) -> None:
+def _contract(
+    model: nn.Module, named: dict[str, Tensor], held: dict[str, Tensor], part: Part, matrix: Tensor, site: str
+) -> None:
     axis = part.axis
     if axis is None or (part.owner is not None and part.owner.numel() != matrix.shape[0]):
         raise SiteError(
@@ -360,7 +378,7 @@ def _contract(model: nn.Module, named: dict[str, Tensor], part: Part, matrix: Te
     with torch.no_grad():
         value = torch.tensordot(seen.double(), basis, dims=([axis], [0])).movedim(-1, axis).to(seen.dtype)
     value = value.transpose(0, -1).contiguous() if part.turned else value.contiguous()
-    named[part.name] = _set_tensor(model, part.name, value)
+    named[part.name] = _set_tensor(model, part.name, value, held)
 
 
 def _reorder_(named: Tensors, site: Site, order: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
@@ -30,6 +30,7 @@ def fit(
     """The sites that can be cut, with the numbers that must change; those that cannot, with the reason; and those of
     which only a multiple of some number may stay."""
     trial = _Trial(model, example, inexact)
+    trial.shorten()
     found: list[Site] = []
     failed: dict[str, str] = {}
     learned: dict[tuple, _Learned | str] = {}
@@ -54,6 +55,7 @@ def fit(
             trial.multiples[site.name] = rule.multiple
     found += _tied(model, trial, [site for site in sites if site.name in failed], failed)
     good = list(found)
+    trial.example = example  # what the first tokens taught holds for all of them
     if good and trial.complaint(good):
         # One that passed for another like it does not: each on its own.
         for site in good:
@@ -111,6 +113,14 @@ def _tied(model: nn.Module, trial: "_Trial", sites: Sequence[Site], failed: dict
                     del failed[site.name]
                 break
     return found
+
+
+_TOKENS = 16  # enough to see whether a cut is right: the whole example is for what is offered in the end
+
+
+def _tokens(value: object) -> bool:
+    """Whether this is a table of whole numbers, texts by tokens."""
+    return isinstance(value, Tensor) and value.dim() == 2 and not value.is_floating_point()
 
 
 @dataclass(frozen=True)
@@ -217,7 +227,22 @@ class _Trial:
     def __init__(self, model: nn.Module, example: Batch, inexact: frozenset[str]) -> None:
         self.model, self.example, self.inexact = model, example, inexact
         self.multiples: dict[str, int] = {}
+        self._masked: tuple[list[object], list[Tensor]] = [], []  # what was masked last, and the answer then
         self.raised: str | None = None  # the module whose own code failed, when the last complaint was of a failure
+
+    def shorten(self) -> None:
+        """Keep the first tokens of the example's texts only, where the model takes that."""
+        whole, inputs = self.example, self.example.inputs
+        values = list(inputs.values()) if isinstance(inputs, Mapping) else list(inputs)
+        short = [v[:, :_TOKENS] if _tokens(v) else v for v in values]
+        if all(a.shape == b.shape for a, b in zip(values, short, strict=True) if _tokens(a)):
+            return
+        self.example = Batch(dict(zip(inputs, short, strict=True)) if isinstance(inputs, Mapping) else tuple(short))
+        with plain(self.model):
+            try:
+                self.masked([], {})
+            except Exception:  # whatever the model's own code raises: a table of positions, a mask of another shape
+                self.example = whole
 
     def complaint(self, sites: Sequence[Site]) -> str:
         """What is wrong with cutting these, or "" when nothing is."""
@@ -227,10 +252,7 @@ class _Trial:
         keep = {site.name: _some(site.units, self.multiples.get(site.name, 1)) for site in sites}
         exact = not any(site.name in self.inexact for site in sites)
         with plain(self.model):
-            with _restored(self.model):
-                if exact:
-                    self.mask(sites, keep)
-                masked = answer(self.model, self.example)
+            masked = self.masked(sites if exact else [], keep)
             with _restored(self.model):
                 try:
                     for edit in removals(sites, keep):
@@ -246,11 +268,23 @@ class _Trial:
             return "without some of its units the model gives something else than with those at zero"
         return ""
 
+    def masked(self, sites: Sequence[Site], keep: dict[str, Tensor]) -> list[Tensor]:
+        """The answer with what is not kept at zero; remembered while other numbers are tried for the same cut."""
+        what: list[object] = [
+            self.example,
+            *(thing for s in sites for thing in (s.parts, self.multiples.get(s.name, 1))),
+        ]
+        if [id(thing) for thing in what] != [id(thing) for thing in self._masked[0]]:
+            with _restored(self.model):
+                self.mask(sites, keep)
+                self._masked = what, answer(self.model, self.example)
+        return self._masked[1]
+
     def mask(self, sites: Sequence[Site], keep: dict[str, Tensor]) -> None:
         """Zero what is not kept, in copies of the tensors."""
         named = tensors(self.model)
         for name in {part.name for site in sites for part in site.parts}:
-            _set_tensor(self.model, name, named[name].detach().clone())
+            _set_tensor(self.model, name, named[name].detach().clone(), named)
         for site in sites:
             Mask(site, keep[site.name]).apply_(self.model)
 

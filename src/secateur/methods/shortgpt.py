@@ -11,7 +11,8 @@ of the Deeper Layers." 2024. arXiv:2403.17887, section 3), on the last token of 
     d[l] = arccos(cos(x[l], x[l+n])) / pi
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -176,34 +177,35 @@ def measured(model: nn.Module, site: Site, batches: Sequence[Batch]) -> tuple[Se
     """
     if not batches:
         raise EvidenceError("blocks were to be compared", "there are no calibration samples", "Give calibration data.")
-    names, outputs = names_of(site), answers(model, names_of(site)[0], batches[0])
+    names = names_of(site)
     influence: list[float] = []
     last: list[list[Tensor]] = []  # by block, then by batch
-    for block in look(model, batches):
-        if block.name not in names:
-            continue
-        ends: list[Tensor] = []
-        after: list[Tensor] = []
+    with answers(model, names[0]) as outputs:
+        for block in look(model, batches):
+            if block.name not in names:
+                continue
+            ends: list[Tensor] = []
+            after: list[Tensor] = []
 
-        def add(block: Block = block, ends: list[Tensor] = ends, after: list[Tensor] = after) -> Evidence:
-            turned, tokens = 0.0, 0
-            for into, out in zip(block.inputs, block.outputs(), strict=True):
-                if into.shape != out.shape:
-                    raise GraphError(
-                        f"{block.name} was to be compared with what it is given",
-                        f"{list(into.shape)} goes in and {list(out.shape)} comes out",
-                        "Use a model whose blocks hand on a hidden state of one shape.",
-                    )
-                found = Turn().apart(into.reshape(-1, into.shape[-1]), out.reshape(-1, out.shape[-1]))
-                turned, tokens = turned + float(found.sum()), tokens + len(found)
-                ends.append(_last(into))
-                after.append(_last(out))
-            return Evidence(tokens, {"turn": torch.tensor(turned, dtype=torch.float64)})
+            def add(block: Block = block, ends: list[Tensor] = ends, after: list[Tensor] = after) -> Evidence:
+                turned, tokens = 0.0, 0
+                for into, out in zip(block.inputs, block.outputs(), strict=True):
+                    if into.shape != out.shape:
+                        raise GraphError(
+                            f"{block.name} was to be compared with what it is given",
+                            f"{list(into.shape)} goes in and {list(out.shape)} comes out",
+                            "Use a model whose blocks hand on a hidden state of one shape.",
+                        )
+                    found = Turn().apart(into.reshape(-1, into.shape[-1]), out.reshape(-1, out.shape[-1]))
+                    turned, tokens = turned + float(found.sum()), tokens + len(found)
+                    ends.append(_last(into))
+                    after.append(_last(out))
+                return Evidence(tokens, {"turn": torch.tensor(turned, dtype=torch.float64)})
 
-        influence.append(float(summed(block.name, add).mean("turn")))
-        last.append(ends)
-        if len(influence) == len(names):
-            last.append(after)
+            influence.append(float(summed(block.name, add).mean("turn")))
+            last.append(ends)
+            if len(influence) == len(names):
+                last.append(after)
     if len(influence) != len(names):
         raise GraphError(
             f"the {len(names)} blocks of {site.name} were to be compared",
@@ -217,7 +219,7 @@ def measured(model: nn.Module, site: Site, batches: Sequence[Batch]) -> tuple[Se
             "the hidden states hold NaN or infinity",
             "Half precision often overflows here: use bfloat16 or float32.",
         )
-    return Seen(tuple(influence), _together(last)), outputs
+    return Seen(tuple(influence), _together(last)), outputs[0]
 
 
 def _together(last: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
@@ -236,8 +238,9 @@ def _last(x: Tensor) -> Tensor:
     return x[:, -1].double() if x.dim() == 3 else x.double()
 
 
-def answers(model: nn.Module, name: str, batch: Batch) -> int:
-    """How many values a block gives back; 0 for a bare tensor."""
+@contextmanager
+def answers(model: nn.Module, name: str) -> Iterator[list[int]]:
+    """In how many values a block answers each time it is called meanwhile; 0 for a bare tensor."""
     found: list[int] = []
 
     def note(_: nn.Module, __: object, out: object) -> None:
@@ -245,7 +248,6 @@ def answers(model: nn.Module, name: str, batch: Batch) -> int:
 
     hook = model.get_submodule(name).register_forward_hook(note)
     try:
-        batch.through(model)
+        yield found
     finally:
         hook.remove()
-    return found[0] if found else 0
