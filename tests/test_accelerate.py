@@ -17,6 +17,7 @@ from secateur.cli import bench, main
 from secateur.cli.terminal import Terminal
 from secateur.errors import FormatError, SettingError
 from secateur.formats import Bitmap, DepthTaps, GroupCols
+from secateur.formats.chain import ConvChain
 from secateur.formats.conv import SparseConv2d
 from secateur.formats.linear import SparseLinear, SparsePointwise
 
@@ -142,7 +143,7 @@ def test_convolutions_are_packed_in_groups_that_are_full(cost, monkeypatch):
     model, x = Pictures(), torch.randn(1, 3, 18, 18, generator=torch.Generator().manual_seed(0))
     found = accelerate(model, x)
     assert {c.layer: c.chosen for c in found.choices} == {
-        "first": "dense",
+        "first": "group-cols-4",  # whole, but small
         "groups": "group-cols-1",  # as fast as any here, and the first
         "depth": "depth-taps",
         "single": "group-cols-1",
@@ -157,12 +158,28 @@ def test_convolutions_are_packed_in_groups_that_are_full(cost, monkeypatch):
     groups = accelerate(model, x, formats=[GroupCols(1)])
     assert {c.layer: c.why for c in groups.choices}["depth"] == "group-cols-1: it has 24 groups"
     assert (by_name["single"].shape, by_name["single"].rows) == ((9, 24, 3, 3), 49)
-    assert isinstance(found.model.groups, SparseConv2d)
+    chain = found.model.get_submodule("chain_0")
+    assert [type(layer) for layer in chain.layers] == [SparseConv2d] * 4 and chain.links[0].between == (0, float("inf"))
     torch.testing.assert_close(found.model(x), model(x))
     # One picture without a batch, and channels last, are seen as such.
     assert accelerate(model.single, torch.randn(24, 9, 9)).choices[0].rows == 49
     last = accelerate(model, x.to(memory_format=torch.channels_last))
     torch.testing.assert_close(last.model(x), model(x))
+
+
+@pytest.mark.parametrize(("packed", "whole", "chosen"), [(3.0, 1.0, True), (3.0, 1.98, False), (5.0, 1.0, False)])
+def test_a_chain_may_make_up_for_what_its_layers_lose(cost, monkeypatch, packed, whole, chosen):
+    # By itself a packed layer takes longer than the 2.0 of a dense one, and more than twice as long is not tried.
+    cost(2.0, packed)
+    monkeypatch.setattr(MODULE, "time_pair", lambda *_: (timing(2.0), timing(whole)))
+    model, x = Pictures(), torch.randn(1, 3, 18, 18, generator=torch.Generator().manual_seed(0))
+    found = accelerate(model, x)
+    by_name = {c.layer: c for c in found.choices}
+    assert (by_name["single"].chosen == "group-cols-1") is chosen
+    assert ("in a chain" in by_name["single"].why) is chosen
+    assert any(isinstance(module, ConvChain) for module in found.model.modules()) is chosen
+    assert by_name["head"].chosen == "dense"
+    torch.testing.assert_close(found.model(x), model(x))
 
 
 def test_a_convolution_that_loses_to_any_dense_way_stays(monkeypatch):
@@ -209,7 +226,7 @@ class Asks(nn.Module):
 
 
 def test_batch_norms_go_into_the_convolutions_before_them(cost, monkeypatch):
-    cost(2.0, 3.0)
+    cost(2.0, 5.0)
     monkeypatch.setattr(MODULE, "time_pair", lambda *_: (timing(2.0), timing(1.0)))
     model, x = Normed().eval(), torch.randn(2, 4, 7, 7, generator=torch.Generator().manual_seed(0))
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -16,9 +16,11 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from secateur import kernels
+from secateur.chaining import chained
 from secateur.errors import SettingError
 from secateur.formats import Bitmap, BitmapInt8, DepthTaps, Format, GroupCols, KBlocked, Sell16
 from secateur.formats import conv as convolutions
+from secateur.formats.chain import ConvChain
 from secateur.formats.conv import Form, SparseConv2d
 from secateur.formats.linear import SparseLinear, SparsePointwise, why_no_linear
 from secateur.formats.packed import Packed
@@ -40,6 +42,8 @@ Layer = nn.Linear | nn.Conv2d
 WORTH = 0.3  # sparsity below which no format was ever faster with many rows, or in float32: such layers are not packed
 SHARED = 0.15  # the same for groups of FEWEST_SHARED outputs and more, which share what they load
 FEWEST_SHARED = 4
+TWICE = 2.0  # times as long as dense that a convolution may take packed, to be tried in a chain all the same
+SMALL = 2**14  # weights of a convolution that is tried whatever its zeros
 FEW = 16  # rows of 16 bits up to which a bitmap of a whole weight is read faster than F.linear reads the weight
 MARGIN = 0.05  # of the dense time that a format must save: less is noise
 AT_ONCE = 2**29  # bytes of dense weights that are measured together
@@ -119,7 +123,8 @@ def accelerate(
     fastest of the ways torch has for it: as the model calls it, for convolutions with channels last too, from the
     layout of the model and back to it, and those that look at one pixel as a product.
 
-    Batch norms go into the convolutions before them where the model can be traced, whether those are packed or not.
+    Where the model can be traced, batch norms go into the convolutions before them, whether those are packed or not,
+    and packed convolutions that follow one another run as one `ConvChain`, in what is then a GraphModule.
 
     The example has the batch and the number of tokens that the model will be used with: one token for decoding, a
     window for reading prompts. Layers are timed one after the other, as the model calls them, so that weights come from
@@ -155,13 +160,17 @@ def accelerate(
     with _threads(threads), torch.no_grad():
         seen = _seen(base, layers, batch)
         chosen: dict[str, nn.Module] = {}
+        beside: dict[str, nn.Module] = {}  # convolutions that are slower packed, which a chain may make up for
         choices: list[Choice] = []
         for some in _at_once(layers):
             for choice, packed in _measured(some, seen, formats):
                 choices.append(choice)
                 if packed is not None:
-                    chosen[choice.layer] = packed
-        sparse = _with(base, {layers[name]: packed for name, packed in chosen.items()})
+                    (beside if choice.chosen == "dense" else chosen)[choice.layer] = packed
+        sparse = chained(_with(base, {layers[name]: packed for name, packed in chosen.items()}))
+        if beside:
+            sparse, choices = _all_chained(base, layers, chosen, beside, choices, sparse, batch)
+            chosen |= {c.layer: beside[c.layer] for c in choices if c.layer in beside and c.chosen != "dense"}
         before, after = time_pair(dense, sparse, batch)
         if (chosen or base is not dense) and after.milliseconds > before.milliseconds:
             why = f"the whole model was slower with it: {after.milliseconds:.3g} ms, dense {before.milliseconds:.3g}"
@@ -169,6 +178,30 @@ def accelerate(
             sparse, after = dense, before
         error = _difference(batch.through(dense), batch.through(sparse))
     return Accelerated(sparse, tuple(choices), before, after, error, kernels.level())
+
+
+def _all_chained(
+    base: nn.Module,
+    layers: Mapping[str, Layer],
+    chosen: Mapping[str, nn.Module],
+    beside: Mapping[str, nn.Module],
+    choices: list[Choice],
+    sparse: nn.Module,
+    batch: Batch,
+) -> tuple[nn.Module, list[Choice]]:
+    """The model with every convolution packed that can be, where one chain of them all is faster than what it is.
+
+    A layer by itself is timed with the call of it; in a chain there is none, but a dense layer in the middle ends it.
+    """
+    longer = chained(_with(base, {layers[name]: packed for name, packed in {**chosen, **beside}.items()}))
+    if not any(isinstance(module, ConvChain) for module in longer.modules()):
+        return sparse, choices
+    now, then = time_pair(sparse, longer, batch)
+    if then.milliseconds > now.milliseconds * (1 - MARGIN):
+        return sparse, choices
+    why = f"in a chain: the whole model takes {then.milliseconds:.3g} ms with it, {now.milliseconds:.3g} without"
+    names = {name: packed.packed.format.name for name, packed in beside.items() if isinstance(packed, SparseConv2d)}
+    return longer, [replace(c, chosen=names[c.layer], why=why) if c.layer in names else c for c in choices]
 
 
 def break_even(
@@ -235,7 +268,7 @@ def memory_speed(nbytes: int = 2**28) -> float | None:
 def _measured(
     layers: Mapping[str, Layer], seen: Mapping[str, "Seen"], formats: Sequence[Format]
 ) -> Iterator[tuple[Choice, nn.Module | None]]:
-    """Each layer with what was chosen for it, the packed layer unless that is dense."""
+    """Each layer with what was chosen for it and the packed layer; where that is dense, the one a chain could take."""
     packed: dict[str, dict[str, SparseLinear | SparseConv2d | SparsePointwise]] = {}
     reasons: dict[str, str] = {}
     calls: list[tuple[str, str, Any]] = []
@@ -284,7 +317,11 @@ def _measured(
         dense = min((t for t in trials if t.name not in held), key=lambda trial: trial.milliseconds)
         if best.milliseconds > dense.milliseconds * (1 - MARGIN):
             why = f"{best.name} takes {best.milliseconds:.3g} ms, {dense.name} {dense.milliseconds:.3g}"
-            yield Choice(name, shape, rows, sparsity, "dense", why, trials, slid), None
+            other = held[best.name]
+            yield (
+                Choice(name, shape, rows, sparsity, "dense", why, trials, slid),
+                other if isinstance(other, SparseConv2d) and best.milliseconds < TWICE * dense.milliseconds else None,
+            )
         else:
             why = f"{dense.milliseconds / best.milliseconds:.2f} times as fast as {dense.name}"
             yield Choice(name, shape, rows, sparsity, best.name, why, trials, slid), held[best.name]
@@ -341,11 +378,14 @@ def _dense_ways(layer: Layer, x: Tensor) -> list[tuple[str, Callable[[], Tensor]
 
 def _worth_trying(formats: Sequence[Format], weight: Tensor, rows: int) -> list[Format]:
     """The formats that may be faster for a weight: below a sparsity only groups of several outputs, in float32, and
-    bitmaps for a few rows of 16 bits."""
+    bitmaps for a few rows of 16 bits. Small convolutions are tried even whole: a call of torch's takes longer."""
     if (sparsity := _sparsity(weight)) >= WORTH:
         return list(formats)
+    shared: list[Format] = [f for f in formats if isinstance(f, GroupCols) and f.rows >= FEWEST_SHARED]
+    if weight.dtype is torch.float32 and weight.dim() == 4 and weight.numel() <= SMALL:
+        return [*shared, *(format for format in formats if isinstance(format, DepthTaps))]
     if sparsity >= SHARED and weight.dtype is torch.float32:
-        return [format for format in formats if isinstance(format, GroupCols) and format.rows >= FEWEST_SHARED]
+        return shared
     if rows > FEW or weight.dtype is torch.float32 or weight.dim() > 2:
         return []
     return [format for format in formats if isinstance(format, (Bitmap, BitmapInt8))]

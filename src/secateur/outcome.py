@@ -411,7 +411,8 @@ def time_pair(first: nn.Module, second: nn.Module, example: Batch, repeats: int 
 
     def timing(m: nn.Module, kept: list[float]) -> Timing:
         quarters = statistics.quantiles(kept, n=4)
-        dtype = str(next(m.parameters()).dtype).removeprefix("torch.")
+        numbers = (t.dtype for t in (*m.parameters(), *m.buffers()) if t.is_floating_point())
+        dtype = str(next(numbers, torch.float32)).removeprefix("torch.")
         return Timing(
             statistics.median(kept), quarters[2] - quarters[0], repeats, example.size, torch.get_num_threads(), dtype
         )

@@ -35,6 +35,8 @@ class Call(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("chunk", "chunks", "parts")),
         ("low", ctypes.c_float),
         ("high", ctypes.c_float),
+        ("more", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("more_step", "more_first", "more_channels", "more_height", "more_width")),
     )
 
 

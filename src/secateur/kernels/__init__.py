@@ -11,17 +11,18 @@ import functools
 import hashlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from secateur.errors import KernelError, SettingError, did_you_mean
 
-VERSION = 1
+VERSION = 2
 """What secateur_version() of the library must say: raised with every change to a struct that Python fills in."""
 
 LEVELS = ("base", "avx2", "avx512", "amx", "neon")
@@ -74,6 +75,9 @@ class Library:
         self.run = loaded.secateur_run
         self.run.restype = None
         self.run.argtypes = [pointer, pointer, long, integer]
+        self.run_all = loaded.secateur_run_all
+        self.run_all.restype = None
+        self.run_all.argtypes = [pointer, long, pointer, long, pointer, integer]
 
     def find(self, name: str, level: str) -> Kernel | None:
         """The kernel of a name, in the highest variant up to a level; None when the library has none."""
@@ -218,3 +222,33 @@ class Memory(ctypes.Structure):
 def run(kernel: Kernel, call: ctypes.Structure, items: int) -> None:
     """Run a kernel of any other signature over its items, `call` being the struct it takes."""
     kernel.library.run(kernel.pointer, ctypes.addressof(call), items, torch.get_num_threads())
+
+
+class Step(ctypes.Structure):
+    """`Step` of kernels/library.cpp: a kernel with the struct it takes and its number of items."""
+
+    _fields_ = (("kernel", ctypes.c_void_p), ("call", ctypes.c_void_p), ("items", ctypes.c_int64))
+
+
+class Place(ctypes.Structure):
+    """`Place` of kernels/library.cpp: where a pointer is written before the steps run, and which."""
+
+    _fields_ = (("at", ctypes.c_void_p), ("which", ctypes.c_int64))
+
+
+class Steps:
+    """Several kernels that run one after another in one call, with pointers that are given anew each time."""
+
+    def __init__(self, steps: Sequence[tuple[Kernel, ctypes.Structure, int]], places: Sequence[tuple[int, int]]):
+        """Kernels with their structs, which must stay where they are, and items; and which pointer goes where."""
+        self._steps = (Step * len(steps))(*(Step(k.pointer, ctypes.addressof(call), n) for k, call, n in steps))
+        self._places = (Place * len(places))(*(Place(at, which) for at, which in places))
+        self._pointers = (ctypes.c_void_p * (1 + max((which for _, which in places), default=0)))()
+        self._run = steps[0][0].library.run_all
+        of = ctypes.addressof
+        self._given = of(self._steps), len(steps), of(self._places), len(places), of(self._pointers)
+
+    def run(self, pointers: list[Any], threads: int) -> None:
+        """Run them all. Two threads must not do so at once."""
+        self._pointers[:] = pointers
+        self._run(*self._given, threads)

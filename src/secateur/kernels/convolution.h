@@ -13,6 +13,9 @@ struct Convolution {
   int64_t chunk;          // rows of the outcome in an item; with one tap, no stride and no padding, pixels
   int64_t chunks, parts;  // how many items a picture has, and into how many parts the units are divided
   float low, high;        // what the outcome is held between
+  const float* more;      // added to the outcome before it is held, or null: as y, or
+  int64_t more_step;      // unless 0, pictures of which every so many-th pixel of a row and of a column is added,
+  int64_t more_first, more_channels, more_height, more_width;  // to the outputs from the first on
 };
 
 struct ConvolutionItem {
@@ -39,3 +42,36 @@ static inline float seen(const Convolution* call, const float* channel, int64_t 
 }
 
 static inline float held(float value, float low, float high) { return value < low ? low : value > high ? high : value; }
+
+// The plane that is added to an output of a picture, from its first pixel, or null where none is.
+static inline const float* more_of(const Convolution* call, int64_t outputs, int64_t picture, int64_t output) {
+  if (!call->more_step) return call->more + (picture * outputs + output) * call->out_height * call->out_width;
+  const int64_t channel = output - call->more_first;
+  if (channel < 0 || channel >= call->more_channels) return nullptr;
+  return call->more + (picture * call->more_channels + channel) * call->more_height * call->more_width;
+}
+
+static inline int64_t more_at(const Convolution* call, int64_t pixel) {
+  if (!call->more_step) return pixel;
+  return (pixel / call->out_width * call->more_width + pixel % call->out_width) * call->more_step;
+}
+
+// Adds what is to be added to pixels [first, first + count) of an output, which are not held yet, and holds them.
+static inline void add_more(const Convolution* call, int64_t outputs, int64_t picture, int64_t output, int64_t first,
+                            int64_t count) {
+  const int64_t size = call->out_height * call->out_width, step = call->more_step ? call->more_step : 1;
+  const float* const plane = more_of(call, outputs, picture, output);
+  float* y = call->y + (picture * outputs + output) * size + first;
+  for (int64_t pixel = first, length; pixel < first + count; pixel += length, y += length) {
+    length = first + count - pixel;
+    if (call->more_step && length > call->out_width - pixel % call->out_width)
+      length = call->out_width - pixel % call->out_width;
+    const float* const more = plane ? plane + more_at(call, pixel) : nullptr;
+    if (!more)
+      for (int64_t i = 0; i < length; i++) y[i] = held(y[i], call->low, call->high);
+    else if (step == 1)
+      for (int64_t i = 0; i < length; i++) y[i] = held(y[i] + more[i], call->low, call->high);
+    else
+      for (int64_t i = 0; i < length; i++) y[i] = held(y[i] + more[i * step], call->low, call->high);
+  }
+}

@@ -10,6 +10,7 @@ extern "C" void depth_taps_item_f32(const Convolution* call, int64_t item) {
   for (int64_t channel = at.begin; channel < at.end; channel++) {
     const float* x = call->x + (at.picture * call->channels + channel) * call->height * call->width;
     float* y = call->y + (at.picture * weight.channels + channel) * size;
+    const float* more = call->more ? more_of(call, weight.channels, at.picture, channel) : nullptr;
     const uint64_t shape = uint64_t(weight.shapes[weight.which[channel]]);
     for (int64_t pixel = first; pixel < last && pixel < size; pixel++) {
       const float* value = weight.values + weight.begins[channel];
@@ -18,7 +19,7 @@ extern "C" void depth_taps_item_f32(const Convolution* call, int64_t item) {
         const float kept = shape >> tap & 1 ? *value++ : 0;
         sum += kept * seen(call, x, tap, pixel / call->out_width, pixel % call->out_width);
       }
-      y[pixel] = held(sum, call->low, call->high);
+      y[pixel] = held(more ? sum + more[more_at(call, pixel)] : sum, call->low, call->high);
     }
   }
 }

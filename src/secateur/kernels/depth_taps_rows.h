@@ -87,7 +87,7 @@ inline Kept kept_of(const Convolution& call, const int64_t* places, int64_t chan
   found.bias = *values++;
   found.low = call.low;
   found.high = call.high;
-  found.held = call.low != -__builtin_inff() || call.high != __builtin_inff();
+  found.held = !call.more && (call.low != -__builtin_inff() || call.high != __builtin_inff());
   for (uint64_t left = uint64_t(weight.shapes[weight.which[channel]]); left; left &= left - 1) {
     found.places[found.count] = places[__builtin_ctzll(left)];
     found.weights[found.count++] = *values++;
@@ -111,6 +111,8 @@ inline bool slide_item(const Convolution& call, const ConvolutionItem& item, con
     float* y = call.y + ((first + channel) * call.out_height + layout.first) * call.out_width;
     const Rows rows = {planes + i * layout.channel, y, layout.rows, layout.wide, call.out_width};
     slide_any(kept_of(call, places, channel), rows);
+    if (call.more)
+      add_more(&call, call.channels, item.picture, channel, layout.first * call.out_width, layout.rows * call.out_width);
   }
   return true;
 }

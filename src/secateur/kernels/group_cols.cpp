@@ -57,7 +57,10 @@ extern "C" void group_cols_item_f32(const Convolution* pointer, int64_t item) {
           return seen(pointer, picture + column / taps * channel, column % taps, pixel / call.out_width,
                       pixel % call.out_width);
         },
-        [&](int64_t output, float value) { y[output * size + pixel] = held(value, call.low, call.high); });
+        [&](int64_t output, float value) {
+          const float* more = call.more ? more_of(pointer, weight.outputs, at.picture, output) : nullptr;
+          y[output * size + pixel] = held(more ? value + more[more_at(pointer, pixel)] : value, call.low, call.high);
+        });
 }
 
 extern "C" void group_cols_row_f32(const Matmul* call, int64_t begin, int64_t end, int64_t row) {

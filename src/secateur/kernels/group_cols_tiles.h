@@ -31,7 +31,8 @@ struct Sums {
   const float* from;  // where they go on, rows `pitch` from one another
   float* to;
   int64_t pitch, to_pitch;
-  bool held;  // between low and high, when all has been added
+  const float* more;  // what is added in the end, laid out as `to`, or null
+  bool held;          // between low and high, when all has been added
   float low, high;
 };
 
@@ -41,12 +42,24 @@ template <int WIDE>
 struct InPanel {
   const float* panel;
   const float* operator[](int32_t at) const { return panel + int64_t(at) * WIDE; }
+  static Vector vector(const float* from, int v) { return load(from + v * LANES); }
 };
 
 struct InPlace {
   const float* from;
   const int32_t* places;
   const float* operator[](int32_t at) const { return from + places[at]; }
+  static Vector vector(const float* from, int v) { return load(from + v * LANES); }
+};
+
+// Rows of as many pixels as PER vectors hold, `wide` floats apart: no lane is for a place that is no pixel.
+template <int PER>
+struct InRows {
+  const float* from;
+  const int32_t* places;
+  int64_t wide;
+  const float* operator[](int32_t at) const { return from + places[at]; }
+  Vector vector(const float* at, int v) const { return load(at + v / PER * wide + v % PER * LANES); }
 };
 
 // R rows of a group of N, over V vectors of pixels.
@@ -62,11 +75,17 @@ inline void tile(const Inputs inputs, const int32_t* at, const int32_t* end, con
     const float* from = inputs[*at];
     Vector x[V];
 #pragma GCC unroll 8
-    for (int v = 0; v < V; v++) x[v] = load(from + v * LANES);
+    for (int v = 0; v < V; v++) x[v] = inputs.vector(from, v);
 #pragma GCC unroll 8
     for (int row = 0; row < R; row++)
 #pragma GCC unroll 8
       for (int v = 0; v < V; v++) sum[row][v] += x[v] * values[row];
+  }
+  if (sums.more) {
+#pragma GCC unroll 8
+    for (int row = 0; row < R; row++)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v++) sum[row][v] += load(sums.more + row * sums.to_pitch + v * LANES);
   }
   if (sums.held) {
     const Vector low = all(sums.low), high = all(sums.high);
@@ -93,6 +112,7 @@ struct Slice {
   float* y;  // where the outcome of the first of them goes when this is the last slice, or null to leave it in the sums
   int64_t y_pitch;
   float low, high;
+  const float* more;  // what is added to that, laid out as y, or null
 };
 
 // With several slices what a group needs of its stream is far from what the group before it read, so it is asked for
@@ -124,6 +144,7 @@ inline void group(const Slice& slice, const Inputs inputs, int64_t number, const
                        away ? slice.y + (output + row) * slice.y_pitch : kept,
                        slice.pitch,
                        away ? slice.y_pitch : slice.pitch,
+                       away && slice.more ? slice.more + (output + row) * slice.y_pitch : nullptr,
                        last,
                        slice.low,
                        slice.high};
@@ -189,6 +210,61 @@ void sweep_any(const Slice& slice, float* sums, int64_t pixels, Source& source, 
   }
 }
 
+// As many whole rows as V vectors hold, or those that are left.
+template <int N, int V, int PER>
+void add_rows(const Slice& slice, const InRows<PER>& inputs, int64_t pixels) {
+  if constexpr (V > PER)
+    if (pixels <= (V - PER) * LANES) return add_rows<N, V - PER, PER>(slice, inputs, pixels);
+  add<N, V>(slice, inputs);
+}
+
+// Goes through an item whose rows are whole vectors: the outcome goes where it belongs at once.
+template <int N, int PER>
+bool sweep_rows(Slice slice, float* sums, int64_t pixels, const float* planes, const int32_t* places, int64_t wide) {
+  enum { V = vectors(N) / PER * PER };
+  if constexpr (V == 0) {
+    return false;
+  } else {
+    const GroupCols& weight = *slice.weight;
+    float* const y = slice.y;
+    const float* const more = slice.more;
+    for (slice.number = 0; slice.number < weight.slices; slice.number++) {
+      const int32_t* const from = places + slice.number * weight.slice;
+      for (int64_t pixel = 0; pixel < pixels; pixel += V * LANES) {
+        slice.sums = sums + pixel;
+        slice.y = y + pixel;
+        slice.more = more ? more + pixel : nullptr;
+        const InRows<PER> inputs = {planes + pixel / (PER * LANES) * wide, from, wide};
+        add_rows<N, V>(slice, inputs, pixels - pixel);
+      }
+    }
+    return true;
+  }
+}
+
+template <int N>
+bool sweep_rows_of(const Slice& slice, float* sums, int64_t pixels, const float* planes, const int32_t* places,
+                   int64_t wide, int64_t width) {
+  switch (width) {
+    case LANES: return sweep_rows<N, 1>(slice, sums, pixels, planes, places, wide);
+    case 2 * LANES: return sweep_rows<N, 2>(slice, sums, pixels, planes, places, wide);
+    case 4 * LANES: return sweep_rows<N, 4>(slice, sums, pixels, planes, places, wide);
+    default: return false;
+  }
+}
+
+// Whether an item's rows were whole vectors, and it is done.
+inline bool sweep_rows_any(const Slice& slice, float* sums, int64_t pixels, const float* planes, const int32_t* places,
+                           int64_t wide, int64_t width) {
+  switch (slice.weight->rows) {
+    case 1: return sweep_rows_of<1>(slice, sums, pixels, planes, places, wide, width);
+    case 2: return sweep_rows_of<2>(slice, sums, pixels, planes, places, wide, width);
+    case 4: return sweep_rows_of<4>(slice, sums, pixels, planes, places, wide, width);
+    case 8: return sweep_rows_of<8>(slice, sums, pixels, planes, places, wide, width);
+    default: return sweep_rows_of<16>(slice, sums, pixels, planes, places, wide, width);
+  }
+}
+
 enum { TILE = WIDEST * LANES, AROUND = 64 };  // of floats: the widest tile, and a cache line's worth
 
 // Floats from one row of sums to the next.
@@ -198,6 +274,16 @@ inline int64_t pitch_of(const GroupCols& weight, int64_t pixels) {
 }
 
 inline int64_t rounded(int64_t floats) { return (floats + TILE + AROUND - 1) / AROUND * AROUND; }
+
+// What tiles are held between: nothing yet where something is still to be added.
+struct Bounds {
+  float low, high;
+};
+
+inline Bounds bounds_of(const Convolution& call) {
+  const Bounds none = {-__builtin_inff(), __builtin_inff()}, asked = {call.low, call.high};
+  return call.more ? none : asked;
+}
 
 // One tap, no stride, no padding: a column is a channel, and its pixels lie side by side.
 struct Pixels {
@@ -226,33 +312,52 @@ bool pixels_item(const Convolution& call, const ConvolutionItem& item, float* y,
   float* const sums = panel + rounded(weight.slice * TILE);
   Pixels source = {call.x + item.picture * call.channels * size + first, size, panel, {}};
   const auto away = [&](int64_t pixel, bool full) { return full ? y + first + pixel : nullptr; };
-  const Slice slice = {&weight, 0, item.begin, item.end, sums, pitch, y, size, call.low, call.high};
+  const Bounds bounds = bounds_of(call);
+  const Slice slice = {&weight, 0, item.begin, item.end, sums, pitch, y, size, bounds.low, bounds.high, nullptr};
   sweep_any(slice, sums, pixels, source, away);
   const int64_t wide = vectors(int(weight.rows)) * LANES, stored = pixels / wide * wide;
   for (int64_t output = 0; output < outputs; output++)
     for (int64_t pixel = stored; pixel < pixels; pixel++) y[output * size + first + pixel] = sums[output * pitch + pixel];
+  const int64_t from = first_output(weight, item.begin);
+  for (int64_t output = 0; call.more && output < outputs; output++)
+    add_more(&call, weight.outputs, item.picture, from + output, first, pixels);
   return finite(source.wild);
 }
 
-// What is laid out for any convolution, below.
+// What is laid out for any convolution, below: read where it lies, or through panels.
 struct Planes {
   const float* planes;
   const int32_t* places;  // [columns], from the place of a pixel
+
+  template <int N>
+  InPlace at(int64_t begin, int64_t, int64_t pixel, int64_t) const {
+    return {planes + pixel, places + begin};
+  }
+};
+
+struct Panels {
+  const float* planes;
+  const int32_t* places;
   float* panel;
 
   template <int N>
-  auto at(int64_t begin, int64_t end, int64_t pixel, int64_t count) {
-    if constexpr (N >= 4) {
-      return InPlace{planes + pixel, places + begin};
-    } else {
-      enum { WIDE = vectors(N) * LANES };
-      float* to = panel;
-      for (int64_t column = begin; column < end; column++, to += WIDE)
-        for (int64_t i = 0; i < count; i += LANES) store(to + i, load(planes + places[column] + pixel + i));
-      return InPanel<WIDE>{panel};
-    }
+  InPanel<vectors(N) * LANES> at(int64_t begin, int64_t end, int64_t pixel, int64_t count) const {
+    enum { WIDE = vectors(N) * LANES };
+    float* to = panel;
+    for (int64_t column = begin; column < end; column++, to += WIDE)
+      for (int64_t i = 0; i < count; i += LANES) store(to + i, load(planes + places[column] + pixel + i));
+    return {panel};
   }
 };
+
+// A panel pays where each of its columns is used often, by few outputs at a time, and the planes are too large for the
+// nearest cache. Measured: with groups of one from 8 uses on, of two from 16; with four and more never.
+inline bool through_panels(const GroupCols& weight, const ConvolutionItem& item, int64_t floats) {
+  if (weight.rows > 2 || floats < 1 << 14) return false;
+  const int32_t* const ends = weight.begins + weight.slices * weight.groups;
+  const int64_t uses = ends[item.end - 1] - weight.begins[item.begin];
+  return uses > 8 * weight.rows * weight.columns;
+}
 
 // Any convolution, over the planes of planes.h.
 bool planes_item(const Convolution& call, const ConvolutionItem& item, float* y, int64_t outputs) {
@@ -280,15 +385,52 @@ bool planes_item(const Convolution& call, const ConvolutionItem& item, float* y,
   clear(to, beyond);
   if (!finite(wild)) return false;
 
-  Planes source = {planes, places, panel};
+  const int64_t size = call.out_height * call.out_width, width = call.out_width;
+  const int64_t output_from = first_output(weight, item.begin);
+  if (!through_panels(weight, item, call.channels * layout.channel)) {
+    const bool now = !call.more_step;  // what is added is laid out as y
+    float* const to = y + layout.first * width;
+    const Slice slice = {&weight,
+                         0,
+                         item.begin,
+                         item.end,
+                         sums,
+                         pitch,
+                         to,
+                         size,
+                         now ? call.low : -__builtin_inff(),
+                         now ? call.high : __builtin_inff(),
+                         now && call.more ? call.more + (to - call.y) : nullptr};
+    if (sweep_rows_any(slice, sums, rows * width, planes, places, wide, width)) {
+      for (int64_t output = 0; !now && output < outputs; output++)
+        add_more(&call, weight.outputs, item.picture, output_from + output, layout.first * width, rows * width);
+      return true;
+    }
+  }
   const auto away = [](int64_t, bool) { return static_cast<float*>(nullptr); };
-  const Slice slice = {&weight, 0, item.begin, item.end, sums, pitch, nullptr, 0, call.low, call.high};
-  sweep_any(slice, sums, pixels, source, away);
-  const int64_t size = call.out_height * call.out_width;
-  for (int64_t output = 0; output < outputs; output++)
-    for (int64_t row = 0; row < rows; row++)
-      for (int64_t i = 0; i < call.out_width; i++)
-        y[output * size + (layout.first + row) * call.out_width + i] = sums[output * pitch + row * wide + i];
+  const Bounds bounds = bounds_of(call);
+  const Slice slice = {&weight, 0, item.begin, item.end, sums, pitch, nullptr, 0, bounds.low, bounds.high, nullptr};
+  if (through_panels(weight, item, call.channels * layout.channel)) {
+    Panels source = {planes, places, panel};
+    sweep_any(slice, sums, pixels, source, away);
+  } else {
+    Planes source = {planes, places};
+    sweep_any(slice, sums, pixels, source, away);
+  }
+  for (int64_t output = 0; output < outputs; output++) {
+    float* to = y + output * size + layout.first * width;
+    const float* from = sums + output * pitch;
+    float* const end = to + rows * width;
+    // Whole vectors, which write over the beginning of the next row, but not beyond the end.
+    for (int64_t row = 0; row < rows; row++, to += width, from += wide)
+      for (int64_t i = 0; i < width; i += LANES) {
+        if (end - to - i >= LANES)
+          store(to + i, load(from + i));
+        else
+          for (int64_t lane = i; lane < width && lane < i + LANES; lane++) to[lane] = from[lane];
+      }
+    if (call.more) add_more(&call, weight.outputs, item.picture, output_from + output, layout.first * width, rows * width);
+  }
   return true;
 }
 
@@ -341,7 +483,7 @@ struct Rows {
     float* const sums = panel + rounded(weight.slice * TILE);
     Rows source = {static_cast<const float*>(call.x) + first * weight.columns, weight.columns, panel, {}};
     const auto away = [](int64_t, bool) { return static_cast<float*>(nullptr); };
-    const Slice slice = {&weight, 0, begin, end, sums, pitch, nullptr, 0, -beyond, beyond};
+    const Slice slice = {&weight, 0, begin, end, sums, pitch, nullptr, 0, -beyond, beyond, nullptr};
     sweep_any(slice, sums, rows, source, away);
     for (int64_t row = 0; row < rows; row++) {
       float* y = static_cast<float*>(call.y) + (first + row) * weight.outputs + output;

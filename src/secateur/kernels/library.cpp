@@ -83,7 +83,7 @@ Level detect() { return base; }
 }  // namespace
 
 // Raised when a struct that Python fills in changes: a library of other sources is then refused.
-SECATEUR_API int secateur_version() { return 1; }
+SECATEUR_API int secateur_version() { return 2; }
 
 // The highest level that this processor and its system can run.
 SECATEUR_API int secateur_machine() {
@@ -103,6 +103,25 @@ SECATEUR_API void* secateur_find(const char* name, int level, int* found) {
 // Items [0, items) of any kernel.
 SECATEUR_API void secateur_run(void* kernel, const void* call, int64_t items, int threads) {
   parallel(reinterpret_cast<Kernel*>(kernel), call, items, threads);
+}
+
+// Several kernels, each over its items, one after another, once pointers that change from call to call are where they
+// belong.
+struct Step {
+  Kernel* kernel;
+  const void* call;
+  int64_t items;
+};
+
+struct Place {
+  void** at;
+  int64_t which;  // of the pointers
+};
+
+SECATEUR_API void secateur_run_all(const Step* steps, int64_t count, const Place* places, int64_t places_count,
+                                   void* const* pointers, int threads) {
+  for (const Place* place = places; place < places + places_count; place++) *place->at = pointers[place->which];
+  for (const Step* step = steps; step < steps + count; step++) parallel(step->kernel, step->call, step->items, threads);
 }
 
 SECATEUR_API void secateur_matmul(void* kernel, const void* weight, const void* x, void* y, const void* bias,

@@ -1,0 +1,320 @@
+"""Chains of packed convolutions: every variant against the layers one by one in float64, and what a trace finds."""
+
+import copy
+import operator
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from secateur import kernels
+from secateur.chaining import chained
+from secateur.errors import FormatError
+from secateur.formats import DepthTaps, GroupCols
+from secateur.formats.chain import RELU, SHAPES, ConvChain, Link
+from secateur.formats.conv import ANY, SparseConv2d
+from secateur.models.resnet import resnet20
+
+
+def levels():
+    machine = kernels.LEVELS.index(kernels.library().machine) if kernels.library() else 0
+    return kernels.LEVELS[: min(machine, 2) + 1]
+
+
+def conv(inputs, outputs, size=3, seed=0, **settings):
+    """A convolution of whole numbers, three in five of them zero, so that sums are exact in any order."""
+    made = torch.Generator().manual_seed(seed)
+    layer = nn.Conv2d(inputs, outputs, size, **settings).requires_grad_(False)
+    weight = torch.randint(-2, 3, layer.weight.shape, generator=made).float()
+    layer.weight.copy_(weight * (torch.rand(weight.shape, generator=made) > 0.4))
+    layer.bias.copy_(torch.randint(-2, 3, (outputs,), generator=made).float())
+    return layer
+
+
+def pictures(channels, high, wide, count=2, seed=9):
+    made = torch.Generator().manual_seed(seed)
+    return torch.randint(-3, 4, (count, channels, high, wide), generator=made).float()
+
+
+def reference(layers, links, outputs, *inputs):
+    """What a chain should give, in float64."""
+    values = [x.double() for x in inputs]
+    for layer, link in zip(layers, links, strict=True):
+        y = copy.deepcopy(layer).double()(values[link.source])
+        if link.more is not None:
+            more = values[link.more][..., :: link.step, :: link.step]
+            y = y + F.pad(more, (0, 0, 0, 0, *link.around))
+        values.append(y.clamp(*link.between))
+    return [values[i].float() for i in outputs]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("size", [(32, 32), (9, 16), (5, 8), (7, 13), (4, 64), (1, 1)])
+def test_every_variant_adds_and_holds(size, rows):
+    # A block with its shortcut, one that halves the picture, and a 1x1 with a sum of its own.
+    layers = [
+        conv(5, 17, padding=1),
+        conv(17, 5, padding=1, seed=1),
+        conv(5, 19, padding=1, stride=2, seed=2),
+        conv(19, 19, 1, seed=3),
+    ]
+    links = [Link(0, None, between=RELU), Link(1, 0, between=(-9.0, 20.0)), Link(2, 2, 2, (3, 11)), Link(3, 3)]
+    packed = [SparseConv2d.of(layer, GroupCols(rows)) for layer in layers]
+    x = pictures(5, *size)
+    outputs = [2, 4]
+    wanted = reference(layers, links, outputs, x)
+    for level in levels():
+        for threads in (1, 2):
+            before = torch.get_num_threads()
+            torch.set_num_threads(threads)
+            try:
+                with kernels.forced(level):
+                    chain = ConvChain(packed, links, 1, outputs)
+                    for found, want in zip(chain(x), wanted, strict=True):
+                        assert torch.equal(found, want), (level, threads)
+                    assert kernels.find("group_cols_conv_f32") is None or next(iter(chain._plans.values()))[0].possible
+            finally:
+                torch.set_num_threads(before)
+
+
+def test_depthwise_layers_are_links_too():
+    layers = [conv(20, 20, padding=1, groups=20), conv(20, 20, padding=1, groups=20, stride=2, seed=1)]
+    links = [Link(0, 0, between=RELU), Link(1, 1, 2)]
+    packed = [SparseConv2d.of(layer, DepthTaps()) for layer in layers]
+    x = pictures(20, 11, 33)
+    for level in levels():
+        with kernels.forced(level):
+            assert torch.equal(ConvChain(packed, links, 1, [2])(x), reference(layers, links, [2], x)[0]), level
+
+
+def test_what_is_not_finite_goes_through_sums_and_bounds():
+    layers = [conv(3, 4, padding=1), conv(4, 3, padding=1, seed=1)]
+    links = [Link(0, between=RELU), Link(1, 0, between=RELU)]
+    packed = [SparseConv2d.of(layer, GroupCols(2)) for layer in layers]
+    x = pictures(3, 6, 16, count=1)
+    x[0, 1, 2, 3], x[0, 0, 4, 9] = float("nan"), float("inf")
+    inner = F.relu(layers[0](x))
+    want = F.relu(layers[1](inner) + x)
+    for level in levels():
+        with kernels.forced(level):
+            torch.testing.assert_close(ConvChain(packed, links, 1, [2])(x), want, equal_nan=True)
+
+
+def small():
+    layers = [conv(3, 8, padding=1), conv(8, 8, padding=1, seed=1)]
+    links = [Link(0, between=RELU), Link(1, 1)]
+    return layers, links, ConvChain([SparseConv2d.of(layer, GroupCols(4)) for layer in layers], links, 1, [2])
+
+
+def test_a_chain_answers_whatever_it_is_given():
+    layers, links, chain = small()
+    for size in range(3, 6 + SHAPES):  # more shapes than it keeps memory for, each twice
+        for _ in range(2):
+            x = pictures(3, size, 5)
+            assert torch.equal(chain(x), reference(layers, links, [2], x)[0])
+    assert len(chain._plans) <= SHAPES
+    x = pictures(3, 6, 6)
+    one = chain(x[0])
+    assert torch.equal(one, chain(x)[0]), "one picture without a batch"
+    assert torch.equal(chain(x.to(memory_format=torch.channels_last)), chain(x))
+    assert chain(pictures(3, 6, 6, count=0)).shape == (0, 8, 6, 6)
+    with torch.inference_mode():
+        assert torch.equal(chain(x), reference(layers, links, [2], x)[0])
+    with pytest.raises(FormatError, match="float64"):
+        chain(x.double())
+    with pytest.raises(FormatError, match=r"it takes torch.float32 \[pictures, 3"):
+        chain(pictures(4, 6, 6))
+
+
+def test_what_is_given_back_is_nobody_elses():
+    _, _, chain = small()
+    first = chain(pictures(3, 6, 6))
+    kept = first.clone()
+    chain(pictures(3, 6, 6, seed=1))
+    assert torch.equal(first, kept)
+
+
+def test_threads_may_call_at_once():
+    layers, links, chain = small()
+    inputs = [pictures(3, 12, 12, seed=i) for i in range(6)]
+    wanted = [reference(layers, links, [2], x)[0] for x in inputs]
+    wrong = []
+
+    def call(i):
+        wrong.extend(i for _ in range(40) if not torch.equal(chain(inputs[i]), wanted[i]))
+
+    workers = [threading.Thread(target=call, args=(i,)) for i in range(6)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+def test_a_changed_weight_is_noticed():
+    layers, links, chain = small()
+    x = pictures(3, 6, 6)
+    chain(x)
+    other = SparseConv2d.of(conv(8, 8, padding=1, seed=7), GroupCols(4))
+    chain.layers[1].load_state_dict(other.state_dict())
+    layers[1] = conv(8, 8, padding=1, seed=7)
+    assert torch.equal(chain(x), reference(layers, links, [2], x)[0])
+    chain.layers[0].values.mul_(2)
+    with pytest.raises(FormatError, match="changed after packing"):
+        chain(x)
+
+
+def test_a_copy_is_its_own():
+    layers, links, chain = small()
+    x = pictures(3, 6, 6)
+    chain(x)
+    twin = copy.deepcopy(chain)
+    assert twin._plans == {}
+    assert torch.equal(twin(x), reference(layers, links, [2], x)[0])
+
+
+def test_a_gradient_reaches_the_input_of_a_chain():
+    layers, _, chain = small()
+    x = pictures(3, 6, 6).requires_grad_()
+    chain(x).square().sum().backward()
+    mine, x.grad = x.grad, None
+    inner = F.relu(layers[0](x))
+    (layers[1](inner) + inner).square().sum().backward()
+    torch.testing.assert_close(mine, x.grad)
+
+
+def test_without_kernels_layers_are_asked_one_by_one(monkeypatch):
+    layers, links, chain = small()
+    monkeypatch.setattr(kernels, "find", lambda name: None)
+    x = pictures(3, 6, 6)
+    torch.testing.assert_close(chain(x), reference(layers, links, [2], x)[0])
+    assert torch.equal(chain(x), chain(x))
+
+
+def test_export_sees_the_operators_of_the_layers():
+    _, _, chain = small()
+    x = pictures(3, 6, 6)
+    program = torch.export.export(chain, (x,))
+    targets = [str(node.target) for node in program.graph.nodes]
+    assert sum("packed_conv2d" in target for target in targets) == 2
+    torch.testing.assert_close(program.module()(x), chain(x))
+
+
+# What a trace finds
+
+
+def packed_(model):
+    for name, layer in list(model.named_modules()):
+        if type(layer) is nn.Conv2d:
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, SparseConv2d.of(layer, GroupCols(4)))
+    return model
+
+
+def test_a_residual_network_is_one_chain():
+    model = resnet20().eval().requires_grad_(False)
+    for module in model.modules():
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.BatchNorm2d):
+                setattr(module, name, nn.Identity())
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    want = model(x)
+    found = chained(packed_(copy.deepcopy(model)))
+    called = [node.target for node in found.graph.nodes if node.op == "call_module"]
+    assert called == ["chain_0", "linear"]
+    links = found.get_submodule("chain_0").links
+    assert len(links) == 19 and sum(link.more is not None for link in links) == 9
+    assert [(link.step, link.around) for link in links if link.step > 1] == [(2, (8, 8)), (2, (16, 16))]
+    torch.testing.assert_close(found(x), want, rtol=1e-4, atol=1e-4)
+    assert not found.training
+
+
+class Between(nn.Module):
+    """Two convolutions with something of torch's between them that needs the first, and a third that needs it not."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.three = conv(3, 3, padding=1), conv(3, 3, padding=1), conv(3, 3, padding=1, seed=3)
+
+    def forward(self, x):
+        y = self.one(x)
+        other = self.three(x)
+        return self.two(torch.sin(y)) + other, y
+
+
+def test_what_needs_a_chain_from_outside_ends_it():
+    model = Between()
+    x = pictures(3, 8, 8)
+    want = model(x)
+    found = chained(packed_(copy.deepcopy(model)))
+    chains = [m for m in found.modules() if isinstance(m, ConvChain)]
+    assert [len(chain.links) for chain in chains] == [2, 1]  # one and three, then two with its sum
+    assert chains[1].links[0].more is not None and chains[1].links[0].between == ANY
+    for got, wanted in zip(found(x), want, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+class Written(nn.Module):
+    """What is written to after it was made, and read after that."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.one, self.two, self.how = conv(3, 3, padding=1), conv(3, 3, padding=1, seed=1), how
+
+    def forward(self, x):
+        y = self.one(x)
+        self.how(y)
+        return self.two(y)
+
+
+@pytest.mark.parametrize(
+    "how", [lambda y: F.relu(y, inplace=True), lambda y: y.mul_(2), lambda y: operator.setitem(y, 0, 1.0)]
+)
+def test_values_that_are_written_to_are_left_alone(how):
+    model = packed_(Written(how))
+    assert chained(model) is model
+
+
+def test_what_writes_to_its_own_is_a_link():
+    model = packed_(nn.Sequential(conv(3, 4, padding=1), nn.ReLU(inplace=True), nn.Identity(), conv(4, 3), nn.ReLU6()))
+    x = pictures(3, 8, 8)
+    found = chained(model)
+    assert [link.between for link in found.get_submodule("chain_0").links] == [RELU, (0.0, 6.0)]
+    torch.testing.assert_close(found(x), model(x))
+
+
+class Broadcast(nn.Module):
+    """A sum with what is of another shape, which a trace does not show."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = conv(3, 4, padding=1), conv(4, 4, padding=1)
+
+    def forward(self, x, scale):
+        return self.two(self.one(x) + scale)
+
+
+def test_a_sum_of_another_shape_is_torchs():
+    model = packed_(Broadcast())
+    x, scale = pictures(3, 8, 8), torch.arange(4.0).view(4, 1, 1).expand(1, 4, 1, 1).contiguous()
+    found = chained(model)
+    assert found is not model
+    for _ in range(2):
+        torch.testing.assert_close(found(x, scale), model(x, scale))
+
+
+def test_a_model_that_cannot_be_traced_stays_as_it_is():
+    class Asks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one = conv(3, 3)
+
+        def forward(self, x):
+            return self.one(x) if x.sum() > 0 else x
+
+    model = packed_(Asks())
+    assert chained(model) is model
+    whole = nn.Sequential(nn.Linear(3, 3))
+    assert chained(whole) is whole
