@@ -182,6 +182,24 @@ def test_a_chain_may_make_up_for_what_its_layers_lose(cost, monkeypatch, packed,
     torch.testing.assert_close(found.model(x), model(x))
 
 
+class Sly(Pictures):
+    """Does something else where it is traced."""
+
+    def forward(self, x):
+        first = super().forward(x)
+        return first, first * (2 if isinstance(x, torch.fx.Proxy) else 1)
+
+
+def test_a_chain_that_answers_otherwise_is_not_taken(cost, monkeypatch):
+    cost(2.0, 1.0)
+    monkeypatch.setattr(MODULE, "time_pair", lambda *_: (timing(2.0), timing(1.0)))
+    model, x = Sly(), torch.randn(1, 3, 18, 18, generator=torch.Generator().manual_seed(0))
+    found = accelerate(model, x)
+    assert isinstance(found.model, Sly) and isinstance(found.model.single, SparseConv2d)
+    for got, want in zip(found.model(x), model(x), strict=True):
+        torch.testing.assert_close(got, want)
+
+
 def test_a_convolution_that_loses_to_any_dense_way_stays(monkeypatch):
     ways = {"dense": 3.0, "dense, channels last": 1.0, "group-cols-1": 2.0}
     names = []

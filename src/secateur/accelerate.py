@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils._pytree import tree_leaves
 
 from secateur import kernels
 from secateur.chaining import chained
@@ -42,6 +43,7 @@ Layer = nn.Linear | nn.Conv2d
 WORTH = 0.3  # sparsity below which no format was ever faster with many rows, or in float32: such layers are not packed
 SHARED = 0.15  # the same for groups of FEWEST_SHARED outputs and more, which share what they load
 FEWEST_SHARED = 4
+SAME = 1e-4  # of the largest number, by which answers may differ for the order of sums
 TWICE = 2.0  # times as long as dense that a convolution may take packed, to be tried in a chain all the same
 SMALL = 2**14  # weights of a convolution that is tried whatever its zeros
 FEW = 16  # rows of 16 bits up to which a bitmap of a whole weight is read faster than F.linear reads the weight
@@ -167,7 +169,7 @@ def accelerate(
                 choices.append(choice)
                 if packed is not None:
                     (beside if choice.chosen == "dense" else chosen)[choice.layer] = packed
-        sparse = chained(_with(base, {layers[name]: packed for name, packed in chosen.items()}))
+        sparse = _in_chains(_with(base, {layers[name]: packed for name, packed in chosen.items()}), batch)
         if beside:
             sparse, choices = _all_chained(base, layers, chosen, beside, choices, sparse, batch)
             chosen |= {c.layer: beside[c.layer] for c in choices if c.layer in beside and c.chosen != "dense"}
@@ -178,6 +180,22 @@ def accelerate(
             sparse, after = dense, before
         error = _difference(batch.through(dense), batch.through(sparse))
     return Accelerated(sparse, tuple(choices), before, after, error, kernels.level())
+
+
+def _in_chains(model: nn.Module, batch: Batch) -> nn.Module:
+    """A model with its packed convolutions in chains; as it is when it does not answer the example the same then.
+
+    A trace does not show all that Python may do, such as to count calls, and nothing would say so later.
+    """
+    made = chained(model)
+    if made is model:
+        return model
+    try:
+        one, other = (tree_leaves(batch.through(each)) for each in (model, made))
+        same = len(one) == len(other) and all(_difference(a, b) <= SAME for a, b in zip(one, other, strict=True))
+    except (RuntimeError, TypeError, ValueError):  # what was traced does not take the example as it is given
+        same = False
+    return made if same else model
 
 
 def _all_chained(
@@ -193,7 +211,7 @@ def _all_chained(
 
     A layer by itself is timed with the call of it; in a chain there is none, but a dense layer in the middle ends it.
     """
-    longer = chained(_with(base, {layers[name]: packed for name, packed in {**chosen, **beside}.items()}))
+    longer = _in_chains(_with(base, {layers[name]: packed for name, packed in {**chosen, **beside}.items()}), batch)
     if not any(isinstance(module, ConvChain) for module in longer.modules()):
         return sparse, choices
     now, then = time_pair(sparse, longer, batch)
