@@ -32,9 +32,9 @@ def chained(model: nn.Module) -> nn.Module:
         graph = _Tracer().trace(model)
     except Exception:  # whatever a model's own code raises when it meets no numbers
         return model
+    _without_nothing(model, graph)
     if any(_changes_what_others_read(model, node) for node in graph.nodes):
         return model  # the order of what happens counts there, and not only what reads what
-    _without_nothing(model, graph)
     chains = _chains(model, graph)
     if not chains:
         return model
@@ -78,7 +78,7 @@ class _Chain:
 
 def _changes_what_others_read(model: nn.Module, node: fx.Node) -> bool:
     """Whether a node writes to a value that is read elsewhere, or may be a part of one that is."""
-    if node.target is operator.setitem:
+    if node.target is operator.setitem or node.kwargs.get("out") is not None:
         return True
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     if node.op == "call_module":
@@ -89,14 +89,15 @@ def _changes_what_others_read(model: nn.Module, node: fx.Node) -> bool:
     if not writes or not node.args or not isinstance(node.args[0], fx.Node):
         return writes
     written = node.args[0]
-    fresh = written.op == "call_module" or written.target in _SUMS or written.target in _BOUNDS
+    of_module = written.op == "call_module" and _what(model, written) not in (nn.Flatten, nn.Unflatten)
+    fresh = of_module or written.target in _SUMS or written.target in _BOUNDS
     return not fresh or len(written.users) > 1
 
 
 def _without_nothing(model: nn.Module, graph: fx.Graph) -> None:
     """Takes out the modules that hand on what they are given."""
     for node in list(graph.nodes):
-        if node.op == "call_module" and isinstance(model.get_submodule(node.target), _NOTHING):
+        if node.op == "call_module" and isinstance(model.get_submodule(node.target), _NOTHING) and len(node.args) == 1:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
 
@@ -104,14 +105,12 @@ def _without_nothing(model: nn.Module, graph: fx.Graph) -> None:
 def _chains(model: nn.Module, graph: fx.Graph) -> list[_Chain]:
     """Links in order, one chain as long as nothing that a link reads needs what the chain gives, from outside it."""
     order = {node: i for i, node in enumerate(graph.nodes)}
-    taken: set[fx.Node] = set()
     found: list[_Chain] = []
     links = []
     for node in list(graph.nodes):
-        if node.op == "call_module" and type(model.get_submodule(node.target)) is SparseConv2d and node not in taken:
+        if node.op == "call_module" and _what(model, node) is SparseConv2d and len(node.args) == 1:
             link = _link(model, graph, node, order)
             links.append(link)
-            taken |= {node, link.last}
     links.sort(key=lambda link: order[link.last])
     chain, inside, after = _Chain(), set[fx.Node](), set[fx.Node]()
     for link in links:
@@ -124,7 +123,7 @@ def _chains(model: nn.Module, graph: fx.Graph) -> list[_Chain]:
         mine = {n for each in chain.links for n in _nodes(each)}
         after = _after(graph, inside, mine)
     found.append(chain)
-    return [c for c in found if len(c.links) > 1 or c.links[0].more is not None or c.links[0].between != ANY]
+    return [c for c in found if len(c.links) > 1 or any(n.more is not None or n.between != ANY for n in c.links)]
 
 
 def _link(model: nn.Module, graph: fx.Graph, conv: fx.Node, order: dict[fx.Node, int]) -> _Found:
@@ -221,7 +220,9 @@ def _put(model: nn.Module, graph: fx.Graph, chain: _Chain, name: str, now: dict[
     given = [link.last for link in chain.links if any(user not in mine for user in link.last.users)]
     layers = [model.get_submodule(str(link.conv.target)) for link in chain.links]
     links = [
-        Link(number[link.source], number[link.more] if link.more else None, link.step, link.around, link.between)
+        Link(
+            number[link.source], None if link.more is None else number[link.more], link.step, link.around, link.between
+        )
         for link in chain.links
     ]
     made = ConvChain(layers, links, len(inputs), [number[node] for node in given])  # type: ignore[arg-type]
@@ -248,7 +249,8 @@ def _in_order(graph: fx.Graph) -> None:
     while left:
         later: list[fx.Node] = []
         for node in left:
-            if all(n in ready for n in node.all_input_nodes):
+            waits = node.op == "output" and len(left) > 1
+            if not waits and all(n in ready for n in node.all_input_nodes):
                 ready.add(node)
                 if node is not last:
                     last.append(node)

@@ -277,6 +277,44 @@ def test_values_that_are_written_to_are_left_alone(how):
     assert chained(model) is model
 
 
+class Shared(nn.Module):
+    """A shortcut through a module that hands on what it is given, written to before the convolution reads it."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.same, self.relu = conv(3, 3), conv(3, 3, seed=1), nn.Identity(), nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        y = self.one(x)
+        return self.relu(self.same(y)), self.two(y)
+
+
+def test_what_a_module_hands_on_is_the_same_value():
+    model = packed_(Shared())
+    assert chained(model) is model
+
+
+class Named(nn.Module):
+    """Convolutions called by keyword, and one that nothing reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.three = conv(3, 3, padding=1), conv(3, 3, seed=1), conv(3, 3, seed=2)
+
+    def forward(self, x):
+        y = F.relu(self.one(x))
+        self.three(y)
+        return self.two(input=y)
+
+
+def test_calls_by_keyword_and_for_nothing_are_no_obstacle():
+    model = packed_(Named())
+    for layer in (model.one, model.two, model.three):
+        layer.forward = (lambda inner: lambda input: inner(input))(layer.forward)
+    x = pictures(3, 8, 8)
+    torch.testing.assert_close(chained(model)(x), model(x))
+
+
 def test_what_writes_to_its_own_is_a_link():
     model = packed_(nn.Sequential(conv(3, 4, padding=1), nn.ReLU(inplace=True), nn.Identity(), conv(4, 3), nn.ReLU6()))
     x = pictures(3, 8, 8)

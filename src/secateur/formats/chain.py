@@ -86,17 +86,22 @@ class ConvChain(nn.Module):
         if not all(map(_fits, inputs)):
             return None
         key = (torch.get_num_threads(), *(x.shape for x in inputs))
-        kept = self._plans.get(key)
-        while kept:
-            plan = kept.pop()
-            if plan.holds():
-                break
-        else:
-            plan = _Plan(self, key, inputs)
+        plan = self._kept(key) or _Plan(self, key, inputs)
         if plan.possible:
             return plan
         self._keep(plan)
         return None
+
+    def _kept(self, key: tuple[Any, ...]) -> "_Plan | None":
+        """One that no other thread has, and whose weights are as they were."""
+        kept = self._plans.get(key, [])
+        while True:
+            try:
+                plan = kept.pop()
+            except IndexError:  # asking first would leave another thread time to take it
+                return None
+            if plan.holds():
+                return plan
 
     def _keep(self, plan: "_Plan") -> None:
         if plan.key not in self._plans and len(self._plans) >= SHAPES:
