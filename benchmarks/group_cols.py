@@ -246,7 +246,8 @@ def page(found: dict) -> str:
         "",
         "Written by `python benchmarks/group_cols.py`. How many times as fast as the fastest dense way of torch in the "
         "same run, float32, one picture: the convolution as a model calls it, with channels last, or the product. "
-        "Groups of 1 are single weights, without any pattern. Medians of processor time, all ways in turn.",
+        "Groups of 1 are single weights, without any pattern. Medians of processor time, all ways in turn. The date "
+        "is of the last run; layers that were not in it are of earlier ones.",
         "",
         str(found["about"]),
         "",

@@ -155,7 +155,8 @@ def page(found: dict[str, Any]) -> str:
         "",
         "Written by `python benchmarks/methods.py`. Each method in a process of its own; seconds of one run on a "
         "shared machine, so that shares say more than sums. Scoring and refining count as selection, the sweep of "
-        "SparseGPT as update but for its choices, and what a method works out by itself as rest.",
+        "SparseGPT as update but for its choices, and what a method works out by itself as rest. Rows "
+        "may be of several runs.",
         "",
         str(found["about"]),
         "",

@@ -187,7 +187,8 @@ def page(found: dict[str, object]) -> str:
         "Written by `python benchmarks/pruning.py`. Medians of runs in turn; a speed-up above 1 is ours. Ours gives "
         "back the masks it chose, a bit a weight; the plain formulas leave zeros and no record. FLAP here follows the "
         "graph of any model and tries its cut, which takes as long for one window as for its default of 1024; the "
-        "plain formulas know a Llama's modules by name.",
+        "plain formulas know a Llama's modules by name. The date is of the last run; rows that were not in it are of "
+        "earlier ones.",
         "",
         f"{found['about']}",
         "",

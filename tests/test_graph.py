@@ -1008,3 +1008,53 @@ def test_removals_leave_out_what_is_kept_whole(networks):
     (only,) = removals(coupling.sites, {"stem.0": some(8)})
     assert isinstance(only, Remove)
     assert isinstance(only.site, Site)
+
+
+class Words(nn.Module):
+    """A small network for tokens; what comes after the first 16 may count the neurons of its MLP."""
+
+    def __init__(self, counts=False, length=None):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.embed, self.norm = nn.Embedding(20, 8), nn.LayerNorm(8)
+            self.up, self.down, self.head = nn.Linear(8, 12), nn.Linear(12, 8), nn.Linear(8, 5)
+        self.counts, self.length, self.seen = counts, length, []
+
+    def forward(self, ids):
+        if self.length is not None and ids.shape[1] != self.length:
+            raise ValueError("texts of one length only")
+        self.seen.append(tuple(ids.shape))
+        x = self.embed(ids)
+        inner = torch.relu(self.up(self.norm(x)))
+        later = torch.arange(ids.shape[1])[:, None] >= 16
+        x = x + self.down(inner) + (later * inner.shape[-1] if self.counts else 0)
+        return self.head(x)
+
+
+def words(length):
+    return Batch((torch.arange(2 * length).reshape(2, length) % 20,))
+
+
+def test_a_cut_is_learned_on_the_first_tokens_and_tried_on_all():
+    model = Words()
+    found = couple(model, words(40))
+    assert [site.name for site in found.sites] == ["down", "up"] and not found.frozen
+    tried = model.seen[1:]  # the trace comes first
+    assert {16, 40} == {length for _, length in tried} and tried[-1] == (2, 40)
+    short = Words()
+    couple(short, words(10))
+    assert {length for _, length in short.seen} == {10}
+
+
+def test_a_model_that_wants_whole_texts_gets_them():
+    model = Words(length=40)
+    assert [site.name for site in couple(model, words(40)).sites] == ["down", "up"]
+    assert {length for _, length in model.seen} == {40}
+
+
+def test_what_is_wrong_after_the_first_tokens_is_seen():
+    found = couple(Words(counts=True), words(40))
+    assert [site.name for site in found.sites] == ["down"]  # what a norm takes statistics over: zeros prove nothing
+    assert [frozen.where for frozen in found.frozen] == ["up"]
+    assert "gives something else" in found.frozen[0].why
