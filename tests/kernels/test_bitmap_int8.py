@@ -44,10 +44,10 @@ def test_every_variant_multiplies_what_is_held(dtype):
         whole = packed.tensors["scales"].double().unsqueeze(1)
         plain = held if held is not None else (packed.dense().double() / whole).round() * whole
         bias = case((shape[0], 1), dtype, 1)[0][:, 0].contiguous()
-        for rows in (1, 2, 3, 8, 13):
+        for rows in (1, 2, 3, 4, 13, 16, 37):
             x = case((rows, shape[1]), dtype, 2)[0]
             wanted = x.double() @ plain.nan_to_num().T + bias.double()
-            for level in ("base", kernels.level()):
+            for level in kernels.levels():
                 with kernels.forced(level):
                     got = packed.matmul(x, bias).double()
                 scale = wanted.abs().max().clamp(min=1.0)
@@ -61,9 +61,74 @@ def test_what_is_not_finite_in_the_input_propagates():
     x = torch.ones(1, 30)
     x[0, 7] = float("inf")
     wanted = torch.nn.functional.linear(x, packed.dense())
-    for level in ("base", kernels.level()):
+    for level in kernels.levels():
         with kernels.forced(level):
             assert torch.equal(packed.matmul(x).isnan(), wanted.isnan())
+
+
+def ranged(rows, inputs, octaves, dtype=torch.bfloat16):
+    """Rows whose numbers lie within so many powers of two, with the largest and the smallest among them."""
+    made = torch.Generator().manual_seed(4)
+    x = torch.randint(0, octaves + 1, (rows, inputs), generator=made)
+    x[:, 0], x[:, -1] = octaves, 0
+    sign = 1 - 2 * torch.randint(0, 2, (rows, inputs), generator=made)
+    return (sign * 2.0 ** (x.double() - octaves / 2)).to(dtype)
+
+
+@pytest.mark.parametrize("octaves", [5, 20, 22, 23, 50, 54, 55, 120])
+def test_numbers_of_any_range_are_summed_as_floats_are_or_better(octaves):
+    weight, mask = case((40, 150), torch.bfloat16)
+    packed = BitmapInt8().pack(weight, mask)
+    plain = packed.tensors["scales"].double().unsqueeze(1)
+    plain = (packed.dense().double() / plain).round() * plain
+    for rows in (1, 5, 18):
+        x = ranged(rows, 150, octaves)
+        wanted, size = x.double() @ plain.T, x.double().abs() @ plain.abs().T
+        for level in kernels.levels():
+            with kernels.forced(level):
+                got = packed.matmul(x).double()
+            off = (got - wanted).abs() - 4e-3 * wanted.abs()
+            assert (off < 1e-6 * size).all(), f"{level} {rows}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_output_that_drops_the_largest_input_keeps_its_last_bit(dtype):
+    packed = BitmapInt8().pack(torch.tensor([[0.0, 127.0, 0.0], [127.0, 127.0, 0.0]], dtype=dtype))
+    small = 1 + torch.finfo(dtype).eps
+    wanted = torch.tensor(127 * small, dtype=torch.float64).to(dtype)
+    for octave in range(15 if dtype is torch.float16 else 120):
+        for rows in (1, 4):
+            x = torch.tensor([[2.0**octave, small, 0.0]], dtype=dtype).repeat(rows, 1)
+            for level in kernels.levels():
+                with kernels.forced(level):
+                    assert (packed.matmul(x)[:, 0] == wanted).all(), f"{level} 2^{octave}"
+
+
+def test_whole_numbers_are_added_up_exactly():
+    if "amx" not in kernels.levels():
+        pytest.skip(f"this processor reaches {kernels.level()}")
+    x = torch.tensor([[2.0**20, 3.0, -(2.0**20), 5.0]])
+    packed = BitmapInt8().pack(torch.full((17, 4), 127.0))
+    for rows in (1, 9):
+        assert (packed.matmul(x.repeat(rows, 1)) == 8 * 127).all()
+    x = torch.tensor([[2.0**35, 3.0, -(2.0**35), 5.0]])  # which a sum of floats loses
+    for rows in (1, 9):
+        assert (packed.matmul(x.repeat(rows, 1)) == 8 * 127).all()
+
+
+def test_a_row_that_digits_do_not_hold_leaves_the_others_alone():
+    weight, mask = case((40, 70), torch.bfloat16)
+    packed = BitmapInt8().pack(weight, mask)
+    x = case((37, 70), torch.bfloat16, 2)[0]
+    x[3, 5], x[4, 6], x[20, 0], x[21, 0], x[36, 69] = float("nan"), float("inf"), 2.0**120, 2.0**-120, float("-inf")
+    x[9], x[10, 4] = 0, 2.0**30
+    alone = torch.cat([packed.matmul(row[None]) for row in x])
+    assert alone[3].isnan().all() and alone[4].isnan().any() and alone[9].eq(0).all()
+    assert alone[torch.tensor([0, 9, 10, 20, 21, 35])].isfinite().all()
+    for level in kernels.levels():
+        with kernels.forced(level):
+            alone = torch.cat([packed.matmul(row[None]) for row in x])
+            torch.testing.assert_close(packed.matmul(x), alone, equal_nan=True, rtol=0, atol=0)
 
 
 def test_what_eight_bits_cannot_hold_is_refused():

@@ -20,11 +20,6 @@ SHAPES = [
 ]
 
 
-def levels():
-    machine = kernels.LEVELS.index(kernels.library().machine) if kernels.library() else 0
-    return kernels.LEVELS[: machine + 1]
-
-
 def case(shape, dtype, sparsity=0.7, choice=PerToken()):  # noqa: B008
     """A past with tokens packed and a window, and the query of the next token."""
     batch, heads, group, width, tokens = shape
@@ -54,7 +49,7 @@ def test_every_variant_attends(shape, dtype):
         past, query, mask = case(shape, dtype, choice=choice)
         for seen in (None, mask):
             wanted = exact(past, query, seen)
-            for level in levels():
+            for level in kernels.levels():
                 with kernels.forced(level):
                     got = attend(query, past, seen, shape[3] ** -0.5)
                 error = (got.double() - wanted).abs().max() / wanted.abs().max()
@@ -64,7 +59,7 @@ def test_every_variant_attends(shape, dtype):
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.99])
 def test_at_any_sparsity(sparsity):
     past, query, mask = case((2, 2, 3, 64, 300), torch.float32, sparsity)
-    for level in levels():
+    for level in kernels.levels():
         with kernels.forced(level):
             torch.testing.assert_close(
                 attend(query, past, mask, 0.125).double(), exact(past, query, mask), atol=1e-5, rtol=1e-4
@@ -74,7 +69,7 @@ def test_at_any_sparsity(sparsity):
 def test_a_row_that_may_see_nothing_is_zero_and_masked_tokens_do_not_matter():
     past, query, mask = case((2, 2, 3, 64, 1100), torch.float32)
     mask[0], mask[1, :, :, :600] = False, False
-    for level in levels():
+    for level in kernels.levels():
         with kernels.forced(level):
             got = attend(query, past, mask, 0.125)
         assert torch.equal(got[0], torch.zeros_like(got[0]))
@@ -85,7 +80,7 @@ def test_a_row_that_may_see_nothing_is_zero_and_masked_tokens_do_not_matter():
 def test_what_is_not_finite_propagates(value):
     past, query, _ = case((1, 2, 3, 64, 300), torch.float32)
     query[0, 4, 0, 7] = value
-    for level in levels():
+    for level in kernels.levels():
         with kernels.forced(level):
             got = attend(query, past, None, 0.125)
         assert bool(got[0, 4].isnan().all())

@@ -18,11 +18,6 @@ from secateur.formats.conv import ANY, SparseConv2d
 from secateur.models.resnet import resnet20
 
 
-def levels():
-    machine = kernels.LEVELS.index(kernels.library().machine) if kernels.library() else 0
-    return kernels.LEVELS[: min(machine, 2) + 1]
-
-
 def conv(inputs, outputs, size=3, seed=0, **settings):
     """A convolution of whole numbers, three in five of them zero, so that sums are exact in any order."""
     made = torch.Generator().manual_seed(seed)
@@ -65,7 +60,7 @@ def test_every_variant_adds_and_holds(size, rows):
     x = pictures(5, *size)
     outputs = [2, 4]
     wanted = reference(layers, links, outputs, x)
-    for level in levels():
+    for level in kernels.levels()[:3]:
         for threads in (1, 2):
             before = torch.get_num_threads()
             torch.set_num_threads(threads)
@@ -84,7 +79,7 @@ def test_depthwise_layers_are_links_too():
     links = [Link(0, 0, between=RELU), Link(1, 1, 2)]
     packed = [SparseConv2d.of(layer, DepthTaps()) for layer in layers]
     x = pictures(20, 11, 33)
-    for level in levels():
+    for level in kernels.levels()[:3]:
         with kernels.forced(level):
             assert torch.equal(ConvChain(packed, links, 1, [2])(x), reference(layers, links, [2], x)[0]), level
 
@@ -97,7 +92,7 @@ def test_what_is_not_finite_goes_through_sums_and_bounds():
     x[0, 1, 2, 3], x[0, 0, 4, 9] = float("nan"), float("inf")
     inner = F.relu(layers[0](x))
     want = F.relu(layers[1](inner) + x)
-    for level in levels():
+    for level in kernels.levels()[:3]:
         with kernels.forced(level):
             torch.testing.assert_close(ConvChain(packed, links, 1, [2])(x), want, equal_nan=True)
 

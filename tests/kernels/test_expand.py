@@ -5,7 +5,7 @@ import torch
 
 from secateur import kernels
 from secateur.formats import NM, BitmapInt8, Sell16
-from tests.kernels.test_grid import SHAPES, SPARSITIES, case, exact, inputs, levels, names
+from tests.kernels.test_grid import SHAPES, SPARSITIES, case, exact, inputs, names
 
 FORMATS = [Sell16(), NM(2, 4), NM(1, 2), NM(3, 8), NM(5, 16), BitmapInt8()]
 
@@ -25,7 +25,7 @@ def test_the_weight_is_written_out_by_every_variant(format):
         for sparsity in SPARSITIES:
             weight, mask = case(format, shape, sparsity, torch.bfloat16)
             packed = format.pack(weight, mask)
-            for level in levels():
+            for level in kernels.levels():
                 assert torch.equal(written(packed, level), packed.dense()), f"{level} {shape} at {sparsity}"
 
 
@@ -35,7 +35,7 @@ def test_scales_and_signs_come_out_as_torch_has_them(format):
     _, mask = case(format, (40, 96), 0.6, torch.bfloat16)
     weight = torch.randn(mask.shape, generator=made).to(torch.bfloat16)
     packed = format.pack(weight, mask)
-    for level in levels():
+    for level in kernels.levels():
         assert torch.equal(written(packed, level), packed.dense())
 
 
@@ -47,7 +47,7 @@ def test_many_rows_go_through_the_weight_that_was_written(format, monkeypatch):
     monkeypatch.setattr(type(packed), "written", lambda self, kernel, into: calls.append(kernel) or self.dense())
     few, many = (inputs(rows, 64, torch.bfloat16) for rows in (packed.prepared.many - 1, packed.prepared.many))
     bias = inputs(1, 48, torch.bfloat16, seed=2)[0]
-    for level in levels():
+    for level in kernels.levels():
         with kernels.forced(level):
             calls.clear()
             packed.matmul(few, bias)
@@ -65,6 +65,6 @@ def test_an_infinity_spoils_its_own_row_alone_at_any_width(format):
         packed = format.pack(weight, mask)
         x = inputs(2 * packed.prepared.many + 3, weight.shape[1], torch.bfloat16)
         x[7, 5] = float("inf")
-        for level in levels():
+        for level in kernels.levels():
             with kernels.forced(level):
                 assert packed.matmul(x).isfinite().all(1).logical_not().nonzero().tolist() == [[7]], (width, level)

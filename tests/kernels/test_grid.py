@@ -18,11 +18,6 @@ SPARSITIES = [0.0, 0.5, 0.9, 1.0]
 names = {"ids": lambda f: f.name}
 
 
-def levels():
-    machine = kernels.LEVELS.index(kernels.library().machine) if kernels.library() else 0
-    return kernels.LEVELS[: machine + 1]
-
-
 def case(format, shape, sparsity, dtype, seed=0):
     """A weight of small whole numbers, so that a sum is exact in any order, and its mask."""
     made = torch.Generator().manual_seed(seed)
@@ -77,7 +72,7 @@ def test_every_variant_computes_the_product(format, dtype):
             bias = inputs(1, len(weight), dtype, seed=2)[0]
             for rows in ROWS:
                 x = inputs(rows, weight.shape[1], dtype)
-                for level in levels():
+                for level in kernels.levels():
                     with kernels.forced(level):
                         got = packed.matmul(x, bias)
                     wanted = exact(x, weight, mask, bias)
@@ -93,7 +88,7 @@ def test_variants_round_as_the_oracle_does(format, dtype):
     weight, x = weight.to(dtype), x.to(dtype)
     packed = format.pack(weight, mask)
     wanted = x.double() @ (weight * mask).double().T
-    for level in levels():
+    for level in kernels.levels():
         with kernels.forced(level):
             got = packed.matmul(x)
         error = (got.double() - wanted).abs().max() / wanted.abs().max()
@@ -131,7 +126,7 @@ def test_what_is_not_finite_propagates_as_in_a_dense_product(format, dtype):
             if place is not None:
                 x[rows // 2, place] = value
             wanted = x.double() @ dense.double().T
-            for level in levels():
+            for level in kernels.levels():
                 with kernels.forced(level):
                     got = packed.matmul(x).double()
                 assert torch.equal(got.isnan(), wanted.isnan()), level

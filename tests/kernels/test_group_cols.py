@@ -19,11 +19,6 @@ SHAPES = [(1, 1), (17, 31), (7, 101), (48, 64), (131, 257)]
 SPARSITIES = [0.0, 0.6, 0.95, 1.0]
 
 
-def levels():
-    machine = kernels.LEVELS.index(kernels.library().machine) if kernels.library() else 0
-    return kernels.LEVELS[: min(machine, 2) + 1]
-
-
 def whole_numbers(shape, seed):
     """Small enough that a sum is exact in any order."""
     return torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(seed)).float()
@@ -56,7 +51,7 @@ def test_a_stream_by_hand():
 def test_a_layer_that_keeps_nothing_is_its_bias():
     packed = GroupCols(4).pack(torch.zeros(6, 3, 3, 3), bias=torch.arange(6.0))
     assert (packed.tensors["steps"].numel(), int(packed.tensors["first"])) == (0, 0)
-    for level in levels():
+    for level in kernels.levels()[:3]:
         with kernels.forced(level):
             y = convolve(packed, torch.ones(1, 3, 4, 4), padding=(1, 1))
         assert torch.equal(y, torch.arange(6.0).view(1, 6, 1, 1).expand(1, 6, 4, 4))
@@ -91,7 +86,7 @@ def test_every_variant_multiplies(rows):
             for count in (1, 3, 17, 70, 300):
                 x = whole_numbers((count, shape[1]), 2)
                 wanted = (x.double() @ (weight * mask).double().T + 2 * bias).float()
-                for level in levels():
+                for level in kernels.levels()[:3]:
                     if level == "base" and count > 70:
                         continue
                     with kernels.forced(level):
@@ -123,7 +118,7 @@ def test_every_variant_convolves(at, rows):
         packed = GroupCols(rows).pack(weight, mask, bias)
         x = whole_numbers((2, inputs, *size), 3)
         wanted = F.conv2d(x.double(), (weight * mask).double(), bias.double(), *pairs).float()
-        for level in levels():
+        for level in kernels.levels()[:3]:
             with kernels.forced(level):
                 assert torch.equal(convolve(packed, x, *pairs), wanted), f"{level} {sparsity}"
                 assert torch.equal(convolve(packed, x, *pairs, (0, 6)), wanted.clamp(0, 6)), f"{level} {sparsity}"
@@ -136,7 +131,7 @@ def test_variants_round_as_the_oracle_does(rows):
     mask = torch.rand(weight.shape, generator=made) > 0.6
     packed = GroupCols(rows).pack(weight, mask)
     wanted = F.conv2d(x.double(), (weight * mask).double(), padding=1)
-    for level in levels():
+    for level in kernels.levels()[:3]:
         with kernels.forced(level):
             error = (convolve(packed, x, padding=(1, 1)).double() - wanted).abs().max() / wanted.abs().max()
         assert error < 1e-6, level
@@ -175,7 +170,7 @@ def test_what_is_not_finite_propagates_as_in_a_dense_convolution(kernel, stride)
         # By hand, since a library may leave a zero out: what each place sees, times every weight.
         seen = F.unfold(x.double(), kernel, 1, padding, stride)  # [2, columns, pixels]
         wanted = ((weight * mask).double().flatten(1) @ seen + bias.view(-1, 1)).view(2, 21, *[-(-9 // stride[0])] * 2)
-        for level in levels():
+        for level in kernels.levels()[:3]:
             with kernels.forced(level):
                 got = convolve(packed, x, stride, padding).double()
             assert torch.equal(got.isnan(), wanted.isnan()), level
@@ -192,7 +187,7 @@ def test_what_is_not_finite_propagates_as_in_a_dense_product():
         if place is not None:
             x[20, place] = value
         wanted = (x.double() @ dense.double().T + bias).float()
-        for level in levels():
+        for level in kernels.levels()[:3]:
             with kernels.forced(level):
                 got = packed.matmul(x)
             torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True, msg=level)
@@ -201,7 +196,7 @@ def test_what_is_not_finite_propagates_as_in_a_dense_product():
 def test_a_bound_lets_what_is_no_number_through():
     packed = GroupCols(2).pack(torch.ones(2, 1, 1, 1))
     x = torch.tensor([math.nan, -1.0, 3.0, 9.0]).view(1, 1, 2, 2)
-    for level in levels():
+    for level in kernels.levels()[:3]:
         with kernels.forced(level):
             y = convolve(packed, x, between=(0, 6))[0, 1].flatten()
         assert y[0].isnan()

@@ -10,11 +10,6 @@ from secateur.axes.solvers import ObsSweep
 from secateur.errors import PatternError
 
 
-def levels():
-    machine = kernels.LEVELS.index(kernels.library().machine) if kernels.library() else 0
-    return kernels.LEVELS[: machine + 1]
-
-
 def plain(score, keep):
     """By a stable sort: of equals the first go."""
     order = score.sort(dim=-1, stable=True).indices
@@ -40,7 +35,7 @@ def test_exactly_those_that_a_stable_sort_would_keep(kind):
         score = scores(kind, shape)
         for keep in {0, 1, shape[1] // 3, shape[1] // 2, shape[1] - 1, shape[1]}:
             wanted = plain(score, keep)
-            for level in levels():
+            for level in kernels.levels():
                 with kernels.forced(level):
                     assert torch.equal(keep_top(score, keep), wanted), f"{level} {shape} {keep}"
 
@@ -50,7 +45,7 @@ def test_a_score_that_is_no_number_is_refused(width):
     for place in (0, width - 1):
         score = scores("any", (3, width))
         score[2, place] = float("nan")
-        for level in levels():
+        for level in kernels.levels():
             with kernels.forced(level), pytest.raises(PatternError, match="some scores are NaN"):
                 keep_top(score, width // 2)
 
@@ -74,7 +69,7 @@ def test_the_sweep_is_that_of_the_formula(rows, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(kernels, "find", lambda name: None)
         mask, value = solver.sweep(weight, gram, rows * 75)
-    for level in levels():
+    for level in kernels.levels():
         with kernels.forced(level):
             found = solver.sweep(weight, gram, rows * 75)
         assert (found[0] == mask).float().mean() > 0.999

@@ -145,6 +145,13 @@ def level() -> str:
     return _level(_forced or os.environ.get(FORCED, ""))
 
 
+def levels() -> tuple[str, ...]:
+    """The levels that SECATEUR_ISA and `forced` can ask for on this processor, the lowest first."""
+    found = library()
+    machine = "base" if found is None else found.machine
+    return ("base", "neon") if machine == "neon" else LEVELS[: LEVELS.index(machine) + 1]
+
+
 @functools.cache
 def _level(asked: str) -> str:
     found = library()
@@ -153,11 +160,11 @@ def _level(asked: str) -> str:
         return machine
     if asked not in LEVELS:
         raise SettingError(f"{FORCED}={asked} was asked for", "there is no such level", did_you_mean(asked, LEVELS))
-    if found is not None and LEVELS.index(asked) > LEVELS.index(machine):
+    if found is not None and asked not in levels():
         raise SettingError(
             f"{FORCED}={asked} was asked for",
             f"this processor reaches {machine}",
-            f"Ask for {', '.join(LEVELS[: LEVELS.index(machine) + 1])}, or leave it unset.",
+            f"Ask for {', '.join(levels())}, or leave it unset.",
         )
     return asked
 

@@ -1,15 +1,17 @@
 // Sixteen steps of a bitmap expand into a tile of the matrix unit as they stand: row r holds, for sixteen outputs, the
 // two inputs 2r and 2r + 1, which is what the unit takes as its second operand. x is the first operand where it lies.
 //
-// Up to 32 rows of x, tiles are expanded into two buffers in turn, so that the unit works on one while the other is
-// filled, and the weight streams past once, two panels side by side: memory gives more to two streams than to one, and
-// a tile of x is loaded for both. For more rows a few panels are expanded whole and used for all rows.
+// From two to 32 rows of x, tiles are expanded into two buffers in turn, so that the unit works on one while the other is
+// filled, and the weight streams past once, two panels at once: memory gives more to two streams than to one, and a
+// tile of x is loaded for both. For more rows a few panels are expanded whole and used for all rows.
 #include "bitmap.h"
 #include "wide.h"
 
+extern "C" Kernel bitmap_matmul_bf16_avx512;
+
 namespace {
 
-enum { TILE_STEPS = 16, TILE_INPUTS = 32, TILE_VALUES = 512, AHEAD = 2048, MOST_BUFFER = 1 << 20 };
+enum { TILE_STEPS = 16, TILE_INPUTS = 32, TILE_VALUES = 512, AHEAD = 2048, MASKS_AHEAD = 1024, MOST_BUFFER = 1 << 20 };
 
 struct alignas(64) Shape {  // what _tile_loadconfig reads
   uint8_t palette, start, reserved[14];
@@ -44,6 +46,7 @@ struct Stream {
   void expand(bf16* to) {
     const char* const ahead = reinterpret_cast<const char*>(values) + AHEAD;
     const int count = left < TILE_STEPS ? int(left) : TILE_STEPS;
+    _mm_prefetch(reinterpret_cast<const char*>(masks) + MASKS_AHEAD, _MM_HINT_T0);  // the masks of a tile are a line
     if (count == TILE_STEPS) {
       for (int step = 0; step < TILE_STEPS; step++) {
         _mm_prefetch(ahead + 64 * step, _MM_HINT_T0);
@@ -120,10 +123,10 @@ void write(const Matmul& call, const Bitmap& weight, const float* sums, int64_t 
 }
 
 template <int HALVES, int PANELS>  // of 16 rows of x, and of weights: 1 or 2 each
-void few_rows(const Matmul& call, const Bitmap& weight, const Ordered& x, int64_t panel) {
+void few_rows(const Matmul& call, const Bitmap& weight, const Ordered& x, int64_t panel, int64_t other) {
   alignas(64) bf16 buffer[2][2][TILE_VALUES];
   alignas(64) float sums[256];
-  Stream low(weight, panel), high(weight, panel + PANELS - 1);
+  Stream low(weight, panel), high(weight, other);
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
@@ -157,10 +160,10 @@ void few_rows(const Matmul& call, const Bitmap& weight, const Ordered& x, int64_
   }
   if (PANELS == 2) {
     _tile_stored(2, sums, 64);
-    write(call, weight, sums, panel + 1, 0, first);
+    write(call, weight, sums, other, 0, first);
     if (HALVES == 2) {
       _tile_stored(3, sums, 64);
-      write(call, weight, sums, panel + 1, 16, call.rows - 16);
+      write(call, weight, sums, other, 16, call.rows - 16);
     }
   }
 }
@@ -170,9 +173,10 @@ void few_rows(const Matmul& call, const Bitmap& weight, int64_t begin, int64_t e
   const int64_t tiles = (weight.inputs + TILE_INPUTS - 1) / TILE_INPUTS;
   const Ordered x(call, weight, static_cast<bf16*>(scratch(2 * tiles * call.rows * TILE_INPUTS)));
   configure(int(call.rows));
-  int64_t panel = begin;
-  for (; panel + 2 <= end; panel += 2) few_rows<HALVES, 2>(call, weight, x, panel);
-  if (panel < end) few_rows<HALVES, 1>(call, weight, x, panel);
+  const int64_t half = (end - begin) / 2;
+  for (int64_t panel = begin; panel < begin + half; panel++)
+    few_rows<HALVES, 2>(call, weight, x, panel, panel + half);
+  if (begin + 2 * half < end) few_rows<HALVES, 1>(call, weight, x, end - 1, end - 1);
 }
 
 // 32 rows of x or what is left of them, times two panels (or one), expanded one after the other.
@@ -249,6 +253,7 @@ extern "C" void bitmap_matmul_bf16_amx(const void* pointer, int64_t begin, int64
   const Matmul& call = *static_cast<const Matmul*>(pointer);
   const Bitmap& weight = *static_cast<const Bitmap*>(call.weight);
   if (!call.rows) return;
+  if (call.rows == 1) return bitmap_matmul_bf16_avx512(pointer, begin, end);  // fifteen rows of a tile would be idle
   if (call.rows <= 16) {
     few_rows<1>(call, weight, begin, end);
   } else if (call.rows <= 32) {

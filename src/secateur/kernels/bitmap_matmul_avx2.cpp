@@ -1,9 +1,7 @@
 // Without an expand instruction: the kept values of eight bits are loaded side by side and put in their places by a
 // permutation, which a table holds for each of the 256 masks. Sixteen lanes are two registers.
-#include <immintrin.h>
-
 #include "bitmap.h"
-#include "numbers.h"
+#include "eight.h"
 
 namespace {
 
@@ -138,15 +136,11 @@ void rows(const Matmul& call, const Bitmap& weight, int64_t panel, int64_t row, 
   for (int n = 0; n < N; n++) sum[n][0] = sum[n][1] = _mm256_setzero_ps();
   sums<N>(weight.masks + panel * steps * 2 * depth, values + weight.offsets[panel], values + weight.offsets[all],
           weight.inputs, x + row * stride, stride, sum);
-  const int64_t at = panel * LANES, lanes = weight.outputs - at < LANES ? weight.outputs - at : LANES;
-  for (int n = 0; n < N; n++) {
-    float result[LANES];
-    _mm256_storeu_ps(result, sum[n][0]);
-    _mm256_storeu_ps(result + 8, sum[n][1]);
-    T* const y = static_cast<T*>(call.y) + (row + n) * weight.outputs + at;
-    for (int64_t lane = 0; lane < lanes; lane++)
-      narrow(result[lane] + (call.bias ? widen(static_cast<const T*>(call.bias)[at + lane]) : 0.0f), y + lane);
-  }
+  const int64_t at = panel * LANES;
+  const T* const bias = call.bias ? static_cast<const T*>(call.bias) + at : nullptr;
+  for (int n = 0; n < N; n++)
+    store_lanes(sum[n][0], sum[n][1], bias, static_cast<T*>(call.y) + (row + n) * weight.outputs + at,
+                weight.outputs - at);
 }
 
 template <class T>
@@ -164,9 +158,10 @@ template <class T>
 void widened(const Matmul& call, int64_t begin, int64_t end) {
   const int64_t inputs = static_cast<const Bitmap*>(call.weight)->inputs, stride = (inputs + 7) / 8 * 8;
   float* const x = static_cast<float*>(scratch(call.rows * stride * sizeof(float)));
-  for (int64_t row = 0; row < call.rows; row++)
-    for (int64_t input = 0; input < stride; input++)
-      x[row * stride + input] = input < inputs ? widen(static_cast<const T*>(call.x)[row * inputs + input]) : 0.0f;
+  for (int64_t row = 0; row < call.rows; row++) {
+    widen_row(static_cast<const T*>(call.x) + row * inputs, inputs, x + row * stride);
+    for (int64_t input = inputs; input < stride; input++) x[row * stride + input] = 0;
+  }
   panels<T>(call, x, stride, begin, end);
 }
 

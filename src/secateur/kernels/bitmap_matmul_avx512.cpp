@@ -7,20 +7,24 @@
 
 namespace {
 
-enum { AHEAD = 2048 };  // bytes: far enough for memory, near enough to stay in the first cache
+// Bytes: far enough for memory, near enough to stay in the first cache.
+enum { AHEAD = 2048, MASKS_AHEAD = 1024 };
 
-template <class T>
-inline void prefetch(const T* values) {
+template <class T, class Word>
+inline void prefetch(const T* values, const Word* masks) {
+  _mm_prefetch(reinterpret_cast<const char*>(masks) + MASKS_AHEAD, _MM_HINT_T0);
   _mm_prefetch(reinterpret_cast<const char*>(values) + AHEAD, _MM_HINT_T0);
   _mm_prefetch(reinterpret_cast<const char*>(values) + AHEAD + 64, _MM_HINT_T0);
 }
 
 // One step of a panel, float values: one input. Values are taken by reference, and stay in registers when inlined.
-template <int N>
-inline void add(uint16_t mask, const float*& values, const float* x, int64_t stride, __m512* sum) {
+template <int N, int CHAINS>
+inline void add(uint16_t mask, const float*& values, const float* x, int64_t stride, __m512 (*sum)[N], int chain) {
   const __m512 weights = _mm512_maskz_expandloadu_ps(mask, values);
   values += __builtin_popcount(mask);
-  for (int n = 0; n < N; n++) sum[n] = _mm512_fmadd_ps(weights, _mm512_set1_ps(x[n * stride]), sum[n]);
+#pragma GCC unroll 8
+  for (int n = 0; n < N; n++)
+    sum[chain % CHAINS][n] = _mm512_fmadd_ps(weights, _mm512_set1_ps(x[n * stride]), sum[chain % CHAINS][n]);
 }
 
 // The two inputs of each lane of a step of 16-bit values.
@@ -36,14 +40,15 @@ inline __m512 upper(__m512i step, f16) { return lower(_mm512_srli_epi32(step, 16
 
 // The same for 16-bit values, with x widened to floats beforehand: one step is two inputs, the second of which is zero
 // in x where there is none.
-template <int N, class T>
-inline void add(uint32_t mask, const T*& values, const float* x, int64_t stride, __m512* sum) {
+template <int N, int CHAINS, class T>
+inline void add(uint32_t mask, const T*& values, const float* x, int64_t stride, __m512 (*sum)[N], int) {
   const __m512i both = _mm512_maskz_expandloadu_epi16(mask, values);
   values += __builtin_popcount(mask);
   const __m512 first = lower(both, T()), second = upper(both, T());
+#pragma GCC unroll 8
   for (int n = 0; n < N; n++) {
-    sum[n] = _mm512_fmadd_ps(first, _mm512_set1_ps(x[n * stride]), sum[n]);
-    sum[n] = _mm512_fmadd_ps(second, _mm512_set1_ps(x[n * stride + 1]), sum[n]);
+    sum[0][n] = _mm512_fmadd_ps(first, _mm512_set1_ps(x[n * stride]), sum[0][n]);
+    sum[CHAINS - 1][n] = _mm512_fmadd_ps(second, _mm512_set1_ps(x[n * stride + 1]), sum[CHAINS - 1][n]);
   }
 }
 
@@ -62,60 +67,70 @@ struct Mask<f16> {
   typedef uint32_t Word;
 };
 
-// N rows of x times one panel, or two side by side: memory gives more to two streams than to one, and neither has to
-// wait for the sum it adds to.
+// N rows of x times one panel, or two at once: memory gives more to two streams than to one, and neither has to wait
+// for the sum it adds to; of few rows a panel has two sums in turn.
 template <int PANELS, int N, class T>
-void rows(const Matmul& call, const Bitmap& weight, int64_t panel, int64_t row, const float* x, int64_t stride) {
+void rows(const Matmul& call, const Bitmap& weight, int64_t panel, int64_t other, int64_t row, const float* x,
+          int64_t stride) {
+  enum { CHAINS = N <= 2 ? 2 : 1 };
   typedef typename Mask<T>::Word Word;
   const int64_t depth = sizeof(Word) / 2, steps = (weight.inputs + depth - 1) / depth;
   const Word* const masks = reinterpret_cast<const Word*>(weight.masks) + panel * steps;
-  const Word* const others = masks + (PANELS - 1) * steps;
+  const Word* const others = reinterpret_cast<const Word*>(weight.masks) + other * steps;
   const T* values = static_cast<const T*>(weight.values) + weight.offsets[panel];
-  const T* beside = static_cast<const T*>(weight.values) + weight.offsets[panel + PANELS - 1];
-  __m512 sum[PANELS][N];
-  for (int p = 0; p < PANELS; p++)
-    for (int n = 0; n < N; n++) sum[p][n] = _mm512_setzero_ps();
+  const T* beside = static_cast<const T*>(weight.values) + weight.offsets[other];
+  __m512 low[CHAINS][N], high[CHAINS][N];
+#pragma GCC unroll 2
+  for (int c = 0; c < CHAINS; c++)
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n++) low[c][n] = high[c][n] = _mm512_setzero_ps();
   x += row * stride;
   int64_t step = 0;
   for (; step + 2 <= steps; step += 2, x += 2 * depth) {
-    prefetch(values);
-    add<N>(masks[step], values, x, stride, sum[0]);
+    prefetch(values, masks + step);
+    add<N, CHAINS>(masks[step], values, x, stride, low, 0);
     if (PANELS == 2) {
-      prefetch(beside);
-      add<N>(others[step], beside, x, stride, sum[PANELS - 1]);
+      prefetch(beside, others + step);
+      add<N, CHAINS>(others[step], beside, x, stride, high, 0);
     }
-    add<N>(masks[step + 1], values, x + depth, stride, sum[0]);
-    if (PANELS == 2) add<N>(others[step + 1], beside, x + depth, stride, sum[PANELS - 1]);
+    add<N, CHAINS>(masks[step + 1], values, x + depth, stride, low, 1);
+    if (PANELS == 2) add<N, CHAINS>(others[step + 1], beside, x + depth, stride, high, 1);
   }
   if (step < steps) {
-    add<N>(masks[step], values, x, stride, sum[0]);
-    if (PANELS == 2) add<N>(others[step], beside, x, stride, sum[PANELS - 1]);
+    add<N, CHAINS>(masks[step], values, x, stride, low, 0);
+    if (PANELS == 2) add<N, CHAINS>(others[step], beside, x, stride, high, 0);
   }
+#pragma GCC unroll 2
   for (int p = 0; p < PANELS; p++) {
-    const int64_t at = (panel + p) * LANES;
+    const int64_t at = (p ? other : panel) * LANES;
     const __mmask16 lanes = first(weight.outputs - at);
     const __m512 bias = call.bias ? load(static_cast<const T*>(call.bias) + at, lanes) : _mm512_setzero_ps();
-    for (int n = 0; n < N; n++)
-      store(static_cast<T*>(call.y) + (row + n) * weight.outputs + at, lanes, _mm512_add_ps(sum[p][n], bias));
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n++) {
+      const __m512 one = p ? high[0][n] : low[0][n], more = p ? high[CHAINS - 1][n] : low[CHAINS - 1][n];
+      const __m512 sum = CHAINS == 2 ? _mm512_add_ps(one, more) : one;
+      store(static_cast<T*>(call.y) + (row + n) * weight.outputs + at, lanes, _mm512_add_ps(sum, bias));
+    }
   }
 }
 
 // Eight rows of x at a time share what is expanded; what is left goes in fours, twos and one.
 template <int PANELS, class T>
-void all_rows(const Matmul& call, const Bitmap& weight, int64_t panel, const float* x, int64_t stride) {
+void all_rows(const Matmul& call, const Bitmap& weight, int64_t panel, int64_t other, const float* x, int64_t stride) {
   int64_t row = 0;
-  for (; row + 8 <= call.rows; row += 8) rows<PANELS, 8, T>(call, weight, panel, row, x, stride);
-  if (call.rows - row >= 4) rows<PANELS, 4, T>(call, weight, panel, row, x, stride), row += 4;
-  if (call.rows - row >= 2) rows<PANELS, 2, T>(call, weight, panel, row, x, stride), row += 2;
-  if (call.rows - row >= 1) rows<PANELS, 1, T>(call, weight, panel, row, x, stride);
+  for (; row + 8 <= call.rows; row += 8) rows<PANELS, 8, T>(call, weight, panel, other, row, x, stride);
+  if (call.rows - row >= 4) rows<PANELS, 4, T>(call, weight, panel, other, row, x, stride), row += 4;
+  if (call.rows - row >= 2) rows<PANELS, 2, T>(call, weight, panel, other, row, x, stride), row += 2;
+  if (call.rows - row >= 1) rows<PANELS, 1, T>(call, weight, panel, other, row, x, stride);
 }
 
 template <class T>
 void panels(const Matmul& call, const float* x, int64_t stride, int64_t begin, int64_t end) {
   const Bitmap& weight = *static_cast<const Bitmap*>(call.weight);
-  int64_t panel = begin;
-  for (; panel + 2 <= end; panel += 2) all_rows<2, T>(call, weight, panel, x, stride);
-  if (panel < end) all_rows<1, T>(call, weight, panel, x, stride);
+  const int64_t half = (end - begin) / 2;
+  for (int64_t panel = begin; panel < begin + half; panel++)
+    all_rows<2, T>(call, weight, panel, panel + half, x, stride);
+  if (begin + 2 * half < end) all_rows<1, T>(call, weight, end - 1, end - 1, x, stride);
 }
 
 template <class T>

@@ -1,35 +1,25 @@
-// The oracle. An output is NaN where a zero of its row meets something that is not finite, as in a dense product: it is
-// when more inputs are not finite than its weights, other than zero, meet.
+// The oracle.
 #include "block.h"
-#include "numbers.h"
+#include "finite.h"
 
 namespace {
-
-inline bool finite(float value) { return (bits_of_float(value) & 0x7f800000) != 0x7f800000; }
 
 template <class T>
 void multiply(const Matmul& call, int64_t item, int64_t row) {
   const Block& weight = *static_cast<const Block*>(call.weight);
   const T* x = static_cast<const T*>(call.x) + row * weight.inputs;
-  int64_t wild = 0;
-  for (int64_t input = 0; input < weight.inputs; input++) wild += !finite(widen(x[input]));
+  const int64_t wild = ::wild(x, weight.inputs);
   for (int64_t lane = 0; lane < weight.rows; lane++) {
     const int64_t output = item * weight.rows + lane;
-    float sum = 0;
-    int64_t met = 0;
+    Sum sum;
     for (int64_t block = weight.offsets[item]; block < weight.offsets[item + 1]; block++) {
       const T* values = static_cast<const T*>(weight.values) + block * weight.columns * weight.rows;
-      for (int64_t column = 0; column < weight.columns; column++) {
-        const float w = widen(values[column * weight.rows + lane]);
-        if (w == 0) continue;
-        const float in = widen(x[weight.places[block] * weight.columns + column]);
-        sum += w * in;
-        met += !finite(in);
-      }
+      const T* in = x + weight.places[block] * weight.columns;
+      for (int64_t column = 0; column < weight.columns; column++)
+        sum.add(widen(values[column * weight.rows + lane]), widen(in[column]));
     }
-    if (met < wild) sum = float_of_bits(0x7fc00000);
     const float bias = call.bias ? widen(static_cast<const T*>(call.bias)[output]) : 0.0f;
-    narrow(sum + bias, static_cast<T*>(call.y) + row * weight.outputs + output);
+    narrow(sum.of(wild) + bias, static_cast<T*>(call.y) + row * weight.outputs + output);
   }
 }
 

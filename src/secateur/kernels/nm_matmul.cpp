@@ -1,11 +1,8 @@
-// The oracle. An output is NaN where a zero of its row meets something that is not finite, as in a dense product: it is
-// when more inputs are not finite than its weights, other than zero, meet.
+// The oracle.
+#include "finite.h"
 #include "nm.h"
-#include "numbers.h"
 
 namespace {
-
-inline bool finite(float value) { return (bits_of_float(value) & 0x7f800000) != 0x7f800000; }
 
 template <class T>
 void multiply(const Matmul& call, int64_t panel, int64_t row) {
@@ -13,26 +10,20 @@ void multiply(const Matmul& call, int64_t panel, int64_t row) {
   const int bits = weight.m <= 4 ? 2 : 4;
   const int64_t groups = weight.inputs / weight.m, slots = groups * weight.n;
   const T* x = static_cast<const T*>(call.x) + row * weight.inputs;
-  int64_t wild = 0;
-  for (int64_t input = 0; input < weight.inputs; input++) wild += !finite(widen(x[input]));
+  const int64_t wild = ::wild(x, weight.inputs);
   for (int lane = 0; lane < LANES; lane++) {
     const int64_t output = panel * LANES + lane;
     if (output >= weight.outputs) break;
-    float sum = 0;
-    int64_t met = 0;
+    Sum sum;
     for (int64_t slot = 0; slot < slots; slot++) {
       const int64_t at = panel * slots + slot;
       const uint8_t byte = weight.places[at * 2 * bits + lane * bits / 8];
       const int place = byte >> (lane * bits % 8) & ((1 << bits) - 1);
-      const float w = widen(static_cast<const T*>(weight.values)[at * LANES + lane]);
-      if (w == 0) continue;
-      const float in = widen(x[slot / weight.n * weight.m + place]);
-      sum += w * in;
-      met += !finite(in);
+      sum.add(widen(static_cast<const T*>(weight.values)[at * LANES + lane]),
+              widen(x[slot / weight.n * weight.m + place]));
     }
-    if (met < wild) sum = float_of_bits(0x7fc00000);
     const float bias = call.bias ? widen(static_cast<const T*>(call.bias)[output]) : 0.0f;
-    narrow(sum + bias, static_cast<T*>(call.y) + row * weight.outputs + output);
+    narrow(sum.of(wild) + bias, static_cast<T*>(call.y) + row * weight.outputs + output);
   }
 }
 

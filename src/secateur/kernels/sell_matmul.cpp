@@ -1,33 +1,23 @@
-// The oracle. An output is NaN where a zero of its row meets something that is not finite, as in a dense product: it is
-// when more inputs are not finite than its weights, other than zero, meet.
-#include "numbers.h"
+// The oracle.
+#include "finite.h"
 #include "sell.h"
 
 namespace {
-
-inline bool finite(float value) { return (bits_of_float(value) & 0x7f800000) != 0x7f800000; }
 
 template <class T>
 void multiply(const Matmul& call, int64_t panel, int64_t row) {
   const Sell& weight = *static_cast<const Sell*>(call.weight);
   const T* values = static_cast<const T*>(weight.values);
   const T* x = static_cast<const T*>(call.x) + row * weight.inputs;
-  int64_t wild = 0;
-  for (int64_t input = 0; input < weight.inputs; input++) wild += !finite(widen(x[input]));
+  const int64_t wild = ::wild(x, weight.inputs);
   for (int lane = 0; lane < LANES; lane++) {
     const int64_t output = panel * LANES + lane;
     if (output >= weight.outputs) break;
-    float sum = 0;
-    int64_t met = 0;
-    for (int64_t step = weight.offsets[panel]; step < weight.offsets[panel + 1]; step++) {
-      const float w = widen(values[step * LANES + lane]), in = widen(x[weight.columns[step * LANES + lane]]);
-      if (w == 0) continue;
-      sum += w * in;
-      met += !finite(in);
-    }
-    if (met < wild) sum = float_of_bits(0x7fc00000);
+    Sum sum;
+    for (int64_t step = weight.offsets[panel]; step < weight.offsets[panel + 1]; step++)
+      sum.add(widen(values[step * LANES + lane]), widen(x[weight.columns[step * LANES + lane]]));
     const float bias = call.bias ? widen(static_cast<const T*>(call.bias)[output]) : 0.0f;
-    narrow(sum + bias, static_cast<T*>(call.y) + row * weight.outputs + output);
+    narrow(sum.of(wild) + bias, static_cast<T*>(call.y) + row * weight.outputs + output);
   }
 }
 

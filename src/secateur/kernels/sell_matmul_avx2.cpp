@@ -1,7 +1,5 @@
 // A step is two gathers of eight inputs each; x, as floats, lies in the first cache.
-#include <immintrin.h>
-
-#include "numbers.h"
+#include "eight.h"
 #include "sell.h"
 
 namespace {
@@ -9,17 +7,6 @@ namespace {
 void scalar(const Matmul& call, int64_t panel, int64_t row, float) { sell_row_f32(&call, panel, row); }
 void scalar(const Matmul& call, int64_t panel, int64_t row, bf16) { sell_row_bf16(&call, panel, row); }
 void scalar(const Matmul& call, int64_t panel, int64_t row, f16) { sell_row_f16(&call, panel, row); }
-
-inline __m256 eight(const float* from) { return _mm256_loadu_ps(from); }
-
-inline __m256 eight(const bf16* from) {
-  const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
-}
-
-inline __m256 eight(const f16* from) {
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-}
 
 template <class T>
 void multiply(const Matmul& call, const Sell& weight, int64_t panel, int64_t row, const float* x) {
@@ -32,13 +19,9 @@ void multiply(const Matmul& call, const Sell& weight, int64_t panel, int64_t row
       const __m256 in = _mm256_i32gather_ps(x, _mm256_cvtepu16_epi32(narrow), 4);
       sum[half] = _mm256_fmadd_ps(eight(values + at), in, sum[half]);
     }
-  float result[LANES];
-  _mm256_storeu_ps(result, sum[0]);
-  _mm256_storeu_ps(result + 8, sum[1]);
-  const int64_t at = panel * LANES, lanes = weight.outputs - at < LANES ? weight.outputs - at : LANES;
-  T* const y = static_cast<T*>(call.y) + row * weight.outputs + at;
-  for (int64_t lane = 0; lane < lanes; lane++)
-    narrow(result[lane] + (call.bias ? widen(static_cast<const T*>(call.bias)[at + lane]) : 0.0f), y + lane);
+  const int64_t at = panel * LANES;
+  const T* const bias = call.bias ? static_cast<const T*>(call.bias) + at : nullptr;
+  store_lanes(sum[0], sum[1], bias, static_cast<T*>(call.y) + row * weight.outputs + at, weight.outputs - at);
 }
 
 template <class T>
@@ -47,12 +30,7 @@ void matmul(const void* pointer, int64_t begin, int64_t end) {
   const Sell& weight = *static_cast<const Sell*>(call.weight);
   float* const room = static_cast<float*>(scratch((weight.inputs + 15) / 16 * 64));
   for (int64_t row = 0; row < call.rows; row++) {
-    const T* const x = static_cast<const T*>(call.x) + row * weight.inputs;
-    bool wild = false;
-    for (int64_t input = 0; input < weight.inputs; input++) {
-      room[input] = widen(x[input]);
-      wild |= (bits_of_float(room[input]) & 0x7f800000) == 0x7f800000;
-    }
+    const bool wild = widen_row(static_cast<const T*>(call.x) + row * weight.inputs, weight.inputs, room);
     for (int64_t panel = begin; panel < end; panel++)
       if (wild)
         scalar(call, panel, row, T());
