@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from secateur import kernels
 from secateur.accelerate import memory_speed
-from secateur.formats import Bitmap, BitmapInt8, Format, GroupCols, KBlocked, Packed, Sell16
+from secateur.formats import Bitmap, BitmapInt8, Format, GroupCols, KBlocked, Packed, Sell8
 from secateur.outcome import about_machine, about_versions, now, write_text
 
 HERE = Path(__file__).resolve().parent
@@ -50,15 +50,15 @@ class Scenario:
     formats: tuple[Format, ...]
 
 
-SQUARE, LEVELS, BOTH = ((4096, 4096),), (0.5, 0.7, 0.8, 0.9), (Bitmap(), Sell16())
+SQUARE, LEVELS, BOTH = ((4096, 4096),), (0.5, 0.7, 0.8, 0.9), (Bitmap(), Sell8())
 SINGLE, BLOCKS = (*LEVELS, 0.95), (GroupCols(1), KBlocked(128), KBlocked(256))
 HALF = torch.bfloat16
 LAYERS = "all linear layers of SmolLM2-135M, bfloat16, one token"
 SCENARIOS = (
     Scenario("decode bf16", "4096x4096, bfloat16, 1 row", SQUARE, 1, HALF, LEVELS, (*BOTH, BitmapInt8())),
     Scenario("decode fp32", "4096x4096, float32, 1 row", SQUARE, 1, torch.float32, LEVELS, BOTH),
-    Scenario("smollm2 bf16", LAYERS, tuple(SMOLLM2), 1, HALF, (0.5, 0.7), (Bitmap(),)),
-    Scenario("batch bf16", "4096x4096, bfloat16, 16 rows", SQUARE, 16, HALF, LEVELS, (Bitmap(),)),
+    Scenario("smollm2 bf16", LAYERS, tuple(SMOLLM2), 1, HALF, (0.5, 0.7), (Bitmap(), BitmapInt8())),
+    Scenario("batch bf16", "4096x4096, bfloat16, 16 rows", SQUARE, 16, HALF, LEVELS, (Bitmap(), BitmapInt8())),
     Scenario("spmm fp32", "4096x4096, float32, 256 rows", SQUARE, 256, torch.float32, SINGLE, BLOCKS),
     Scenario("small spmm fp32", "1024x1024, float32, 128 rows", ((1024, 1024),), 128, torch.float32, SINGLE, BLOCKS),
     Scenario("prefill bf16", "4096x4096, bfloat16, 512 rows", SQUARE, 512, HALF, (0.5, 0.7, 0.9), (Bitmap(),)),

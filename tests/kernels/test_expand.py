@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from secateur import kernels
-from secateur.formats import NM, BitmapInt8, Sell16
+from secateur.formats import NM, BitmapInt8, Sell8, Sell16
 from tests.kernels.test_grid import SHAPES, SPARSITIES, case, exact, inputs, names
 
-FORMATS = [Sell16(), NM(2, 4), NM(1, 2), NM(3, 8), NM(5, 16), BitmapInt8()]
+FORMATS = [Sell16(), Sell8(), NM(2, 4), NM(1, 2), NM(3, 8), NM(5, 16), BitmapInt8()]
 
 
 def written(packed, level):

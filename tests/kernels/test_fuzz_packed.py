@@ -6,10 +6,21 @@ import torch
 from hypothesis import given, settings
 
 from secateur.errors import FormatError
-from secateur.formats import NM, Bitmap, BitmapInt8, Block, DepthTaps, GroupCols, KBlocked, Sell16, unpack
+from secateur.formats import NM, Bitmap, BitmapInt8, Block, DepthTaps, GroupCols, KBlocked, Sell8, Sell16, unpack
 from secateur.formats.conv import convolve
 
-FORMATS = [DepthTaps(), Bitmap(), Sell16(), BitmapInt8(), NM(2, 4), NM(1, 8), Block(4, 4), GroupCols(4), KBlocked()]
+FORMATS = [
+    DepthTaps(),
+    Bitmap(),
+    Sell16(),
+    Sell8(),
+    BitmapInt8(),
+    NM(2, 4),
+    NM(1, 8),
+    Block(4, 4),
+    GroupCols(4),
+    KBlocked(),
+]
 
 
 def whole(format, dtype):

@@ -8,11 +8,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from secateur.errors import FormatError
-from secateur.formats import Bitmap, Sell16
+from secateur.formats import Bitmap, Sell8, Sell16
 from secateur.formats.linear import SparseLinear
 from secateur.formats.packed import Packed
 
-FORMATS = [Bitmap(), Sell16()]
+FORMATS = [Bitmap(), Sell16(), Sell8()]
 each = pytest.mark.parametrize("format", FORMATS, ids=lambda f: f.name)
 
 

@@ -17,10 +17,10 @@ from secateur.formats.group_cols import GroupCols
 from secateur.formats.k_blocked import KBlocked
 from secateur.formats.nm import NM
 from secateur.formats.packed import Format, Packed, whole
-from secateur.formats.sell import Sell16
+from secateur.formats.sell import Sell8, Sell16
 
 FORMATS: dict[int, type[Format]] = {
-    kind.code: kind for kind in (Bitmap, Sell16, BitmapInt8, NM, Block, GroupCols, DepthTaps, KBlocked)
+    kind.code: kind for kind in (Bitmap, Sell16, BitmapInt8, NM, Block, GroupCols, DepthTaps, KBlocked, Sell8)
 }
 """Every format by the number that stands first in its header."""
 
@@ -64,6 +64,7 @@ __all__ = [
     "GroupCols",
     "KBlocked",
     "Packed",
+    "Sell8",
     "Sell16",
     "unpack",
 ]

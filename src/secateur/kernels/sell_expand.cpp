@@ -4,17 +4,29 @@
 #include "numbers.h"
 #include "sell.h"
 
-extern "C" void sell_expand_bf16_base(const void* pointer, int64_t begin, int64_t end) {
+namespace {
+
+template <class Column>
+void expand(const void* pointer, int64_t begin, int64_t end) {
   const Expand& call = *static_cast<const Expand*>(pointer);
   const Sell& weight = *static_cast<const Sell*>(call.weight);
   const bf16* values = static_cast<const bf16*>(weight.values);
+  const Column* columns = static_cast<const Column*>(weight.columns);
   for (int64_t panel = begin; panel < end; panel++) {
     const int64_t first = panel * LANES, left = weight.outputs - first, lanes = left < LANES ? left : LANES;
     bf16* dense = static_cast<bf16*>(call.dense) + first * weight.inputs;
     memset(dense, 0, size_t(lanes * weight.inputs) * sizeof(bf16));
+    int64_t input[LANES] = {};
     for (int64_t step = weight.offsets[panel]; step < weight.offsets[panel + 1]; step++)
-      for (int64_t lane = 0; lane < lanes; lane++)
-        // What fills up a lane is a zero for input 0, which must not change the weight there.
-        dense[lane * weight.inputs + weight.columns[step * LANES + lane]] |= values[step * LANES + lane];
+      for (int64_t lane = 0; lane < lanes; lane++) {
+        input[lane] = moved(input[lane], columns[step * LANES + lane]);
+        // What fills up a lane is a zero for an input that may have a weight, which must not change.
+        dense[lane * weight.inputs + input[lane]] |= values[step * LANES + lane];
+      }
   }
 }
+
+}  // namespace
+
+extern "C" void sell8_expand_bf16_base(const void* call, int64_t begin, int64_t end) { expand<uint8_t>(call, begin, end); }
+extern "C" void sell16_expand_bf16_base(const void* call, int64_t begin, int64_t end) { expand<int16_t>(call, begin, end); }

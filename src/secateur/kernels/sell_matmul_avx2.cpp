@@ -4,19 +4,37 @@
 
 namespace {
 
-void scalar(const Matmul& call, int64_t panel, int64_t row, float) { sell_row_f32(&call, panel, row); }
-void scalar(const Matmul& call, int64_t panel, int64_t row, bf16) { sell_row_bf16(&call, panel, row); }
-void scalar(const Matmul& call, int64_t panel, int64_t row, f16) { sell_row_f16(&call, panel, row); }
+// The inputs of eight lanes, step by step.
+template <class Column>
+struct Inputs;
 
-template <class T>
+template <>
+struct Inputs<int16_t> {
+  __m256i next(const int16_t* columns) {
+    return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(columns)));
+  }
+};
+
+template <>
+struct Inputs<uint8_t> {
+  __m256i at = _mm256_setzero_si256();
+
+  __m256i next(const uint8_t* distances) {
+    at = _mm256_add_epi32(at, _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(distances))));
+    return at;
+  }
+};
+
+template <class Column, class T>
 void multiply(const Matmul& call, const Sell& weight, int64_t panel, int64_t row, const float* x) {
   const T* values = static_cast<const T*>(weight.values);
+  const Column* columns = static_cast<const Column*>(weight.columns);
+  Inputs<Column> inputs[2];
   __m256 sum[2] = {};
   for (int64_t step = weight.offsets[panel]; step < weight.offsets[panel + 1]; step++)
     for (int half = 0; half < 2; half++) {
       const int64_t at = step * LANES + 8 * half;
-      const __m128i narrow = _mm_loadu_si128(reinterpret_cast<const __m128i*>(weight.columns + at));
-      const __m256 in = _mm256_i32gather_ps(x, _mm256_cvtepu16_epi32(narrow), 4);
+      const __m256 in = _mm256_i32gather_ps(x, inputs[half].next(columns + at), 4);
       sum[half] = _mm256_fmadd_ps(eight(values + at), in, sum[half]);
     }
   const int64_t at = panel * LANES;
@@ -24,7 +42,7 @@ void multiply(const Matmul& call, const Sell& weight, int64_t panel, int64_t row
   store_lanes(sum[0], sum[1], bias, static_cast<T*>(call.y) + row * weight.outputs + at, weight.outputs - at);
 }
 
-template <class T>
+template <class Column, class T, void (*row_of)(const Matmul*, int64_t, int64_t)>
 void matmul(const void* pointer, int64_t begin, int64_t end) {
   const Matmul& call = *static_cast<const Matmul*>(pointer);
   const Sell& weight = *static_cast<const Sell*>(call.weight);
@@ -33,16 +51,21 @@ void matmul(const void* pointer, int64_t begin, int64_t end) {
     const bool wild = widen_row(static_cast<const T*>(call.x) + row * weight.inputs, weight.inputs, room);
     for (int64_t panel = begin; panel < end; panel++)
       if (wild)
-        scalar(call, panel, row, T());
+        row_of(&call, panel, row);
       else
-        multiply<T>(call, weight, panel, row, room);
+        multiply<Column, T>(call, weight, panel, row, room);
   }
 }
 
 }  // namespace
 
-extern "C" void sell_matmul_f32_avx2(const void* call, int64_t begin, int64_t end) { matmul<float>(call, begin, end); }
-
-extern "C" void sell_matmul_bf16_avx2(const void* call, int64_t begin, int64_t end) { matmul<bf16>(call, begin, end); }
-
-extern "C" void sell_matmul_f16_avx2(const void* call, int64_t begin, int64_t end) { matmul<f16>(call, begin, end); }
+#define SELL(bits, Column, name, T)                                                                    \
+  extern "C" void sell##bits##_matmul_##name##_avx2(const void* call, int64_t begin, int64_t end) { \
+    matmul<Column, T, sell##bits##_row_##name>(call, begin, end);                                      \
+  }
+SELL(8, uint8_t, f32, float)
+SELL(8, uint8_t, bf16, bf16)
+SELL(8, uint8_t, f16, f16)
+SELL(16, int16_t, f32, float)
+SELL(16, int16_t, bf16, bf16)
+SELL(16, int16_t, f16, f16)

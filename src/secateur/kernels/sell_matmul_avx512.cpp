@@ -4,44 +4,83 @@
 
 namespace {
 
-enum { AHEAD = 2048 };  // bytes of values
+enum { AHEAD = 2048 };  // bytes
 
-void scalar(const Matmul& call, int64_t panel, int64_t row, float) { sell_row_f32(&call, panel, row); }
-void scalar(const Matmul& call, int64_t panel, int64_t row, bf16) { sell_row_bf16(&call, panel, row); }
-void scalar(const Matmul& call, int64_t panel, int64_t row, f16) { sell_row_f16(&call, panel, row); }
+// The inputs of the lanes, step by step.
+template <class Column>
+struct Inputs;
 
-inline __m512 gathered(const int16_t* columns, const float* x) {
-  const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(columns));
-  return _mm512_i32gather_ps(_mm512_cvtepu16_epi32(narrow), x, 4);
-}
-
-template <class T>
-void multiply(const Matmul& call, const Sell& weight, int64_t panel, int64_t row, const float* x) {
-  const int64_t begin = weight.offsets[panel], end = weight.offsets[panel + 1];
-  const T* values = static_cast<const T*>(weight.values) + begin * LANES;
-  const int16_t* columns = weight.columns + begin * LANES;
-  __m512 sum[4] = {};  // four chains: a gather is slow, and they are independent
-  int64_t left = end - begin;
-  for (; left >= 4; left -= 4) {
-    for (int i = 0; i < 4; i++) {
-      _mm_prefetch(reinterpret_cast<const char*>(values + i * LANES) + AHEAD, _MM_HINT_T0);
-      if (i % 2) _mm_prefetch(reinterpret_cast<const char*>(columns + i * LANES) + AHEAD, _MM_HINT_T0);
-      sum[i] = _mm512_fmadd_ps(load(values + i * LANES, 0xffff), gathered(columns + i * LANES, x), sum[i]);
-    }
-    values += 4 * LANES;
-    columns += 4 * LANES;
+template <>
+struct Inputs<int16_t> {
+  __m512i next(const int16_t* columns) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(columns)));
   }
-  for (; left; left--, values += LANES, columns += LANES)
-    sum[0] = _mm512_fmadd_ps(load(values, 0xffff), gathered(columns, x), sum[0]);
-  const int64_t at = panel * LANES;
-  const __mmask16 lanes = first(weight.outputs - at);
-  const __m512 bias = call.bias ? load(static_cast<const T*>(call.bias) + at, lanes) : _mm512_setzero_ps();
-  const __m512 all = _mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3]));
-  store(static_cast<T*>(call.y) + row * weight.outputs + at, lanes, _mm512_add_ps(all, bias));
+};
+
+template <>
+struct Inputs<uint8_t> {
+  __m512i at = _mm512_setzero_si512();
+
+  __m512i next(const uint8_t* distances) {
+    at = _mm512_add_epi32(at, _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(distances))));
+    return at;
+  }
+};
+
+// A panel as it is read. Two sums in turn: a gather is slow, and they are independent.
+template <class Column, class T>
+struct Panel {
+  const T* values;
+  const Column* columns;
+  int64_t left;  // steps
+  Inputs<Column> inputs;
+  __m512 even = _mm512_setzero_ps(), odd = even;
+
+  Panel(const Sell& weight, int64_t panel) {
+    const int64_t begin = weight.offsets[panel];
+    values = static_cast<const T*>(weight.values) + begin * LANES;
+    columns = static_cast<const Column*>(weight.columns) + begin * LANES;
+    left = weight.offsets[panel + 1] - begin;
+  }
+
+  void step(const float* x, __m512& sum) {
+    _mm_prefetch(reinterpret_cast<const char*>(values) + AHEAD, _MM_HINT_T0);
+    sum = _mm512_fmadd_ps(load(values, 0xffff), _mm512_i32gather_ps(inputs.next(columns), x, 4), sum);
+    values += LANES;
+    columns += LANES;
+    left--;
+  }
+
+  void two_steps(const float* x) {
+    _mm_prefetch(reinterpret_cast<const char*>(columns) + AHEAD, _MM_HINT_T0);
+    step(x, even);
+    step(x, odd);
+  }
+
+  void finish(const Matmul& call, const Sell& weight, int64_t panel, int64_t row, const float* x) {
+    while (left >= 2) two_steps(x);
+    if (left) step(x, even);
+    const int64_t at = panel * LANES;
+    const __mmask16 lanes = first(weight.outputs - at);
+    const __m512 bias = call.bias ? load(static_cast<const T*>(call.bias) + at, lanes) : _mm512_setzero_ps();
+    store(static_cast<T*>(call.y) + row * weight.outputs + at, lanes, _mm512_add_ps(_mm512_add_ps(even, odd), bias));
+  }
+};
+
+// Two panels at once: memory gives more to two streams than to one.
+template <class Column, class T>
+void multiply(const Matmul& call, const Sell& weight, int64_t panel, int64_t other, int64_t row, const float* x) {
+  Panel<Column, T> one(weight, panel), two(weight, other);
+  while (one.left >= 2 && two.left >= 2) {
+    one.two_steps(x);
+    two.two_steps(x);
+  }
+  one.finish(call, weight, panel, row, x);
+  two.finish(call, weight, other, row, x);
 }
 
 // One row of x at a time, over all panels: it stays in the first cache, and the weights of a chunk in the second.
-template <class T>
+template <class Column, class T, void (*row_of)(const Matmul*, int64_t, int64_t)>
 void matmul(const void* pointer, int64_t begin, int64_t end) {
   const Matmul& call = *static_cast<const Matmul*>(pointer);
   const Sell& weight = *static_cast<const Sell*>(call.weight);
@@ -55,24 +94,26 @@ void matmul(const void* pointer, int64_t begin, int64_t end) {
       wild |= _mm512_cmpeq_epi32_mask(exponent, _mm512_set1_epi32(0x7f800000));
       _mm512_store_ps(room + input, some);
     }
-    for (int64_t panel = begin; panel < end; panel++)
-      if (wild)
-        scalar(call, panel, row, T());
-      else
-        multiply<T>(call, weight, panel, row, room);
+    if (wild) {
+      for (int64_t panel = begin; panel < end; panel++) row_of(&call, panel, row);
+      continue;
+    }
+    const int64_t half = (end - begin) / 2;
+    for (int64_t panel = begin; panel < begin + half; panel++)
+      multiply<Column, T>(call, weight, panel, panel + half, row, room);
+    if (begin + 2 * half < end) Panel<Column, T>(weight, end - 1).finish(call, weight, end - 1, row, room);
   }
 }
 
 }  // namespace
 
-extern "C" void sell_matmul_f32_avx512(const void* call, int64_t begin, int64_t end) {
-  matmul<float>(call, begin, end);
-}
-
-extern "C" void sell_matmul_bf16_avx512(const void* call, int64_t begin, int64_t end) {
-  matmul<bf16>(call, begin, end);
-}
-
-extern "C" void sell_matmul_f16_avx512(const void* call, int64_t begin, int64_t end) {
-  matmul<f16>(call, begin, end);
-}
+#define SELL(bits, Column, name, T)                                                                    \
+  extern "C" void sell##bits##_matmul_##name##_avx512(const void* call, int64_t begin, int64_t end) { \
+    matmul<Column, T, sell##bits##_row_##name>(call, begin, end);                                      \
+  }
+SELL(8, uint8_t, f32, float)
+SELL(8, uint8_t, bf16, bf16)
+SELL(8, uint8_t, f16, f16)
+SELL(16, int16_t, f32, float)
+SELL(16, int16_t, bf16, bf16)
+SELL(16, int16_t, f16, f16)
