@@ -177,6 +177,49 @@ def _sampled(node: fx.Node) -> tuple[fx.Node, int, tuple[int, int]]:
     return before, step, (sides[4], sides[5])
 
 
+def _ending(model: nn.Module, value: fx.Node) -> tuple[list[fx.Node], nn.Linear] | None:
+    """The nodes by which a network ends, and its last layer: means of channels, flattened, and a linear layer."""
+    pool = _only_user(value)
+    if pool is None or not pool.args or pool.args[0] is not value:
+        return None
+    nodes, what = [pool], _what(model, pool)
+    if what in (torch.mean, "mean"):
+        named = dict(zip(("dim", "keepdim"), pool.args[1:], strict=False)) | pool.kwargs
+        over = named.get("dim")
+        if (
+            not isinstance(over, (tuple, list))
+            or {n % 4 for n in over} != {2, 3}
+            or not named.keys() <= {"dim", "keepdim"}
+        ):
+            return None
+        kept = bool(named.get("keepdim", False))
+    elif what is nn.AdaptiveAvgPool2d:
+        kept = model.get_submodule(str(pool.target)).output_size in (1, (1, 1))
+    else:
+        kept = what is F.adaptive_avg_pool2d and pool.args[1:] in ((1,), ((1, 1),)) and not pool.kwargs
+    if what not in (torch.mean, "mean") and not kept:
+        return None
+    flat = _only_user(pool)
+    if kept:
+        if flat is None or not _flattens(model, flat):
+            return None
+        nodes.append(flat)
+        flat = _only_user(flat)
+    if flat is None or _what(model, flat) is not nn.Linear or len(flat.args) != 1 or flat.kwargs:
+        return None
+    head = model.get_submodule(str(flat.target))
+    assert isinstance(head, nn.Linear)
+    return [*nodes, flat], head
+
+
+def _flattens(model: nn.Module, node: fx.Node) -> bool:
+    """Whether a node makes one axis of all but the first."""
+    if _what(model, node) is nn.Flatten:
+        module: Any = model.get_submodule(str(node.target))
+        return bool((module.start_dim, module.end_dim) == (1, -1))
+    return _what(model, node) in (torch.flatten, "flatten") and node.args[1:] in ((1,), (1, -1)) and not node.kwargs
+
+
 def _what(model: nn.Module, node: fx.Node) -> Any:
     return type(model.get_submodule(str(node.target))) if node.op == "call_module" else node.target
 
@@ -225,7 +268,9 @@ def _put(model: nn.Module, graph: fx.Graph, chain: _Chain, name: str, now: dict[
         )
         for link in chain.links
     ]
-    made = ConvChain(layers, links, len(inputs), [number[node] for node in given])  # type: ignore[arg-type]
+    end = _ending(model, chain.links[-1].last)
+    head = None if end is None else end[1]
+    made = ConvChain(layers, links, len(inputs), [number[node] for node in given], head)  # type: ignore[arg-type]
     with graph.inserting_after(chain.links[-1].last):
         call = graph.call_module(name, tuple(inputs))
     at = call
@@ -234,6 +279,11 @@ def _put(model: nn.Module, graph: fx.Graph, chain: _Chain, name: str, now: dict[
         if len(given) > 1:
             with graph.inserting_after(at):
                 value = at = graph.call_function(operator.getitem, (call, i))
+        if end is not None and node is chain.links[-1].last:
+            end[0][-1].replace_all_uses_with(value)
+            for each in reversed(end[0]):
+                graph.erase_node(each)
+            continue
         now[node] = value
         node.replace_all_uses_with(value, delete_user_cb=lambda user: user not in mine)
     for node in reversed([n for link in chain.links for n in _nodes(link)]):

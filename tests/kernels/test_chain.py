@@ -74,6 +74,72 @@ def test_every_variant_adds_and_holds(size, rows):
                 torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("rows", [1, 4, 8])
+@pytest.mark.parametrize("size", [(40, 45), (33, 30), (8, 8), (6, 7), (3, 3), (1, 40), (70, 3)])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"size": 3, "padding": 1},
+        {"size": 5, "padding": 2},
+        {"size": 3, "padding": 2, "dilation": 2},
+        {"size": (3, 1), "padding": (1, 0)},
+        {"size": 3, "padding": 0},
+        {"size": 4, "padding": 2},
+    ],
+    ids=str,
+)
+def test_values_with_zeros_around_them(settings, size, rows):
+    """Several calls with other pictures, each of more pieces than one: what is between rows must stay zero."""
+    if "(3" not in str(settings) and min(size) < 5:
+        size = (max(5, size[0]), max(5, size[1]))
+    layers = [
+        conv(3, 9, seed=1, **settings),
+        conv(9, 13, seed=2, **settings),
+        conv(13, 13, padding=1, seed=3),
+        conv(13, 7, padding=1, stride=2, seed=4),
+        conv(7, 7, padding=1, seed=5),
+    ]
+    links = [
+        Link(0, between=RELU),
+        Link(1, between=(-50.0, 300.0)),
+        Link(2, 2, between=RELU),
+        Link(3),
+        Link(4, 4, between=RELU),
+    ]
+    packed = [SparseConv2d.of(layer, GroupCols(rows)) for layer in layers]
+    for level in kernels.levels()[:3]:
+        for threads in (1, 3):
+            before = torch.get_num_threads()
+            torch.set_num_threads(threads)
+            try:
+                with kernels.forced(level):
+                    chain = ConvChain(packed, links, 1, [5])
+                    for seed in (1, 2):
+                        x = pictures(3, *size, seed=seed)
+                        assert torch.equal(chain(x), reference(layers, links, [5], x)[0]), (level, threads)
+            finally:
+                torch.set_num_threads(before)
+
+
+def test_what_reads_without_gaps_gets_none():
+    layers = [
+        conv(3, 8, padding=1),
+        conv(8, 8, padding=1, seed=1),
+        conv(8, 8, 1, seed=2),
+        conv(8, 8, padding=1, groups=8, seed=3),
+        conv(8, 8, padding=1, seed=4),
+    ]
+    links = [Link(0), Link(1), Link(2, 1, between=RELU), Link(2, 2), Link(4, 3)]
+    formats = [GroupCols(2), GroupCols(2), GroupCols(2), DepthTaps(), GroupCols(2)]
+    packed = [SparseConv2d.of(layer, format) for layer, format in zip(layers, formats, strict=True)]
+    x = pictures(3, 9, 11)
+    for level in kernels.levels()[:3]:
+        with kernels.forced(level):
+            chain = ConvChain(packed, links, 1, [3, 5])
+            for found, want in zip(chain(x), reference(layers, links, [3, 5], x), strict=True):
+                assert torch.equal(found, want), level
+
+
 def test_depthwise_layers_are_links_too():
     layers = [conv(20, 20, padding=1, groups=20), conv(20, 20, padding=1, groups=20, stride=2, seed=1)]
     links = [Link(0, 0, between=RELU), Link(1, 1, 2)]
@@ -218,12 +284,95 @@ def test_a_residual_network_is_one_chain():
     want = model(x)
     found = chained(packed_(copy.deepcopy(model)))
     called = [node.target for node in found.graph.nodes if node.op == "call_module"]
-    assert called == ["chain_0", "linear"]
+    assert called == ["chain_0"]
+    assert found.get_submodule("chain_0").head is not None
     links = found.get_submodule("chain_0").links
     assert len(links) == 19 and sum(link.more is not None for link in links) == 9
     assert [(link.step, link.around) for link in links if link.step > 1] == [(2, (8, 8)), (2, (16, 16))]
     torch.testing.assert_close(found(x), want, rtol=1e-4, atol=1e-4)
     assert not found.training
+
+
+class Ends(nn.Module):
+    """Two convolutions and an end."""
+
+    def __init__(self, pool, features=9):
+        super().__init__()
+        self.one, self.two, self.pool = conv(3, 5, padding=1), conv(5, 9, padding=1, seed=1), pool
+        self.head = nn.Linear(features, 4)
+
+    def forward(self, x):
+        return self.head(self.pool(F.relu(self.two(F.relu(self.one(x))))))
+
+
+HEADS = {
+    "mean": lambda y: y.mean((2, 3)),
+    "mean of named axes": lambda y: torch.mean(y, dim=[-1, -2]),
+    "kept axes": lambda y: y.mean((2, 3), keepdim=True).flatten(1),
+    "pooled": lambda y: torch.flatten(F.adaptive_avg_pool2d(y, 1), 1),
+    "modules": nn.Sequential(nn.AdaptiveAvgPool2d((1, 1)), nn.Flatten()),
+}
+
+
+@pytest.mark.parametrize("size", [(7, 5), (8, 32), (1, 1), (6, 17)])
+@pytest.mark.parametrize("pool", HEADS.values(), ids=HEADS)
+def test_a_network_that_ends_in_means_and_a_linear_layer_is_one_call(pool, size):
+    model = Ends(pool).eval().requires_grad_(False)
+    x = pictures(3, *size, count=3)
+    want = copy.deepcopy(model).double()(x.double()).float()
+    found = chained(packed_(copy.deepcopy(model)))
+    assert [n.op for n in found.graph.nodes] == ["placeholder", "call_module", "output"]
+    for level in kernels.levels()[:3]:
+        with kernels.forced(level):
+            for _ in range(2):
+                torch.testing.assert_close(found(x), want)
+    strange = x.clone()
+    strange[1, 0, 0, 0] = float("inf")
+    torch.testing.assert_close(found(strange), model(strange), equal_nan=True)
+    assert found(x[:0]).shape == (0, 4)
+
+
+OTHERS = {
+    "one axis": (lambda y: y.mean(2), 6),
+    "axes without a flattening": (lambda y: y.mean((2, 3), keepdim=True), 1),
+    "other axes": (lambda y: y.mean((1, 2)), 6),
+    "larger pools": (lambda y: F.adaptive_avg_pool2d(y, 2).flatten(1), 36),
+    "flattened from the start": (lambda y: F.adaptive_avg_pool2d(y, 1).flatten(0).view(-1, 9), 9),
+    "a maximum": (lambda y: y.amax((2, 3)), 9),
+    "another reader": (lambda y: y.mean((2, 3)) + y.sum((2, 3)), 9),
+}
+
+
+@pytest.mark.parametrize(("pool", "features"), OTHERS.values(), ids=OTHERS)
+def test_other_ends_are_torchs(pool, features):
+    model = Ends(pool, features).eval().requires_grad_(False)
+    x = pictures(3, 6, 6)
+    found = chained(packed_(copy.deepcopy(model)))
+    assert found.get_submodule("chain_0").head is None
+    torch.testing.assert_close(found(x), model(x))
+
+
+def test_a_head_is_watched_and_learns():
+    model = Ends(HEADS["mean"]).eval()
+    x = pictures(3, 6, 6)
+    found = chained(packed_(copy.deepcopy(model)))
+    head = found.get_submodule("chain_0").head
+    with torch.no_grad():
+        torch.testing.assert_close(found(x), model(x))
+        head.weight.mul_(2)
+        model.head.weight.mul_(2)
+        torch.testing.assert_close(found(x), model(x))
+        head.bias = nn.Parameter(torch.ones(4))
+        model.head.bias = nn.Parameter(torch.ones(4))
+        torch.testing.assert_close(found(x), model(x))
+    found(x).sum().backward()
+    model(x).sum().backward()
+    torch.testing.assert_close(head.weight.grad, model.head.weight.grad)
+    x.requires_grad_()
+    found(x).sum().backward()
+    kept, x.grad = x.grad, None
+    model(x).sum().backward()
+    torch.testing.assert_close(kept, x.grad)
 
 
 class Between(nn.Module):

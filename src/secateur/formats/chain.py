@@ -6,7 +6,7 @@ layers is spent once for all of them here.
 
 import ctypes
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,13 @@ from torch.nn import functional as F
 
 from secateur import kernels
 from secateur.formats.conv import ANY, Call, Form, SparseConv2d, arranged
+from secateur.formats.group_cols import GroupCols
+from secateur.formats.packed import Packed
 
 RELU = (0.0, math.inf)
+MEAN_LINEAR = "mean_linear_f32"
+BEYOND = 512
+"""Floats behind a value that kernels may read, whole tiles at a time."""
 SHAPES = 16
 """Of inputs a chain keeps memory for; with more it begins anew."""
 
@@ -36,13 +41,21 @@ class Link:
 class ConvChain(nn.Module):
     """Layers of packed convolutions, each with what it reads, and what is added to it: for inference, on the CPU.
 
-    A gradient flows to the inputs, as it does in each layer by itself.
+    With a head, a dense linear layer, its product with the means of the channels of the last value that would be given
+    back is given in its place. A gradient flows to the inputs and the head, as it does in each layer by itself.
     """
 
-    def __init__(self, layers: Sequence[SparseConv2d], links: Sequence[Link], inputs: int, outputs: Sequence[int]):
-        """A layer for every link; so many inputs; and the values that are given back."""
+    def __init__(
+        self,
+        layers: Sequence[SparseConv2d],
+        links: Sequence[Link],
+        inputs: int,
+        outputs: Sequence[int],
+        head: nn.Linear | None = None,
+    ) -> None:
+        """A layer for every link; so many inputs; the values that are given back; and the head."""
         super().__init__()
-        self.layers = nn.ModuleList(layers)
+        self.layers, self.head = nn.ModuleList(layers), head
         self.links, self.inputs, self.outputs = tuple(links), inputs, tuple(outputs)
         # By shapes of inputs, those not in use: a call takes one out, so that threads do not share what it writes to.
         self._plans: dict[tuple[Any, ...], list[_Plan]] = {}
@@ -58,6 +71,8 @@ class ConvChain(nn.Module):
         else:
             found = plan.run(inputs)
             self._keep(plan)
+            if self.head is not None and plan.head is None:
+                found = self._headed(list(found))
         return found if len(found) > 1 else found[0]
 
     def extra_repr(self) -> str:
@@ -77,15 +92,20 @@ class ConvChain(nn.Module):
             if link.between != ANY:  # with the gradients of ReLU and ReLU6 where a bound is met, which are not clamp's
                 y = F.relu(y) if link.between == RELU else F.hardtanh(y, *link.between)
             values.append(y)
-        return tuple(values[i] for i in self.outputs)
+        return self._headed([values[i] for i in self.outputs])
+
+    def _headed(self, found: list[Tensor]) -> tuple[Tensor, ...]:
+        return tuple(found) if self.head is None else (*found[:-1], self.head(found[-1].mean((2, 3))))
 
     def _plan(self, inputs: Sequence[Tensor]) -> "_Plan | None":
         """What runs these inputs in one call, or None where a layer has to be asked by itself."""
-        if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        learns = torch.is_grad_enabled()
+        if learns and any(x.requires_grad for x in inputs):
             return None
         if not all(map(_fits, inputs)):
             return None
-        key = (torch.get_num_threads(), *(x.shape for x in inputs))
+        head = self.head is not None and not (learns and any(p.requires_grad for p in self.head.parameters()))
+        key = (torch.get_num_threads(), head, *(x.shape for x in inputs))
         plan = self._kept(key) or _Plan(self, key, inputs)
         if plan.possible:
             return plan
@@ -118,56 +138,79 @@ class _Plan:
 
     def __init__(self, chain: ConvChain, key: tuple[Any, ...], inputs: Sequence[Tensor]) -> None:
         self.key = key
+        threads, self.head = key[0], chain.head if key[1] else None
         layers: list[SparseConv2d] = list(chain.layers)  # type: ignore[arg-type]
         held = [layer.packed for layer in layers]
         for packed in held:
             packed.unchanged()
-        self._watched = [
+        self._watched: list[tuple[Mapping[str, Tensor | None], str, Tensor, int | None]] = [
             (layer._buffers, name, tensor, None if tensor.is_inference() else tensor._version)
             for layer, packed in zip(layers, held, strict=True)
             for name, tensor in packed.tensors.items()
         ]
         names = [packed.format.convolves for packed in held if isinstance(packed.format, Form)]
-        self._kernels = {name: kernels.find(name) for name in names}
+        self._kernels = {name: kernels.find(name) for name in (*names, *([] if self.head is None else [MEAN_LINEAR]))}
         self.possible = all(kernel is not None for kernel in self._kernels.values())
         if not self.possible:
             return
         last = {i: n for n, link in enumerate(chain.links) for i in (link.source, link.more) if i is not None}
-        free: list[Tensor] = []
+        outputs = chain.outputs if self.head is None else chain.outputs[:-1]  # of convolutions
+        around = _around(chain, held, outputs)
+        free: list[tuple[int, Tensor]] = []
         values = list(inputs)
         places: list[list[int]] = [
             [] for _ in range(len(inputs) + len(layers))
         ]  # of each value: where its pointer goes
-        steps: list[tuple[kernels.Kernel, Call, int]] = []
+        steps: list[tuple[kernels.Kernel, Call | Ending, int]] = []
         for n, (layer, link, packed, name) in enumerate(zip(layers, chain.links, held, names, strict=True)):
             slides = layer.stride, layer.padding, layer.dilation
-            call, shape = arranged(packed, values[link.source], *slides, key[0])
+            call, shape = arranged(packed, values[link.source], *slides, threads)
             call.weight = ctypes.addressof(packed.prepared.weight)
             call.low, call.high = _both(layer.between, link.between)
+            if around[link.source]:
+                call.x_row, call.x_plane = _apart(values[link.source])
+                call.x_around = around[link.source]
             places[link.source].append(_at(call, "x"))
             places[len(values)].append(_at(call, "y"))
             if link.more is not None:
                 places[link.more].append(_at(call, "more"))
             # Not where nothing is made, where what is added is of another shape, or where bounds are met twice.
             sums = link.more is None or (_adds(call, link, values[link.more], shape) and layer.between == ANY)
+            if link.more is not None and around[link.more]:
+                call.more_row, call.more_plane = _apart(values[link.more])
             self.possible = bool(math.prod(shape)) and sums and call.low <= call.high
             if not self.possible:
                 return
             kernel = self._kernels[name]
             assert kernel is not None, "asked above"
             steps.append((kernel, call, shape[0] * call.chunks * call.parts))
-            given = len(values) in chain.outputs
-            again = next((i for i, t in enumerate(free) if t.shape == shape and not given), None)
-            values.append(torch.empty(shape) if again is None else free.pop(again))
-            mine = {i for i in (link.source, link.more) if i is not None and i >= len(inputs)} - set(chain.outputs)
-            free += [values[i] for i in mine if last[i] == n]
+            given, wanted = len(values) in outputs, (around[len(values)], shape)
+            again = next((i for i, (zeros, t) in enumerate(free) if (zeros, t.shape) == wanted and not given), None)
+            values.append(_room(*wanted) if again is None else free.pop(again)[1])
+            if wanted[0]:
+                call.y_row, call.y_plane = _apart(values[-1])
+            mine = {i for i in (link.source, link.more) if i is not None and i >= len(inputs)} - {*chain.outputs}
+            free += [(around[i], values[i]) for i in mine if last[i] == n]
         for place, value in zip(places[len(inputs) :], values[len(inputs) :], strict=True):
             for at in place:
                 ctypes.c_void_p.from_address(at).value = value.data_ptr()
-        between = [v for i, v in enumerate(values) if i >= len(inputs) and i not in chain.outputs]
+        between = [v for i, v in enumerate(values) if i >= len(inputs) and i not in outputs]
+        self._shapes = [tuple(values[i].shape) for i in outputs]
+        anew = [*places[: len(inputs)], *(places[i] for i in outputs)]
+        if self.head is not None:
+            ending, kernel = _ending(self.head, values[chain.outputs[-1]]), self._kernels[MEAN_LINEAR]
+            assert kernel is not None, "asked above"
+            self.possible = ending is not None
+            if ending is None:
+                return
+            steps.append((kernel, ending, ending.pictures))
+            self._shapes.append((ending.pictures, ending.outputs))
+            anew.append([_at(ending, "y")])
+            self._watched += [
+                (self.head._parameters, name, p, None if p.is_inference() else p._version)
+                for name, p in self.head.named_parameters()
+            ]
         self._held = [call for _, call, _ in steps], between  # what pointers point to
-        self._shapes = [tuple(values[i].shape) for i in chain.outputs]
-        anew = [*places[: len(inputs)], *(places[i] for i in chain.outputs)]
         self._steps = kernels.Steps(steps, [(at, which) for which, each in enumerate(anew) for at in each])
 
     def holds(self) -> bool:
@@ -184,9 +227,73 @@ class _Plan:
         return found
 
 
-def _at(call: Call, field: str) -> int:
+class Ending(ctypes.Structure):
+    """`MeanLinear` of kernels/mean_linear.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "y", "weight", "bias")),
+        *((name, ctypes.c_int64) for name in ("pictures", "channels", "height", "width", "row", "plane", "outputs")),
+    )
+
+
+def _ending(head: nn.Linear, value: Tensor) -> Ending | None:
+    """What computes the head of a chain from a value, or None where torch has to."""
+    weight, bias, (pictures, channels, high, wide) = head.weight, head.bias, value.shape
+    plain = all(p.dtype is torch.float32 and p.is_cpu and p.is_contiguous() for p in head.parameters())
+    if not plain or weight.shape[1] != channels or not value.numel():
+        return None
+    row, plane = (wide, high * wide) if value.is_contiguous() else _apart(value)
+    pointers = value.data_ptr(), None, weight.data_ptr(), None if bias is None else bias.data_ptr()
+    return Ending(*pointers, pictures, channels, high, wide, row, plane, weight.shape[0])
+
+
+def _around(chain: ConvChain, held: Sequence[Packed], outputs: Sequence[int]) -> list[int]:
+    """How many rows and columns of zeros to keep around each value, so that it is read where it lies: 0 for none.
+
+    Only where the kernel of its layer knows of them, and all that convolve it do.
+    """
+    layers: list[SparseConv2d] = list(chain.layers)  # type: ignore[arg-type]
+    alone = [
+        isinstance(p.format, GroupCols) and (p.format.taps, c.stride, c.padding) == (1, (1, 1), (0, 0))
+        for p, c in zip(held, layers, strict=True)
+    ]  # convolutions of pixels, which take them without gaps
+    wanted = []
+    for packed, layer in zip(held, layers, strict=True):
+        form = packed.format
+        same = isinstance(form, GroupCols) and layer.stride == (1, 1) and form.high == form.wide
+        reach = form.high - 1 if isinstance(form, GroupCols) else 0
+        pad = layer.padding[0]
+        fits = same and layer.padding == (pad, pad) and all(2 * pad == reach * apart for apart in layer.dilation)
+        wanted.append(pad if fits else 0)
+    found = [0] * (chain.inputs + len(layers))
+    for n, packed in enumerate(held):
+        value = chain.inputs + n
+        readers = [i for i, link in enumerate(chain.links) if link.source == value]
+        knows = isinstance(packed.format, GroupCols) and not any(alone[i] for i in (n, *readers))
+        if knows and value not in outputs:
+            found[value] = max((wanted[i] for i in readers), default=0) or wanted[n]
+    return found
+
+
+def _room(around: int, shape: tuple[int, ...]) -> Tensor:
+    """Memory for a value: rows, and channels, with zeros between them."""
+    if not around:
+        return torch.empty(shape)
+    pictures, channels, high, wide = shape
+    row = wide + around  # the zeros behind a row are those before the next
+    plane = row * (high + 2 * around)
+    room = torch.zeros(pictures * channels * plane + BEYOND + 4 * around * row)
+    return room.as_strided(shape, (channels * plane, plane, row, 1), around * row + around)
+
+
+def _apart(value: Tensor) -> tuple[int, int]:
+    """Floats from one row of a value to the next, and from one channel."""
+    return value.stride(2), value.stride(1)
+
+
+def _at(call: Call | Ending, field: str) -> int:
     """The address of a pointer in a struct."""
-    return ctypes.addressof(call) + int(getattr(Call, field).offset)
+    return ctypes.addressof(call) + int(getattr(type(call), field).offset)
 
 
 def _adds(call: Call, link: Link, more: Tensor, shape: tuple[int, ...]) -> bool:
@@ -194,6 +301,7 @@ def _adds(call: Call, link: Link, more: Tensor, shape: tuple[int, ...]) -> bool:
     if link.step == 1 and link.around == (0, 0):
         return tuple(more.shape) == shape
     pictures, channels, high, wide = more.shape
+    call.more_row, call.more_plane = wide, high * wide
     call.more_step, call.more_first = link.step, link.around[0]
     call.more_channels, call.more_height, call.more_width = channels, high, wide
     sampled = (pictures, channels + sum(link.around), -(-high // link.step), -(-wide // link.step))

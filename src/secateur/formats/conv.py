@@ -37,6 +37,8 @@ class Call(ctypes.Structure):
         ("high", ctypes.c_float),
         ("more", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("more_step", "more_first", "more_channels", "more_height", "more_width")),
+        *((name, ctypes.c_int64) for name in ("x_row", "x_plane", "y_row", "y_plane", "more_row", "more_plane")),
+        ("x_around", ctypes.c_int64),
     )
 
 
@@ -108,7 +110,10 @@ def _cut(
     chunks = max(1, -(-high // chunk))
     chunk = -(-high // chunks)  # as even as can be
     sizes = (*size, *out, form.high, form.wide, *stride, *padding, *dilation, chunk, chunks, parts)
-    return Call(None, None, None, *sizes), (size[0], weight[0], *out)
+    call = Call(None, None, None, *sizes)
+    call.x_row, call.x_plane = size[3], size[2] * size[3]
+    call.y_row, call.y_plane = call.more_row, call.more_plane = out[1], out[0] * out[1]
+    return call, (size[0], weight[0], *out)
 
 
 def out_size(form: Form, size: Sequence[int], stride: Pair, padding: Pair, dilation: Pair) -> Pair:

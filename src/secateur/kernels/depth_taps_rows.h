@@ -98,17 +98,17 @@ inline Kept kept_of(const Convolution& call, const int64_t* places, int64_t chan
 // One item. Returns whether all it saw is finite.
 inline bool slide_item(const Convolution& call, const ConvolutionItem& item, const Layout& layout,
                        const int64_t* places) {
-  const int64_t count = item.end - item.begin, beyond = layout.reach + 2 * LANES, first = item.picture * call.channels;
+  const int64_t count = item.end - item.begin, beyond = layout.reach + 2 * LANES;
   float* const planes = static_cast<float*>(scratch((count * layout.channel + beyond + LANES) * sizeof(float)));
   float* to = planes;
   Vector wild = {};
   for (int64_t channel = item.begin; channel < item.end; channel++)
-    to = lay_out(call, layout, call.x + (first + channel) * call.height * call.width, to, wild);
+    to = lay_out(call, layout, x_of(&call, item.picture, channel), to, wild);
   clear_over(to, beyond);
   if (!finite(wild)) return false;
   for (int64_t i = 0; i < count; i++) {
     const int64_t channel = item.begin + i;
-    float* y = call.y + ((first + channel) * call.out_height + layout.first) * call.out_width;
+    float* y = y_of(&call, call.channels, item.picture, channel) + layout.first * call.y_row;
     const Rows rows = {planes + i * layout.channel, y, layout.rows, layout.wide, call.out_width};
     slide_any(kept_of(call, places, channel), rows);
     if (call.more)

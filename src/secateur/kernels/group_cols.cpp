@@ -45,22 +45,22 @@ extern "C" void group_cols_item_f32(const Convolution* pointer, int64_t item) {
   const Convolution& call = *pointer;
   const GroupCols& weight = *group_cols_of(pointer);
   const ConvolutionItem at = convolution_item(pointer, item, weight.groups);
-  const int64_t taps = call.taps_high * call.taps_wide, channel = call.height * call.width;
-  const int64_t size = call.out_height * call.out_width, unit = of_pixels(pointer) ? 1 : call.out_width;
+  const int64_t taps = call.taps_high * call.taps_wide, size = call.out_height * call.out_width;
+  const int64_t unit = of_pixels(pointer) ? 1 : call.out_width;
   const int64_t first = at.chunk * call.chunk * unit, last = first + call.chunk * unit;
-  const float* picture = call.x + at.picture * call.channels * channel;
-  float* y = call.y + at.picture * weight.outputs * size;
-  for (int64_t pixel = first; pixel < last && pixel < size; pixel++)
+  for (int64_t pixel = first; pixel < last && pixel < size; pixel++) {
+    const int64_t high = pixel / call.out_width, wide = pixel % call.out_width;
     follow(
         weight, at.begin, at.end,
         [&](int64_t column) {
-          return seen(pointer, picture + column / taps * channel, column % taps, pixel / call.out_width,
-                      pixel % call.out_width);
+          return seen(pointer, x_of(pointer, at.picture, column / taps), column % taps, high, wide);
         },
         [&](int64_t output, float value) {
           const float* more = call.more ? more_of(pointer, weight.outputs, at.picture, output) : nullptr;
-          y[output * size + pixel] = held(more ? value + more[more_at(pointer, pixel)] : value, call.low, call.high);
+          if (more) value += more[more_at(pointer, high, wide)];
+          y_of(pointer, weight.outputs, at.picture, output)[high * call.y_row + wide] = held(value, call.low, call.high);
         });
+  }
 }
 
 extern "C" void group_cols_row_f32(const Matmul* call, int64_t begin, int64_t end, int64_t row) {

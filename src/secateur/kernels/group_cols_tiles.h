@@ -113,6 +113,7 @@ struct Slice {
   int64_t y_pitch;
   float low, high;
   const float* more;  // what is added to that, laid out as y, or null
+  bool back;          // whether a last tile that is not full begins sooner, rather than to end beyond the last pixel
 };
 
 // With several slices what a group needs of its stream is far from what the group before it read, so it is asked for
@@ -172,7 +173,7 @@ void add(const Slice& slice, const Inputs inputs) {
 // As many vectors as the pixels that are left need.
 template <int N, int V, class Inputs>
 void add_some(const Slice& slice, const Inputs inputs, int64_t pixels) {
-  constexpr int fewer = V > 4 ? V - 2 : V - 1;
+  constexpr int fewer = V - 1;
   if constexpr (fewer > 0)
     if (pixels <= fewer * LANES) return add_some<N, fewer>(slice, inputs, pixels);
   add<N, V>(slice, inputs);
@@ -189,11 +190,14 @@ template <int N, class Source, class Away>
 void sweep(Slice slice, float* sums, int64_t pixels, Source& source, const Away& away) {
   enum { V = vectors(N), WIDE = V * LANES };
   const GroupCols& weight = *slice.weight;
+  const float* const more = slice.more;
   for (slice.number = 0; slice.number < weight.slices; slice.number++)
-    for (int64_t pixel = 0; pixel < pixels; pixel += WIDE) {
-      const int64_t begin = slice.number * weight.slice, count = least(WIDE, pixels - pixel);
+    for (int64_t next = 0; next < pixels; next += WIDE) {
+      const int64_t begin = slice.number * weight.slice, count = least(WIDE, pixels - next);
+      const int64_t pixel = slice.back && next ? least(next, pixels - (count + LANES - 1) / LANES * LANES) : next;
       slice.sums = sums + pixel;
       slice.y = away(pixel, count == WIDE);
+      slice.more = more ? more + pixel : nullptr;
       add_some<N, V>(slice, source.template at<N>(begin, least(begin + weight.slice, weight.columns), pixel, count),
                      count);
     }
@@ -310,10 +314,10 @@ bool pixels_item(const Convolution& call, const ConvolutionItem& item, float* y,
   const int64_t pixels = least(call.chunk, size - first), pitch = pitch_of(weight, pixels);
   float* const panel = static_cast<float*>(scratch((rounded(weight.slice * TILE) + outputs * pitch) * sizeof(float)));
   float* const sums = panel + rounded(weight.slice * TILE);
-  Pixels source = {call.x + item.picture * call.channels * size + first, size, panel, {}};
+  Pixels source = {x_of(&call, item.picture, 0) + first, size, panel, {}};
   const auto away = [&](int64_t pixel, bool full) { return full ? y + first + pixel : nullptr; };
   const Bounds bounds = bounds_of(call);
-  const Slice slice = {&weight, 0, item.begin, item.end, sums, pitch, y, size, bounds.low, bounds.high, nullptr};
+  const Slice slice = {&weight, 0, item.begin, item.end, sums, pitch, y, size, bounds.low, bounds.high, nullptr, false};
   sweep_any(slice, sums, pixels, source, away);
   const int64_t wide = vectors(int(weight.rows)) * LANES, stored = pixels / wide * wide;
   for (int64_t output = 0; output < outputs; output++)
@@ -359,77 +363,156 @@ inline bool through_panels(const GroupCols& weight, const ConvolutionItem& item,
   return uses > 8 * weight.rows * weight.columns;
 }
 
+// Whether the channels of x lie as this item would lay them out.
+inline bool lies_so(const Convolution& call, const Layout& layout) {
+  return call.stride_high == 1 && call.stride_wide == 1 && call.x_row == layout.wide && call.x_row > call.width &&
+         call.x_around >= call.pad_high && call.x_around >= call.pad_wide;
+}
+
+// What an item sees of x: where it lies, or laid out in memory of the item.
+struct Seen {
+  const float* planes;
+  int64_t channel;  // floats from one to the next
+  Vector wild;
+};
+
+// Whole vectors, which may read what is behind a channel: if that is not finite, the oracle will see that it is not here.
+Seen see_in_place(const Convolution& call, const ConvolutionItem& item, const Layout& layout) {
+  const float* const first = x_of(&call, item.picture, 0) + (layout.first - call.pad_high) * call.x_row - call.pad_wide;
+  const bool all_rows = layout.plane == call.x_plane;
+  const int64_t pieces = all_rows ? 1 : call.channels, floats = all_rows ? call.channels * call.x_plane : layout.plane;
+  Vector wild[4] = {};
+  for (int64_t piece = 0; piece < pieces; piece++) {
+    const float* from = first + piece * call.x_plane;
+    const float* const end = from + floats;
+    for (; end - from >= 4 * LANES; from += 4 * LANES)
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) wild[i] += load(from + i * LANES) * 0.0f;
+    for (; from < end; from += LANES) wild[0] += load(from) * 0.0f;
+  }
+  return {first, call.x_plane, (wild[0] + wild[1]) + (wild[2] + wild[3])};
+}
+
+Seen see_laid_out(const Convolution& call, const ConvolutionItem& item, const Layout& layout, float* planes,
+                  int64_t beyond) {
+  Seen seen = {planes, layout.channel, {}};
+  float* to = planes;
+  for (int64_t c = 0; c < call.channels; c++) to = lay_out(call, layout, x_of(&call, item.picture, c), to, seen.wild);
+  clear(to, beyond);
+  return seen;
+}
+
+// How the pixels of an item, and what is between rows, go straight to y as one run: not at all where y is laid out in
+// another way. Vectors beyond the end of the run are avoided by beginning the last tile sooner, unless a tile takes
+// several turns or is the only one; then they are written where y has zeros, below the end of a channel and above the
+// next, and cleared again.
+struct Run {
+  bool may, over;
+};
+
+inline Run run_of(const Convolution& call, const Layout& layout) {
+  const GroupCols& weight = *group_cols_of(&call);
+  const int64_t pixels = layout.rows * layout.wide;
+  if (call.y_row != layout.wide) return {false, false};
+  if (pixels % LANES == 0 || (weight.slices == 1 && pixels > vectors(int(weight.rows)) * LANES)) return {true, false};
+  const bool to_the_end = layout.first + layout.rows == call.out_height;
+  return {call.y_row > call.out_width && to_the_end && 2 * call.y_row >= LANES, true};
+}
+
+inline void clear_between(const Convolution& call, const Layout& layout, float* y, bool over) {
+  const int64_t between = call.y_row - call.out_width;
+  for (int64_t row = 0; row < layout.rows; row++) {
+    float* const zero = y + row * call.y_row + call.out_width;
+    for (int64_t i = 0; i < between; i++) {
+      zero[i] = 0;
+      __asm__ volatile("");  // or the compiler would call memset for a float or two
+    }
+  }
+  if (over) store(y + layout.rows * layout.wide, Vector{});
+}
+
 // Any convolution, over the planes of planes.h.
 bool planes_item(const Convolution& call, const ConvolutionItem& item, float* y, int64_t outputs) {
   const GroupCols& weight = *group_cols_of(&call);
   const Layout layout = layout_of(call, item);
   const int64_t rows = layout.rows, wide = layout.wide, taps = call.taps_high * call.taps_wide;
-  if (call.channels * layout.channel > INT32_MAX) return false;
+  const bool in_place = lies_so(call, layout);
+  const int64_t channel = in_place ? call.x_plane : layout.channel;
+  if (call.channels * channel > INT32_MAX) return false;
   const int64_t pixels = rows * wide, pitch = pitch_of(weight, pixels), beyond = TILE + layout.reach;
-  const int64_t laid = rounded(call.channels * layout.channel + beyond);
+  const int64_t laid = in_place ? 0 : rounded(call.channels * channel + beyond);
   const int64_t needed = rounded(weight.slice * TILE) + outputs * pitch + laid;
   float* const panel = static_cast<float*>(scratch(needed * sizeof(float) + weight.columns * sizeof(int32_t)));
   float* const sums = panel + rounded(weight.slice * TILE);
-  float* const planes = sums + outputs * pitch;
   int32_t* const places = reinterpret_cast<int32_t*>(panel + needed);
   for (int64_t tap = 0; tap < taps; tap++) {
     const int64_t place = place_of(call, layout, tap);
-    for (int64_t c = 0; c < call.channels; c++) places[c * taps + tap] = int32_t(c * layout.channel + place);
+    for (int64_t c = 0; c < call.channels; c++) places[c * taps + tap] = int32_t(c * channel + place);
   }
+  const Seen seen = in_place ? see_in_place(call, item, layout)
+                             : see_laid_out(call, item, layout, sums + outputs * pitch, beyond);
+  if (!finite(seen.wild)) return false;
 
-  Vector wild = {};
-  float* to = planes;
-  const int64_t size_of_channel = call.height * call.width;
-  for (int64_t c = 0; c < call.channels; c++)
-    to = lay_out(call, layout, call.x + (item.picture * call.channels + c) * size_of_channel, to, wild);
-  clear(to, beyond);
-  if (!finite(wild)) return false;
-
-  const int64_t size = call.out_height * call.out_width, width = call.out_width;
-  const int64_t output_from = first_output(weight, item.begin);
-  if (!through_panels(weight, item, call.channels * layout.channel)) {
-    const bool now = !call.more_step;  // what is added is laid out as y
-    float* const to = y + layout.first * width;
-    const Slice slice = {&weight,
-                         0,
-                         item.begin,
-                         item.end,
-                         sums,
-                         pitch,
-                         to,
-                         size,
-                         now ? call.low : -__builtin_inff(),
-                         now ? call.high : __builtin_inff(),
-                         now && call.more ? call.more + (to - call.y) : nullptr};
-    if (sweep_rows_any(slice, sums, rows * width, planes, places, wide, width)) {
-      for (int64_t output = 0; !now && output < outputs; output++)
-        add_more(&call, weight.outputs, item.picture, output_from + output, layout.first * width, rows * width);
-      return true;
+  const int64_t width = call.out_width, output_from = first_output(weight, item.begin), first = layout.first * width;
+  const bool panels = through_panels(weight, item, call.channels * channel), now = !call.more || more_alike(&call);
+  float* const to = y + layout.first * call.y_row;
+  // What is added comes with the tiles where it lies as they do, and otherwise in the end.
+  Slice slice = {&weight,
+                 0,
+                 item.begin,
+                 item.end,
+                 sums,
+                 pitch,
+                 to,
+                 call.y_plane,
+                 now ? call.low : -__builtin_inff(),
+                 now ? call.high : __builtin_inff(),
+                 now && call.more ? more_of(&call, weight.outputs, item.picture, output_from) + (to - y) : nullptr,
+                 false};
+  const auto add_rest = [&] {
+    for (int64_t output = 0; !now && output < outputs; output++)
+      add_more(&call, weight.outputs, item.picture, output_from + output, first, rows * width);
+  };
+  const auto go = [&](const auto& away) {
+    if (panels) {
+      Panels source = {seen.planes, places, panel};
+      sweep_any(slice, sums, pixels, source, away);
+    } else {
+      Planes source = {seen.planes, places};
+      sweep_any(slice, sums, pixels, source, away);
     }
+  };
+  const Run run = run_of(call, layout);
+  if (run.may) {
+    slice.back = !run.over;
+    go([to](int64_t pixel, bool) { return to + pixel; });
+    for (int64_t output = 0; output < outputs; output++) clear_between(call, layout, to + output * call.y_plane, run.over);
+    add_rest();
+    return true;
   }
-  const auto away = [](int64_t, bool) { return static_cast<float*>(nullptr); };
+  if (!panels && call.y_row == width && sweep_rows_any(slice, sums, rows * width, seen.planes, places, wide, width)) {
+    add_rest();
+    return true;
+  }
   const Bounds bounds = bounds_of(call);
-  const Slice slice = {&weight, 0, item.begin, item.end, sums, pitch, nullptr, 0, bounds.low, bounds.high, nullptr};
-  if (through_panels(weight, item, call.channels * layout.channel)) {
-    Panels source = {planes, places, panel};
-    sweep_any(slice, sums, pixels, source, away);
-  } else {
-    Planes source = {planes, places};
-    sweep_any(slice, sums, pixels, source, away);
-  }
+  slice.low = bounds.low;
+  slice.high = bounds.high;
+  slice.more = nullptr;
+  slice.back = false;
+  go([](int64_t, bool) { return static_cast<float*>(nullptr); });
   for (int64_t output = 0; output < outputs; output++) {
-    float* to = y + output * size + layout.first * width;
+    float* row_to = to + output * call.y_plane;
     const float* from = sums + output * pitch;
-    float* const end = to + rows * width;
-    // Whole vectors, which write over the beginning of the next row, but not beyond the end.
-    for (int64_t row = 0; row < rows; row++, to += width, from += wide)
+    float* const end = row_to + rows * width;
+    // Whole vectors where rows follow one another, which write over the beginning of the next, but not beyond the end.
+    for (int64_t row = 0; row < rows; row++, row_to += call.y_row, from += wide)
       for (int64_t i = 0; i < width; i += LANES) {
-        if (end - to - i >= LANES)
-          store(to + i, load(from + i));
+        if (width - i >= LANES || (call.y_row == width && end - row_to - i >= LANES))
+          store(row_to + i, load(from + i));
         else
-          for (int64_t lane = i; lane < width && lane < i + LANES; lane++) to[lane] = from[lane];
+          for (int64_t lane = i; lane < width && lane < i + LANES; lane++) row_to[lane] = from[lane];
       }
-    if (call.more) add_more(&call, weight.outputs, item.picture, output_from + output, layout.first * width, rows * width);
+    if (call.more) add_more(&call, weight.outputs, item.picture, output_from + output, first, rows * width);
   }
   return true;
 }
@@ -440,7 +523,7 @@ bool planes_item(const Convolution& call, const ConvolutionItem& item, float* y,
   for (int64_t number = begin; number < end; number++) {
     const ConvolutionItem item = convolution_item(&call, number, weight.groups);
     const int64_t output = first_output(weight, item.begin), outputs = first_output(weight, item.end) - output;
-    float* y = call.y + (item.picture * weight.outputs + output) * call.out_height * call.out_width;
+    float* y = y_of(&call, weight.outputs, item.picture, output);
     const bool done =
         of_pixels(&call) ? pixels_item(call, item, y, outputs) : planes_item(call, item, y, outputs);
     if (!done) group_cols_item_f32(&call, number);
@@ -483,7 +566,7 @@ struct Rows {
     float* const sums = panel + rounded(weight.slice * TILE);
     Rows source = {static_cast<const float*>(call.x) + first * weight.columns, weight.columns, panel, {}};
     const auto away = [](int64_t, bool) { return static_cast<float*>(nullptr); };
-    const Slice slice = {&weight, 0, begin, end, sums, pitch, nullptr, 0, -beyond, beyond, nullptr};
+    const Slice slice = {&weight, 0, begin, end, sums, pitch, nullptr, 0, -beyond, beyond, nullptr, false};
     sweep_any(slice, sums, rows, source, away);
     for (int64_t row = 0; row < rows; row++) {
       float* y = static_cast<float*>(call.y) + (first + row) * weight.outputs + output;

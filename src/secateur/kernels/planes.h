@@ -39,7 +39,7 @@ inline int64_t place_of(const Convolution& call, const Layout& layout, int64_t t
 // where the next channel goes; LANES floats behind that may have been written.
 inline float* lay_out(const Convolution& call, const Layout& layout, const float* channel, float* to, Vector& wild) {
   const int64_t sh = call.stride_high, sw = call.stride_wide, wide = layout.wide;
-  const float* const limit = call.x + call.pictures * call.channels * call.height * call.width;
+  const float* const limit = x_of(&call, call.pictures, 0) - call.x_plane + call.height * call.x_row;
   for (int64_t phase_high = 0; phase_high < layout.phases_high; phase_high++)
     for (int64_t phase_wide = 0; phase_wide < layout.phases_wide; phase_wide++) {
       const int64_t shift = phase_wide - call.pad_wide;  // column i of the plane is i * sw + shift of the picture
@@ -47,8 +47,8 @@ inline float* lay_out(const Convolution& call, const Layout& layout, const float
       const int64_t end = least(wide, call.width <= shift ? 0 : (call.width - shift + sw - 1) / sw);
       const int64_t behind = end < begin ? begin : end;
       int64_t from = layout.first * sh + phase_high - call.pad_high;  // the row of the picture
-      const float* x = channel + from * call.width + shift + begin * sw;
-      for (int64_t row = 0; row < layout.high; row++, to += wide, from += sh, x += sh * call.width) {
+      const float* x = channel + from * call.x_row + shift + begin * sw;
+      for (int64_t row = 0; row < layout.high; row++, to += wide, from += sh, x += sh * call.x_row) {
         if (from < 0 || from >= call.height) {
           clear_over(to, wide);
           continue;

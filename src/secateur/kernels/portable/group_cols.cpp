@@ -38,11 +38,15 @@ void answer(char* memory, Kernel* kernel) {
   const float* x = next<float>(memory, int64_t(m.pictures) * m.channels * m.height * m.width);
   const GroupCols weight = {m.outputs, m.columns, m.rows,  values,   counts, steps, m.first,
                             m.groups,  m.whole,   m.slice, m.slices, at,     begins};
-  const Convolution call = {&weight,       x,            next<float>(memory, 0), m.pictures,   m.channels,
+  Convolution call = {&weight,       x,            next<float>(memory, 0), m.pictures,   m.channels,
                               m.height,      m.width,      m.out_height,           m.out_width,  m.taps_high,
                               m.taps_wide,   m.stride_high, m.stride_wide,         m.pad_high,   m.pad_wide,
                               m.apart_high,  m.apart_wide, m.chunk,                m.chunks,     1,
                               m.low,         m.high};
+  call.x_row = m.width;
+  call.x_plane = int64_t(m.height) * m.width;
+  call.y_row = m.out_width;
+  call.y_plane = int64_t(m.out_height) * m.out_width;
   kernel(&call, 0, int64_t(m.pictures) * m.chunks);
 }
 

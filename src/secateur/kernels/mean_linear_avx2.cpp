@@ -1,0 +1,4 @@
+#define LANES 8
+#include "mean_linear_sums.h"
+
+extern "C" void mean_linear_f32_avx2(const void* call, int64_t begin, int64_t end) { mean_linear(call, begin, end); }
