@@ -56,6 +56,8 @@ WAYS = (
     *(Way(f"accelerated, {s:.0%} zeros", HALF, s, BOTH) for s in (0.5, 0.6, 0.7, 0.9)),
     Way("accelerated, 2:4", HALF, (2, 4), (NM(2, 4), Bitmap())),
     Way("accelerated, 50% zeros, 8 bits", HALF, 0.5, (BitmapInt8(),)),
+    Way("accelerated, 50% zeros, compiled", HALF, 0.5, BOTH, compiled=True),
+    Way("accelerated, 50% zeros, 8 bits, compiled", HALF, 0.5, (BitmapInt8(),), compiled=True),
 )
 
 
@@ -184,7 +186,7 @@ def page(found: dict[str, Any]) -> str:
         "it, and it takes a fifth of the bytes. `accelerate` was given one token as its example, so layers are as "
         "writing wants them. `over eager` is how many times as fast as the dense model in bfloat16 as it comes, `over "
         "the best` as the fastest of the dense ones, which is frozen and compiled. Accelerated models run as they "
-        "come, uncompiled.",
+        "come where it is not said that they are compiled too.",
         "",
         str(found["about"]),
         "",
