@@ -127,7 +127,7 @@ def in_node(name: str, rounds: int, web: str) -> dict[str, object]:
     cells |= {f"{rows} {s}": packed(weight, rows, s, made) for rows in (1, 4) for s in SPARSITIES}
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        plan = {"program": str(compile_to(place / "group_cols.wasm", WASM)), "rounds": rounds, "web": web}
+        plan = {"program": str(compile_to(place / "convolutions.wasm", WASM)), "rounds": rounds, "web": web}
         plan["messages"] = {cell: str(place / f"{cell}.message") for cell in cells}
         for cell, held in cells.items():
             (place / f"{cell}.message").write_bytes(message(held, x, padding=padding)[0])

@@ -15,6 +15,7 @@ from secateur.formats.conv import arranged
 
 COMPILER = "aarch64-linux-gnu-g++"
 ELSEWHERE = ("_avx2", "_avx512", "_amx")
+PORTABLE = kernels.SOURCES / "portable" / "run.cpp"
 
 
 class Matmul(ctypes.Structure):
@@ -33,7 +34,8 @@ def program(tmp_path_factory):
         pytest.skip(f"there is no {', '.join(missing)} here")
     made = tmp_path_factory.mktemp("aarch64") / "run"
     sources = [path for path in kernels.SOURCES.glob("*.cpp") if not path.stem.endswith(ELSEWHERE)]
-    command = [COMPILER, "-std=c++17", "-O1", "-static", "-pthread", *sources, kernels.SOURCES / "portable" / "run.cpp"]
+    undefined = "-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"  # a trap ends the program
+    command = [COMPILER, "-std=c++17", "-O1", "-static", "-pthread", *undefined, *sources, PORTABLE]
     done = subprocess.run([*command, "-o", made], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return made

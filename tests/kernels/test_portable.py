@@ -8,7 +8,7 @@ import torch
 
 from secateur import kernels
 from secateur.errors import KernelError
-from secateur.formats import GroupCols
+from secateur.formats import DepthTaps, GroupCols
 from secateur.formats.conv import convolve
 from secateur.formats.portable import AARCH64, RUN, WASM, compile_to, message, outcome
 
@@ -40,14 +40,14 @@ def compiled(target, command):
 @pytest.fixture(scope="module")
 def aarch64(tmp_path_factory):
     needed("qemu-aarch64", AARCH64[0])
-    program = compiled(tmp_path_factory.mktemp("aarch64") / "group_cols", AARCH64)
+    program = compiled(tmp_path_factory.mktemp("aarch64") / "convolutions", AARCH64)
     return lambda how: ["qemu-aarch64", str(program), *(["oracle"] if how == "oracle" else [])]
 
 
 @pytest.fixture(scope="module")
 def wasm(tmp_path_factory):
     needed("node", WASM[0], "wasm-ld")
-    program = compiled(tmp_path_factory.mktemp("wasm") / "group_cols.wasm", WASM)
+    program = compiled(tmp_path_factory.mktemp("wasm") / "convolutions.wasm", WASM)
     return lambda how: ["node", str(RUN), str(program), how]
 
 
@@ -70,6 +70,38 @@ def test_the_portable_source_gives_what_the_oracle_gives(machine, request):
             got = outcome(done.stdout, shape)
             assert (got - wanted).abs().max() < 1e-4, f"{variant} {kernel}"
             assert not torch.equal(got, torch.zeros_like(got))
+
+
+# Channels, kernel, picture, stride, padding.
+DEPTHWISE = [
+    (13, (3, 3), (9, 17), (1, 1), (1, 1)),
+    (20, (5, 5), (11, 6), (2, 2), (2, 2)),
+    (7, (3, 1), (3, 3), (1, 3), (1, 0)),
+]
+
+
+@pytest.mark.parametrize("machine", ["aarch64", "wasm"])
+def test_depthwise_kernels_give_what_their_oracle_gives(machine, request):
+    command = request.getfixturevalue(machine)
+    made = torch.Generator().manual_seed(0)
+    for channels, kernel, size, stride, padding in DEPTHWISE:
+        weight = torch.randn(channels, 1, *kernel, generator=made)
+        mask = torch.rand(weight.shape, generator=made) > 0.5
+        packed = DepthTaps().pack(weight, mask, torch.randn(channels, generator=made))
+        x = torch.randn(3, channels, *size, generator=made)
+        how = stride, padding, (1, 1), (-1.0, 6.0)
+        with kernels.forced("base"):
+            wanted = convolve(packed, x, *how)
+        strange = x.clone()
+        strange[1, 2, 0, 0] = float("nan")
+        with kernels.forced("base"):
+            beside = convolve(packed, strange, *how)
+        for variant, given, want in (("vectors", x, wanted), ("oracle", x, wanted), ("vectors", strange, beside)):
+            text, shape = message(packed, given, *how)
+            done = subprocess.run(command(variant), input=text, capture_output=True, timeout=60, check=False)
+            assert done.returncode == 0, done.stderr
+            torch.testing.assert_close(outcome(done.stdout, shape), want, equal_nan=True, rtol=1e-5, atol=1e-5)
+        assert beside.isnan().any() and not beside.isnan().all()
 
 
 @pytest.mark.parametrize("machine", ["aarch64", "wasm"])

@@ -12,10 +12,12 @@ from torch import Tensor
 from secateur import kernels
 from secateur.errors import KernelError
 from secateur.formats.conv import ANY, Pair, arranged
+from secateur.formats.group_cols import GroupCols
 from secateur.formats.packed import Packed
 
-SOURCE = kernels.SOURCES / "portable" / "group_cols.cpp"
-RUN = SOURCE.parent / "run.mjs"
+FOLDER = kernels.SOURCES / "portable"
+PARTS = FOLDER / "convolutions.cpp", FOLDER / "depth_taps.cpp"
+RUN = FOLDER / "run.mjs"
 """Answers a message with what WASM compiled, in Node."""
 
 PLAIN = ("-std=c++17", "-O3", "-fno-math-errno")
@@ -32,7 +34,7 @@ def compile_to(target: Path, command: tuple[str, ...]) -> Path:
         raise KernelError(
             "the portable kernels were to be compiled", f"there is no {command[0]} on the path", "Install it."
         )
-    done = subprocess.run([*command, str(SOURCE), "-o", str(target)], capture_output=True, text=True, check=False)
+    done = subprocess.run([*command, *map(str, PARTS), "-o", str(target)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise KernelError(
             "the portable kernels were to be compiled",
@@ -52,14 +54,20 @@ def message(
 ) -> tuple[bytes, tuple[int, ...]]:
     """What the portable source is given for `formats.conv.convolve`, and the shape of the outcome at the end of it."""
     call, shape = arranged(packed, x, stride, padding, dilation, 1)
-    weight, values = packed.prepared.weight, packed.tensors
-    kept = weight.kept
-    numbers = [*packed.shape, weight.rows, values["values"].numel(), values["steps"].numel()]
-    numbers += [weight.groups, weight.whole, weight.first, weight.slice, weight.slices]
+    weight, held, values = packed.prepared.weight, packed.tensors, packed.tensors["values"]
+    arrays: tuple[Tensor, ...]
+    if isinstance(packed.format, GroupCols):
+        numbers = [0, *packed.shape, weight.rows, values.numel(), held["steps"].numel()]
+        numbers += [weight.groups, weight.whole, weight.first, weight.slice, weight.slices]
+        arrays = values, held["counts"], held["steps"], *weight.kept
+    else:
+        numbers = [1, *packed.shape, 1, values.numel(), held["shapes"].numel(), *[0] * 5]
+        arrays = values, held["shapes"], *weight.kept, held["which"]
     numbers += [*x.shape, *shape[2:], call.taps_high, call.taps_wide, *stride, *padding, *dilation]
-    numbers += [call.chunk, call.chunks]
-    arrays = (values["values"], values["counts"], values["steps"], *kept, x.contiguous(), torch.zeros(shape))
-    return struct.pack(f"<{len(numbers)}i2f", *numbers, *between) + b"".join(map(_bytes, arrays)), shape
+    numbers += [call.chunk, call.chunks, call.parts]
+    head = struct.pack(f"<{len(numbers)}i2f", *numbers, *between)
+    parts = [head, *map(_bytes, (*arrays, x.contiguous()))]
+    return b"".join(part + bytes(-len(part) % 8) for part in parts) + _bytes(torch.zeros(shape)), shape
 
 
 def outcome(answer: bytes, shape: tuple[int, ...]) -> Tensor:

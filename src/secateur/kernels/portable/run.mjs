@@ -1,4 +1,4 @@
-// node run.mjs group_cols.wasm vectors|oracle [repeats] < message > answer
+// node run.mjs convolutions.wasm vectors|oracle [repeats] < message > answer
 //
 // With repeats the milliseconds of each come first on the other output, after as many that are not counted: an engine
 // compiles a function anew when it has run for a while.

@@ -1,53 +1,73 @@
-// Convolutions of group_cols for machines that this package is not built on: vectors of four floats, as NEON of AArch64
-// and SIMD of WebAssembly have them, and the oracle beside them. No library is needed.
+// Convolutions of group_cols and depth_taps for machines that this package is not built on: vectors of four floats, as
+// NEON of AArch64 and SIMD of WebAssembly have them, and the oracles beside them. No library is needed.
 //
-//   aarch64-linux-gnu-g++ -std=c++17 -O3 -static group_cols.cpp -o group_cols       reads a message, writes the outcome
+//   aarch64-linux-gnu-g++ -std=c++17 -O3 -static convolutions.cpp depth_taps.cpp -o convolutions
+//     reads a message, writes the outcome
 //   clang++ --target=wasm32 -std=c++17 -O3 -msimd128 -mbulk-memory -nostdlib -fno-exceptions -Wl,--no-entry
-//     group_cols.cpp -o group_cols.wasm                                             exports reserve and convolve
+//     convolutions.cpp depth_taps.cpp -o convolutions.wasm
+//     exports reserve and convolve
 //
-// A message is one piece of memory, little-endian: the numbers of `Message`, and behind them the arrays of the weight
-// (values, counts, steps, at, begins), the pictures, and room for the outcome.
+// A message is one piece of memory, little-endian: the numbers of `Message`, behind them the arrays of the weight, each
+// from a multiple of eight bytes on, the pictures, and room for the outcome. Of group_cols the arrays are values, counts,
+// steps, at and begins; of depth_taps, where `kept` is the number of shapes, values, shapes, begins and which.
 #define LANES 4
+#include "../depth_taps.h"
 #include "../group_cols.cpp"
 #include "../group_cols_tiles.h"
 
+extern "C" Kernel depth_taps_conv_f32_vectors, depth_taps_conv_f32_base;
+
 namespace {
 
+enum { GROUP_COLS, DEPTH_TAPS };
+
 struct Message {
+  int32_t kind;
   int32_t outputs, columns, rows, values, kept, groups, whole, first, slice, slices;
   int32_t pictures, channels, height, width, out_height, out_width;
   int32_t taps_high, taps_wide, stride_high, stride_wide, pad_high, pad_wide, apart_high, apart_wide;
-  int32_t chunk, chunks;
+  int32_t chunk, chunks, parts;
   float low, high;
 };
 
 template <class T>
 T* next(char*& at, int64_t count) {
   T* found = reinterpret_cast<T*>(at);
-  at += count * int64_t(sizeof(T));
+  at += (count * int64_t(sizeof(T)) + 7) / 8 * 8;
   return found;
 }
 
-void answer(char* memory, Kernel* kernel) {
+void answer(char* memory, bool by_the_oracle) {
   const Message m = *next<Message>(memory, 1);
   const float* values = next<float>(memory, m.values);
-  const int32_t* counts = next<int32_t>(memory, m.groups);
-  const int32_t* steps = next<int32_t>(memory, m.kept);
-  const int32_t* at = next<int32_t>(memory, m.kept);
-  const int32_t* begins = next<int32_t>(memory, int64_t(m.slices + 1) * m.groups);
+  GroupCols groups = {};
+  DepthTaps taps = {};
+  if (m.kind == GROUP_COLS) {
+    const int32_t* counts = next<int32_t>(memory, m.groups);
+    const int32_t* steps = next<int32_t>(memory, m.kept);
+    const int32_t* at = next<int32_t>(memory, m.kept);
+    const int32_t* begins = next<int32_t>(memory, int64_t(m.slices + 1) * m.groups);
+    groups = {m.outputs, m.columns, m.rows,  values,   counts, steps, m.first,
+              m.groups,  m.whole,   m.slice, m.slices, at,     begins};
+  } else {
+    const int64_t* shapes = next<int64_t>(memory, m.kept);
+    const int64_t* begins = next<int64_t>(memory, m.outputs);
+    taps = {m.outputs, m.columns, values, shapes, next<int16_t>(memory, m.outputs), begins};
+  }
   const float* x = next<float>(memory, int64_t(m.pictures) * m.channels * m.height * m.width);
-  const GroupCols weight = {m.outputs, m.columns, m.rows,  values,   counts, steps, m.first,
-                            m.groups,  m.whole,   m.slice, m.slices, at,     begins};
-  Convolution call = {&weight,       x,            next<float>(memory, 0), m.pictures,   m.channels,
-                              m.height,      m.width,      m.out_height,           m.out_width,  m.taps_high,
-                              m.taps_wide,   m.stride_high, m.stride_wide,         m.pad_high,   m.pad_wide,
-                              m.apart_high,  m.apart_wide, m.chunk,                m.chunks,     1,
-                              m.low,         m.high};
+  const void* const weight = m.kind == GROUP_COLS ? static_cast<const void*>(&groups) : &taps;
+  Convolution call = {weight,        x,             reinterpret_cast<float*>(memory), m.pictures,  m.channels,
+                      m.height,      m.width,       m.out_height,                     m.out_width, m.taps_high,
+                      m.taps_wide,   m.stride_high, m.stride_wide,                    m.pad_high,  m.pad_wide,
+                      m.apart_high,  m.apart_wide,  m.chunk,                          m.chunks,    m.parts,
+                      m.low,         m.high};
   call.x_row = m.width;
   call.x_plane = int64_t(m.height) * m.width;
   call.y_row = m.out_width;
   call.y_plane = int64_t(m.out_height) * m.out_width;
-  kernel(&call, 0, int64_t(m.pictures) * m.chunks);
+  Kernel* const vectors = m.kind == GROUP_COLS ? convolve : depth_taps_conv_f32_vectors;
+  Kernel* const oracle = m.kind == GROUP_COLS ? group_cols_conv_f32_base : depth_taps_conv_f32_base;
+  (by_the_oracle ? oracle : vectors)(&call, 0, int64_t(m.pictures) * m.chunks * m.parts);
 }
 
 }  // namespace
@@ -81,7 +101,7 @@ extern "C" void* scratch(size_t bytes) {
 }
 
 extern "C" __attribute__((export_name("convolve"))) void convolve_message(char* message, int by_the_oracle) {
-  answer(message, by_the_oracle ? group_cols_conv_f32_base : convolve);
+  answer(message, by_the_oracle);
 }
 
 #else
@@ -101,7 +121,7 @@ extern "C" void* scratch(size_t bytes) {
   return kept;
 }
 
-// group_cols [vectors|oracle [times]]: the message from standard input, and the same with the outcome in it to standard
+// convolutions [vectors|oracle [times]]: the message from standard input, and the same with the outcome in it to standard
 // output, computed once or as often as is asked.
 int main(int count, char** given) {
   size_t room = size_t(1) << 20, used = 0;
@@ -113,7 +133,7 @@ int main(int count, char** given) {
   if (!message) return 1;
   const bool by_the_oracle = count > 1 && given[1][0] == 'o';
   for (int times = count > 2 ? std::atoi(given[2]) : 1; times > 0; times--)
-    answer(message, by_the_oracle ? group_cols_conv_f32_base : convolve);
+    answer(message, by_the_oracle);
   return std::fwrite(message, 1, used, stdout) == used ? 0 : 1;
 }
 
