@@ -514,3 +514,10 @@ def test_nothing_slow_is_imported_for_help():
 
     code = "import sys; import secateur.cli.list, secateur.cli.prune; print('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_the_package_and_the_command_say_one_version():
+    import secateur
+
+    said = CliRunner().invoke(main, ["--version"]).output
+    assert said.strip().endswith(secateur.__version__)

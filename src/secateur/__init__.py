@@ -6,6 +6,8 @@ from secateur.methods.wanda import Wanda
 outcome = prune(model, Wanda(sparsity=0.5), task)      # a copy; outcome.model, outcome.edits, outcome.ledger
 """
 
+from importlib import metadata
+
 from secateur.accelerate import accelerate
 from secateur.cache import sparse_cache
 from secateur.cut import blocks, layers, weights
@@ -18,6 +20,11 @@ from secateur.site import Part, Site
 from secateur.task import Batch, Task
 from secateur.train import History, Loop, Rule, Snapshot, attach, fit
 from secateur.walk import walk
+
+try:
+    __version__ = metadata.version("secateur")
+except metadata.PackageNotFoundError:  # a source tree on the path that is not installed
+    __version__ = "0+unknown"
 
 __all__ = [
     "Batch",
