@@ -13,9 +13,10 @@ from secateur.formats.packed import Call, Packed, broken, kept, pointer, refuse,
 ROWS = (1, 2, 4, 8, 16)
 """How many outputs a group can have."""
 
-SLICES = {1: 1024, 2: 1024, 4: 1024, 8: 2048, 16: 2048}
-"""By rows of a group: how many columns a slice may have, for the panel of it to stay in the second cache. Measured:
-smaller ones, whose panel stays in the first, cost more on the way of the sums to memory and back than they save."""
+SLICES = {1: 72, 2: 144, 4: 1024, 8: 2048, 16: 2048}
+"""By rows of a group: how many columns a slice may have, for the panel of it to stay in the first cache, or where an input
+that is loaded serves four outputs and more, in the second. Kernels go through several at once where groups keep little of
+one. Measured."""
 
 SUMS = 2**18
 """Of an item of a convolution, so that they stay in the second cache; and of at most 512 pixels."""
@@ -219,7 +220,7 @@ class GroupCols:
         slices = -(-columns // SLICES[self.rows])
         size = -(-columns // slices)  # as even as can be
         place = self._columns(packed)
-        at = (place % size).to(torch.int32)
+        at = place.to(torch.int32)
         of = torch.repeat_interleave(torch.arange(groups), counts.long())
         begins = torch.zeros(slices + 1, groups, dtype=torch.int64)
         begins[1:] = (

@@ -17,8 +17,8 @@ struct GroupCols {
   const int32_t* steps;   // [kept]
   int64_t first;
   int64_t groups, whole;  // how many there are, and how many of them have all their rows
-  int64_t slice, slices;  // columns in a slice, and how many slices there are
-  const int32_t* at;      // [kept]: which of its slice a column is
+  int64_t slice, slices;  // columns in a slice, and how many slices there are; several may be gone through at once
+  const int32_t* at;      // [kept]: the column
   const int32_t* begins;  // [slices + 1, groups]: the first column in the stream that a group keeps of a slice
 };
 

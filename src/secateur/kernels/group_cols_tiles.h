@@ -41,7 +41,8 @@ struct Sums {
 template <int WIDE>
 struct InPanel {
   const float* panel;
-  const float* operator[](int32_t at) const { return panel + int64_t(at) * WIDE; }
+  int64_t begin;  // the first column of it
+  const float* operator[](int32_t at) const { return panel + (at - begin) * WIDE; }
   static Vector vector(const float* from, int v) { return load(from + v * LANES); }
 };
 
@@ -106,7 +107,7 @@ inline void tile(const Inputs inputs, const int32_t* at, const int32_t* end, con
 // What the groups [begin, end) add to the sums of one tile for the columns they keep of a slice.
 struct Slice {
   const GroupCols* weight;
-  int64_t number, begin, end;
+  int64_t number, count, begin, end;  // so many slices from one on, and the groups
   float* sums;  // [outputs of these groups, pitch], at the tile's first pixel
   int64_t pitch;
   float* y;  // where the outcome of the first of them goes when this is the last slice, or null to leave it in the sums
@@ -131,9 +132,10 @@ inline void group(const Slice& slice, const Inputs inputs, int64_t number, const
                   int64_t output) {
   const GroupCols& weight = *slice.weight;
   const int32_t* begins = weight.begins + slice.number * weight.groups + number;
-  const bool last = slice.number == weight.slices - 1;
-  if (weight.slices > 1 && number + NEXT < slice.end) {
-    const int64_t skipped = begins[NEXT] - begins[0], count = begins[NEXT + weight.groups] - begins[NEXT];
+  const int64_t behind = slice.count * weight.groups;
+  const bool last = slice.number + slice.count == weight.slices;
+  if (slice.count < weight.slices && number + NEXT < slice.end) {
+    const int64_t skipped = begins[NEXT] - begins[0], count = begins[NEXT + behind] - begins[NEXT];
     fetch(weight.at + begins[NEXT], count);
     fetch(values + (skipped + NEXT) * N, count * N);
   }
@@ -149,7 +151,7 @@ inline void group(const Slice& slice, const Inputs inputs, int64_t number, const
                        last,
                        slice.low,
                        slice.high};
-    tile<N, R, V>(inputs, weight.at + *begins, weight.at + begins[weight.groups], values + row, sums);
+    tile<N, R, V>(inputs, weight.at + *begins, weight.at + begins[behind], values + row, sums);
   }
 }
 
@@ -191,16 +193,19 @@ void sweep(Slice slice, float* sums, int64_t pixels, Source& source, const Away&
   enum { V = vectors(N), WIDE = V * LANES };
   const GroupCols& weight = *slice.weight;
   const float* const more = slice.more;
-  for (slice.number = 0; slice.number < weight.slices; slice.number++)
+  const int64_t together = slice.count;
+  for (slice.number = 0; slice.number < weight.slices; slice.number += together) {
+    slice.count = least(together, weight.slices - slice.number);
     for (int64_t next = 0; next < pixels; next += WIDE) {
       const int64_t begin = slice.number * weight.slice, count = least(WIDE, pixels - next);
       const int64_t pixel = slice.back && next ? least(next, pixels - (count + LANES - 1) / LANES * LANES) : next;
       slice.sums = sums + pixel;
       slice.y = away(pixel, count == WIDE);
       slice.more = more ? more + pixel : nullptr;
-      add_some<N, V>(slice, source.template at<N>(begin, least(begin + weight.slice, weight.columns), pixel, count),
-                     count);
+      const int64_t end = least(begin + slice.count * weight.slice, weight.columns);
+      add_some<N, V>(slice, source.template at<N>(begin, end, pixel, count), count);
     }
+  }
 }
 
 template <class Source, class Away>
@@ -232,13 +237,14 @@ bool sweep_rows(Slice slice, float* sums, int64_t pixels, const float* planes, c
     const GroupCols& weight = *slice.weight;
     float* const y = slice.y;
     const float* const more = slice.more;
-    for (slice.number = 0; slice.number < weight.slices; slice.number++) {
-      const int32_t* const from = places + slice.number * weight.slice;
+    const int64_t together = slice.count;
+    for (slice.number = 0; slice.number < weight.slices; slice.number += together) {
+      slice.count = least(together, weight.slices - slice.number);
       for (int64_t pixel = 0; pixel < pixels; pixel += V * LANES) {
         slice.sums = sums + pixel;
         slice.y = y + pixel;
         slice.more = more ? more + pixel : nullptr;
-        const InRows<PER> inputs = {planes + pixel / (PER * LANES) * wide, from, wide};
+        const InRows<PER> inputs = {planes + pixel / (PER * LANES) * wide, places, wide};
         add_rows<N, V>(slice, inputs, pixels - pixel);
       }
     }
@@ -271,13 +277,38 @@ inline bool sweep_rows_any(const Slice& slice, float* sums, int64_t pixels, cons
 
 enum { TILE = WIDEST * LANES, AROUND = 64 };  // of floats: the widest tile, and a cache line's worth
 
+inline int64_t rounded(int64_t floats) { return (floats + TILE + AROUND - 1) / AROUND * AROUND; }
+
+// How many slices to go through at once, so that turns are as even as can be: of those that lie in panels as many as give
+// a group enough to do before its sums go to memory and back; where that is too many, or they are read in place, as many
+// as stay in the second cache. Measured.
+enum { ENOUGH = 10, TOO_FEW = 6, IN_SECOND = 1024 };
+
+inline int64_t evenly(int64_t all, int64_t at_once) {
+  const int64_t turns = (all + at_once - 1) / at_once;
+  return (all + turns - 1) / turns;
+}
+
+inline int64_t slices_in_place(const GroupCols& weight) {
+  return evenly(weight.slices, IN_SECOND > weight.slice ? IN_SECOND / weight.slice : 1);
+}
+
+inline int64_t slices_in_panels(const GroupCols& weight, int64_t begin, int64_t end) {
+  const int32_t* const ends = weight.begins + weight.slices * weight.groups;
+  const int64_t kept = ends[end - 1] - weight.begins[begin], all = (end - begin) * weight.slices;
+  if (kept < TOO_FEW * all) return slices_in_place(weight);
+  return evenly(weight.slices, least(weight.slices, (ENOUGH * all + kept - 1) / kept));
+}
+
+inline int64_t panel_of(const GroupCols& weight, int64_t slices) {
+  return rounded(least(slices * weight.slice, weight.columns) * TILE);
+}
+
 // Floats from one row of sums to the next.
 inline int64_t pitch_of(const GroupCols& weight, int64_t pixels) {
   const int64_t wide = vectors(int(weight.rows)) * LANES;
   return (pixels + wide - 1) / wide * wide;
 }
-
-inline int64_t rounded(int64_t floats) { return (floats + TILE + AROUND - 1) / AROUND * AROUND; }
 
 // What tiles are held between: nothing yet where something is still to be added.
 struct Bounds {
@@ -304,7 +335,7 @@ struct Pixels {
       copy(to, x + column * size + pixel, count, wild);
       clear(to + count, WIDE - count);  // what lies there could be numbers that a processor is slow with
     }
-    return {panel};
+    return {panel, begin};
   }
 };
 
@@ -312,12 +343,14 @@ bool pixels_item(const Convolution& call, const ConvolutionItem& item, float* y,
   const GroupCols& weight = *group_cols_of(&call);
   const int64_t size = call.height * call.width, first = item.chunk * call.chunk;
   const int64_t pixels = least(call.chunk, size - first), pitch = pitch_of(weight, pixels);
-  float* const panel = static_cast<float*>(scratch((rounded(weight.slice * TILE) + outputs * pitch) * sizeof(float)));
-  float* const sums = panel + rounded(weight.slice * TILE);
+  const int64_t slices = slices_in_panels(weight, item.begin, item.end), room = panel_of(weight, slices);
+  float* const panel = static_cast<float*>(scratch((room + outputs * pitch) * sizeof(float)));
+  float* const sums = panel + room;
   Pixels source = {x_of(&call, item.picture, 0) + first, size, panel, {}};
   const auto away = [&](int64_t pixel, bool full) { return full ? y + first + pixel : nullptr; };
   const Bounds bounds = bounds_of(call);
-  const Slice slice = {&weight, 0, item.begin, item.end, sums, pitch, y, size, bounds.low, bounds.high, nullptr, false};
+  const Slice slice = {&weight,    0,           slices,  item.begin, item.end, sums, pitch, y, size,
+                       bounds.low, bounds.high, nullptr, false};
   sweep_any(slice, sums, pixels, source, away);
   const int64_t wide = vectors(int(weight.rows)) * LANES, stored = pixels / wide * wide;
   for (int64_t output = 0; output < outputs; output++)
@@ -334,8 +367,8 @@ struct Planes {
   const int32_t* places;  // [columns], from the place of a pixel
 
   template <int N>
-  InPlace at(int64_t begin, int64_t, int64_t pixel, int64_t) const {
-    return {planes + pixel, places + begin};
+  InPlace at(int64_t, int64_t, int64_t pixel, int64_t) const {
+    return {planes + pixel, places};
   }
 };
 
@@ -350,7 +383,7 @@ struct Panels {
     float* to = panel;
     for (int64_t column = begin; column < end; column++, to += WIDE)
       for (int64_t i = 0; i < count; i += LANES) store(to + i, load(planes + places[column] + pixel + i));
-    return {panel};
+    return {panel, begin};
   }
 };
 
@@ -410,11 +443,11 @@ struct Run {
   bool may, over;
 };
 
-inline Run run_of(const Convolution& call, const Layout& layout) {
+inline Run run_of(const Convolution& call, const Layout& layout, int64_t slices) {
   const GroupCols& weight = *group_cols_of(&call);
   const int64_t pixels = layout.rows * layout.wide;
   if (call.y_row != layout.wide) return {false, false};
-  if (pixels % LANES == 0 || (weight.slices == 1 && pixels > vectors(int(weight.rows)) * LANES)) return {true, false};
+  if (pixels % LANES == 0 || (weight.slices == slices && pixels > vectors(int(weight.rows)) * LANES)) return {true, false};
   const bool to_the_end = layout.first + layout.rows == call.out_height;
   return {call.y_row > call.out_width && to_the_end && 2 * call.y_row >= LANES, true};
 }
@@ -440,10 +473,13 @@ bool planes_item(const Convolution& call, const ConvolutionItem& item, float* y,
   const int64_t channel = in_place ? call.x_plane : layout.channel;
   if (call.channels * channel > INT32_MAX) return false;
   const int64_t pixels = rows * wide, pitch = pitch_of(weight, pixels), beyond = TILE + layout.reach;
+  const bool panels = through_panels(weight, item, call.channels * channel);
+  const int64_t slices = panels ? slices_in_panels(weight, item.begin, item.end) : slices_in_place(weight);
+  const int64_t room = panels ? panel_of(weight, slices) : 0;
   const int64_t laid = in_place ? 0 : rounded(call.channels * channel + beyond);
-  const int64_t needed = rounded(weight.slice * TILE) + outputs * pitch + laid;
+  const int64_t needed = room + outputs * pitch + laid;
   float* const panel = static_cast<float*>(scratch(needed * sizeof(float) + weight.columns * sizeof(int32_t)));
-  float* const sums = panel + rounded(weight.slice * TILE);
+  float* const sums = panel + room;
   int32_t* const places = reinterpret_cast<int32_t*>(panel + needed);
   for (int64_t tap = 0; tap < taps; tap++) {
     const int64_t place = place_of(call, layout, tap);
@@ -454,11 +490,12 @@ bool planes_item(const Convolution& call, const ConvolutionItem& item, float* y,
   if (!finite(seen.wild)) return false;
 
   const int64_t width = call.out_width, output_from = first_output(weight, item.begin), first = layout.first * width;
-  const bool panels = through_panels(weight, item, call.channels * channel), now = !call.more || more_alike(&call);
+  const bool now = !call.more || more_alike(&call);
   float* const to = y + layout.first * call.y_row;
   // What is added comes with the tiles where it lies as they do, and otherwise in the end.
   Slice slice = {&weight,
                  0,
+                 slices,
                  item.begin,
                  item.end,
                  sums,
@@ -482,7 +519,7 @@ bool planes_item(const Convolution& call, const ConvolutionItem& item, float* y,
       sweep_any(slice, sums, pixels, source, away);
     }
   };
-  const Run run = run_of(call, layout);
+  const Run run = run_of(call, layout, slices);
   if (run.may) {
     slice.back = !run.over;
     go([to](int64_t pixel, bool) { return to + pixel; });
@@ -549,7 +586,7 @@ struct Rows {
       }
       wild[0] += sum;
     }
-    return {panel};
+    return {panel, begin};
   }
 };
 
@@ -562,11 +599,12 @@ struct Rows {
   const float beyond = __builtin_inff();
   for (int64_t first = 0; first < call.rows; first += most) {
     const int64_t rows = least(most, call.rows - first), pitch = pitch_of(weight, rows);
-    float* const panel = static_cast<float*>(scratch((rounded(weight.slice * TILE) + outputs * pitch) * sizeof(float)));
-    float* const sums = panel + rounded(weight.slice * TILE);
+    const int64_t slices = slices_in_panels(weight, begin, end), room = panel_of(weight, slices);
+    float* const panel = static_cast<float*>(scratch((room + outputs * pitch) * sizeof(float)));
+    float* const sums = panel + room;
     Rows source = {static_cast<const float*>(call.x) + first * weight.columns, weight.columns, panel, {}};
     const auto away = [](int64_t, bool) { return static_cast<float*>(nullptr); };
-    const Slice slice = {&weight, 0, begin, end, sums, pitch, nullptr, 0, -beyond, beyond, nullptr, false};
+    const Slice slice = {&weight, 0, slices, begin, end, sums, pitch, nullptr, 0, -beyond, beyond, nullptr, false};
     sweep_any(slice, sums, rows, source, away);
     for (int64_t row = 0; row < rows; row++) {
       float* y = static_cast<float*>(call.y) + (first + row) * weight.outputs + output;
