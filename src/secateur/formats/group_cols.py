@@ -14,9 +14,9 @@ ROWS = (1, 2, 4, 8, 16)
 """How many outputs a group can have."""
 
 SLICES = {1: 72, 2: 144, 4: 1024, 8: 2048, 16: 2048}
-"""By rows of a group: how many columns a slice may have, for the panel of it to stay in the first cache, or where an input
-that is loaded serves four outputs and more, in the second. Kernels go through several at once where groups keep little of
-one. Measured."""
+"""By rows of a group: how many columns a slice may have, for the panel of it to stay in the first cache, or where an
+input that is loaded serves four outputs and more, in the second. Kernels go through several at once where groups keep
+little of one. Measured."""
 
 SUMS = 2**18
 """Of an item of a convolution, so that they stay in the second cache; and of at most 512 pixels."""
