@@ -163,7 +163,8 @@ void one_row(const Matmul& call, const BitmapInt8& scaled, const Digits& x, int6
 #pragma GCC unroll 2
   for (int p = 0; p < PANELS; p++)
 #pragma GCC unroll 8
-    for (int d = 0; d < DIGITS; d++) sum[p][d] = _mm512_set1_epi32(-128 * x.sums[at][d]);
+    for (int d = 0; d < DIGITS; d++)  // modulo 2^32, as sums are
+      sum[p][d] = _mm512_set1_epi32(int32_t(-128u * uint32_t(x.sums[at][d])));
   const int8_t* in = x.at + at * TILE;
   for (int64_t tile = 0; tile < steps; tile += TILE_STEPS, in += DIGITS * stride) {
     const int64_t count = steps - tile < TILE_STEPS ? steps - tile : int64_t(TILE_STEPS);
