@@ -138,13 +138,9 @@ class Packed:
             expand = kernels.find(call.expand)
             if expand is not None:
                 return F.linear(x, self.written(expand, torch.empty(self.shape, dtype=self.dtype)), bias)
-        if x.dim() == 2 and x.is_contiguous():
-            y = x.new_empty(x.shape[0], self.shape[0])
-            kernels.matmul(kernel, call.weight, x, y, bias, call.items)
-            return y
-        flat = x.reshape(-1, self.shape[1]).contiguous()
+        x = x.contiguous()  # and so as many rows as there are, whatever its axes
         y = x.new_empty(*x.shape[:-1], self.shape[0])
-        kernels.matmul(kernel, call.weight, flat, y, bias, call.items)
+        kernels.matmul(kernel, call.weight, x, y, bias, call.items)
         return y
 
     def written(self, kernel: kernels.Kernel, into: Tensor) -> Tensor:
