@@ -127,7 +127,7 @@ def _chains(model: nn.Module, graph: fx.Graph) -> list[_Chain]:
 
 
 def _link(model: nn.Module, graph: fx.Graph, conv: fx.Node, order: dict[fx.Node, int]) -> _Found:
-    link = _Found(conv, conv.args[0], conv)  # type: ignore[arg-type]
+    link = _Found(conv, conv.args[0], conv)  # type: ignore[arg-type]  # a call of a module has a node
     follows = _only_user(link.last)
     if follows is not None and _what(model, follows) in _SUMS and len(follows.args) == 2 and not follows.kwargs:
         one, other = follows.args

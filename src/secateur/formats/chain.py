@@ -139,7 +139,7 @@ class _Plan:
     def __init__(self, chain: ConvChain, key: tuple[Any, ...], inputs: Sequence[Tensor]) -> None:
         self.key = key
         threads, self.head = key[0], chain.head if key[1] else None
-        layers: list[SparseConv2d] = list(chain.layers)  # type: ignore[arg-type]
+        layers: list[SparseConv2d] = list(chain.layers)  # type: ignore[arg-type]  # a ModuleList says Module
         held = [layer.packed for layer in layers]
         for packed in held:
             packed.unchanged()
@@ -252,7 +252,7 @@ def _around(chain: ConvChain, held: Sequence[Packed], outputs: Sequence[int]) ->
 
     Only where the kernel of its layer knows of them, and all that convolve it do.
     """
-    layers: list[SparseConv2d] = list(chain.layers)  # type: ignore[arg-type]
+    layers: list[SparseConv2d] = list(chain.layers)  # type: ignore[arg-type]  # a ModuleList says Module
     alone = [
         isinstance(p.format, GroupCols) and (p.format.taps, c.stride, c.padding) == (1, (1, 1), (0, 0))
         for p, c in zip(held, layers, strict=True)

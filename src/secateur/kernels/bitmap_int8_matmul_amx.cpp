@@ -6,6 +6,7 @@
 // Four digits hold a row whose smallest number is not further from the largest than their bits reach, eight nearly any
 // other. A row that does not fit into eight, or is not finite, goes through the variant that adds floats.
 #include "bitmap.h"
+#include "tiles.h"
 #include "wide.h"
 
 extern "C" Kernel bitmap_int8_matmul_f32_avx512, bitmap_int8_matmul_bf16_avx512, bitmap_int8_matmul_f16_avx512;
@@ -201,12 +202,6 @@ void each_row(const Matmul& call, const BitmapInt8& scaled, const Digits& x, int
     if (begin + 2 * half < end) one_row<1, DIGITS, T>(call, scaled, x, end - 1, end - 1, at);
   }
 }
-
-struct alignas(64) Shape {  // what _tile_loadconfig reads
-  uint8_t palette, start, reserved[14];
-  uint16_t bytes[16];
-  uint8_t rows[16];
-};
 
 // Tiles 0 to 3 hold the sums of four digits, 4 and 5 digits of x, 6 weights.
 void configure(int rows) {

@@ -5,6 +5,7 @@
 // filled, and the weight streams past once, two panels at once: memory gives more to two streams than to one, and a
 // tile of x is loaded for both. For more rows a few panels are expanded whole and used for all rows.
 #include "bitmap.h"
+#include "tiles.h"
 #include "wide.h"
 
 extern "C" Kernel bitmap_matmul_bf16_avx512;
@@ -12,12 +13,6 @@ extern "C" Kernel bitmap_matmul_bf16_avx512;
 namespace {
 
 enum { TILE_STEPS = 16, TILE_INPUTS = 32, TILE_VALUES = 512, AHEAD = 2048, MASKS_AHEAD = 1024, MOST_BUFFER = 1 << 20 };
-
-struct alignas(64) Shape {  // what _tile_loadconfig reads
-  uint8_t palette, start, reserved[14];
-  uint16_t bytes[16];
-  uint8_t rows[16];
-};
 
 // Tiles 0 to 3 hold sums, 4 and 5 rows of x, 6 and 7 weights; even ones the first 16 rows of x, odd ones the rest.
 void configure(int rows) {

@@ -1,0 +1,13 @@
+// How many rows and bytes the tiles of the matrix unit have.
+#pragma once
+#include <stdint.h>
+
+namespace {
+
+struct alignas(64) Shape {  // what _tile_loadconfig reads
+  uint8_t palette, start, reserved[14];
+  uint16_t bytes[16];
+  uint8_t rows[16];
+};
+
+}  // namespace
