@@ -6,8 +6,11 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from secateur.errors import SettingError
+from secateur.formats import k_blocked
+from secateur.formats.k_blocked import ABREAST, CHUNK, by_fours
 from secateur.formats.packed import Call, Packed, broken, kept, pointer, refuse, unsuited
 
 ROWS = (1, 2, 4, 8, 16)
@@ -17,6 +20,12 @@ SLICES = {1: 72, 2: 144, 4: 1024, 8: 2048, 16: 2048}
 """By rows of a group: how many columns a slice may have, for the panel of it to stay in the first cache, or where an
 input that is loaded serves four outputs and more, in the second. Kernels go through several at once where groups keep
 little of one. Measured."""
+
+DEPTH = 144
+"""Columns of a block of single weights, whose pixels stay in the first cache. Measured."""
+
+MOST_TAPS = 256
+"""Of a kernel whose single weights lie by fours: a column of a block of one channel takes a byte."""
 
 SUMS = 2**18
 """Of an item of a convolution, so that they stay in the second cache; and of at most 512 pixels."""
@@ -32,7 +41,7 @@ class Struct(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("outputs", "columns", "rows")),
         *((name, ctypes.c_void_p) for name in ("values", "counts", "steps")),
         *((name, ctypes.c_int64) for name in ("first", "groups", "whole", "slice", "slices")),
-        *((name, ctypes.c_void_p) for name in ("at", "begins")),
+        *((name, ctypes.c_void_p) for name in ("at", "begins", "fours", "biases")),
     )
 
 
@@ -160,11 +169,13 @@ class GroupCols:
 
     def cut(self, shape: tuple[int, int], out: tuple[int, int], pictures: int, threads: int) -> tuple[int, int]:
         """Rows of the outcome in an item, or pixels where `out` is one row of them, and parts of the groups."""
-        size, groups = out[0], self._groups(shape[0])
+        size, units = out[0], self._units(shape[0])
         pixels = max(128, min(512, SUMS // shape[0]))
+        if units == 1:  # a picture is divided if not the outputs
+            pixels = max(64, min(pixels, -(-out[0] * out[1] // threads)))
         chunk = max(1, pixels // out[1])
         chunks = max(1, -(-size // chunk))
-        return chunk, 1 if threads == 1 else min(groups, max(1, 2 * threads // max(1, chunks * pictures)))
+        return chunk, 1 if threads == 1 else min(units, max(1, 2 * threads // max(1, chunks * pictures)))
 
     def density(self, packed: Packed) -> float:
         """The fraction of the weights that is stored, zeros inside kept columns among them."""
@@ -210,7 +221,7 @@ class GroupCols:
     def call(self, packed: Packed) -> Call:
         """group_cols_matmul, over groups, with the bias that is held."""
         struct, bias = self.struct(packed), self.bias(packed)
-        return Call("group_cols_matmul_f32", struct, struct.groups, bias if bias.any() else None)
+        return Call("group_cols_matmul_f32", struct, self._units(packed.shape[0]), bias if bias.any() else None)
 
     def struct(self, packed: Packed) -> Struct:
         """What kernels read: the tensors as they are, and where each group is in a slice, found from the steps."""
@@ -229,6 +240,7 @@ class GroupCols:
             .cumsum(0)
         )
         begins = (begins + (counts.cumsum(0) - counts)).to(torch.int32)
+        fours = self._fours(packed) if self.rows == 1 else None
         made = Struct(
             outputs,
             columns,
@@ -243,7 +255,36 @@ class GroupCols:
             pointer(begins),
         )
         made.kept = at, begins  # the struct points to them
+        if fours is not None:
+            biases = F.pad(self.bias(packed), (0, -outputs % ABREAST))
+            made.fours, made.biases = ctypes.addressof(fours), pointer(biases)
+            made.beside = fours, biases
         return made
+
+    def _fours(self, packed: Packed) -> k_blocked.Struct | None:
+        """Single weights as kernels go through them, in blocks of whole channels; None for kernels of too many taps."""
+        if self.taps > MOST_TAPS:
+            return None
+        outputs, columns = packed.shape
+        weights, _ = self._parts(packed)
+        places = self._places(packed)
+        matrix = weights.new_zeros(outputs * columns)
+        matrix[places] = weights
+        keep = torch.zeros(outputs * columns, dtype=torch.bool)
+        keep[places] = True
+        channels = columns // self.taps
+        blocks = -(-channels // max(1, DEPTH // self.taps))
+        depth = -(-channels // blocks) * self.taps  # as even as can be
+        tensors = by_fours(matrix.view(outputs, columns), keep.view(outputs, columns), depth)
+        names = k_blocked.KBlocked.names
+        padded = outputs + -outputs % ABREAST
+        made = k_blocked.Struct(outputs, columns, depth, padded, *(pointer(tensors[name]) for name in names))
+        made.kept = tensors
+        return made
+
+    def _units(self, outputs: int) -> int:
+        """What is divided among threads: groups, or of single rows as many as are sorted together."""
+        return -(-outputs // CHUNK) if self.rows == 1 and self.taps <= MOST_TAPS else self._groups(outputs)
 
     def _groups(self, outputs: int) -> int:
         return outputs // self.rows + outputs % self.rows

@@ -30,6 +30,36 @@ class Struct(ctypes.Structure):
     )
 
 
+def by_fours(weight: Tensor, keep: Tensor, depth: int) -> dict[str, Tensor]:
+    """What is kept of a matrix [out, in] in blocks of so many inputs, at most 256: the tensors of `KBlocked`."""
+    outputs, inputs = weight.shape
+    blocks, padded = -(-inputs // depth), -(-outputs // ABREAST) * ABREAST
+    there = F.pad(keep, (0, blocks * depth - inputs)).view(outputs, blocks, depth)
+    counts = torch.zeros(blocks, padded, dtype=torch.int64)
+    counts[:, :outputs] = there.sum(2).T
+    # By chunk, then by count, most first; stable, so that the same weight is packed alike everywhere.
+    order = (torch.arange(padded) // CHUNK * (depth + 1) + depth - counts).argsort(dim=1, stable=True)
+    offsets = torch.zeros(blocks * padded // ABREAST + 1, dtype=torch.int64)
+    offsets[1:] = counts.gather(1, order).view(-1, ABREAST).amax(1).cumsum(0)
+    place = order.argsort(1)  # [blocks, padded]: where an output stands
+    rows, columns = keep.nonzero(as_tuple=True)
+    block = columns // depth
+    of_output = counts[:, :outputs].T.flatten()  # weights follow one another by output, and then by block
+    before = (of_output.cumsum(0) - of_output)[rows * blocks + block]
+    stands = block * padded + place[block, rows]
+    at = (offsets[stands // ABREAST] + torch.arange(len(rows)) - before) * ABREAST + stands % ABREAST
+    steps = int(offsets[-1])
+    values = weight.new_zeros(steps * ABREAST).index_copy_(0, at, weight[keep])
+    indices = torch.zeros(steps * ABREAST, dtype=torch.uint8)
+    indices.index_copy_(0, at, (columns % depth).to(torch.uint8))
+    return {
+        "columns": indices.view(steps, ABREAST),
+        "values": values.view(steps, ABREAST),
+        "rows": order.to(torch.int32),
+        "offsets": offsets,
+    }
+
+
 @dataclass(frozen=True)
 class KBlocked:
     """A value and a byte for each weight that is kept, in blocks of `depth` inputs: for 16 rows and more, in float32.
@@ -73,34 +103,8 @@ class KBlocked:
         """The weight in blocks. Raises FormatError on `why_not`."""
         refuse(self, weight, mask)
         weight = weight.detach().cpu()
-        keep = kept(weight, mask).cpu()
-        outputs, inputs = weight.shape
-        blocks, padded = self._blocks(inputs), self._padded(outputs)
-        there = F.pad(keep, (0, blocks * self.depth - inputs)).view(outputs, blocks, self.depth)
-        counts = torch.zeros(blocks, padded, dtype=torch.int64)
-        counts[:, :outputs] = there.sum(2).T
-        # By chunk, then by count, most first; stable, so that the same weight is packed alike everywhere.
-        order = (torch.arange(padded) // CHUNK * (self.depth + 1) + self.depth - counts).argsort(dim=1, stable=True)
-        offsets = torch.zeros(blocks * padded // ABREAST + 1, dtype=torch.int64)
-        offsets[1:] = counts.gather(1, order).view(-1, ABREAST).amax(1).cumsum(0)
-        place = order.argsort(1)  # [blocks, padded]: where an output stands
-        rows, columns = keep.nonzero(as_tuple=True)
-        block = columns // self.depth
-        of_output = counts[:, :outputs].T.flatten()  # weights follow one another by output, and then by block
-        before = (of_output.cumsum(0) - of_output)[rows * blocks + block]
-        stands = block * padded + place[block, rows]
-        at = (offsets[stands // ABREAST] + torch.arange(len(rows)) - before) * ABREAST + stands % ABREAST
-        steps = int(offsets[-1])
-        values = weight.new_zeros(steps * ABREAST).index_copy_(0, at, weight[keep])
-        indices = torch.zeros(steps * ABREAST, dtype=torch.uint8)
-        indices.index_copy_(0, at, (columns % self.depth).to(torch.uint8))
-        tensors = {
-            "columns": indices.view(steps, ABREAST),
-            "values": values.view(steps, ABREAST),
-            "rows": order.to(torch.int32),
-            "offsets": offsets,
-        }
-        return Packed(self, (outputs, inputs), tensors)
+        tensors = by_fours(weight, kept(weight, mask).cpu(), self.depth)
+        return Packed(self, (weight.shape[0], weight.shape[1]), tensors)
 
     def dense(self, packed: Packed) -> Tensor:
         """The weight that was packed."""

@@ -44,7 +44,7 @@ void follow(const GroupCols& weight, int64_t begin, int64_t end, const In& in, c
 extern "C" void group_cols_item_f32(const Convolution* pointer, int64_t item) {
   const Convolution& call = *pointer;
   const GroupCols& weight = *group_cols_of(pointer);
-  const ConvolutionItem at = convolution_item(pointer, item, weight.groups);
+  const ConvolutionItem at = group_cols_item(pointer, item);
   const int64_t taps = call.taps_high * call.taps_wide, size = call.out_height * call.out_width;
   const int64_t unit = of_pixels(pointer) ? 1 : call.out_width;
   const int64_t first = at.chunk * call.chunk * unit, last = first + call.chunk * unit;
@@ -80,5 +80,7 @@ extern "C" void group_cols_conv_f32_base(const void* call, int64_t begin, int64_
 
 extern "C" void group_cols_matmul_f32_base(const void* pointer, int64_t begin, int64_t end) {
   const Matmul* call = static_cast<const Matmul*>(pointer);
-  for (int64_t row = 0; row < call->rows; row++) group_cols_row_f32(call, begin, end, row);
+  const GroupCols* weight = static_cast<const GroupCols*>(call->weight);
+  const int64_t first = group_of(weight, begin), last = group_of(weight, end);
+  for (int64_t row = 0; row < call->rows; row++) group_cols_row_f32(call, first, last, row);
 }

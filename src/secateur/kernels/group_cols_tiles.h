@@ -9,6 +9,7 @@
 // Everything here is static: each file keeps the copy compiled with its own flags.
 #pragma once
 #include "group_cols.h"
+#include "group_cols_fours.h"
 #include "planes.h"
 
 namespace {
@@ -558,7 +559,11 @@ bool planes_item(const Convolution& call, const ConvolutionItem& item, float* y,
   const Convolution& call = *static_cast<const Convolution*>(pointer);
   const GroupCols& weight = *group_cols_of(&call);
   for (int64_t number = begin; number < end; number++) {
-    const ConvolutionItem item = convolution_item(&call, number, weight.groups);
+    const ConvolutionItem item = group_cols_item(&call, number);
+    if (LANES > 4 && weight.fours) {
+      if (!fours_item(call, item)) group_cols_item_f32(&call, number);
+      continue;
+    }
     const int64_t output = first_output(weight, item.begin), outputs = first_output(weight, item.end) - output;
     float* y = y_of(&call, weight.outputs, item.picture, output);
     const bool done =
@@ -591,9 +596,10 @@ struct Rows {
 };
 
 // x W^T + bias.
-[[maybe_unused]] void multiply(const void* pointer, int64_t begin, int64_t end) {
+[[maybe_unused]] void multiply(const void* pointer, int64_t begin_unit, int64_t end_unit) {
   const Matmul& call = *static_cast<const Matmul*>(pointer);
   const GroupCols& weight = *static_cast<const GroupCols*>(call.weight);
+  const int64_t begin = group_of(&weight, begin_unit), end = group_of(&weight, end_unit);
   const int64_t output = first_output(weight, begin), outputs = first_output(weight, end) - output, most = 256;
   const float* const bias = static_cast<const float*>(call.bias);
   const float beyond = __builtin_inff();

@@ -5,14 +5,11 @@
 //
 // Everything here is static: each file keeps the copy compiled with its own flags.
 #pragma once
-#include "k_blocked.h"
-#include "numbers.h"
-#include "vectors.h"
+#include "fours.h"
 
 namespace {
 
 enum {
-  MOST = LANES == 16 ? 4 : 2,  // vectors of a tile: what registers hold of four outputs
   NEAR = 8192,                 // floats of a panel, which stays in the first cache
   AT_ONCE = 4096 / CHUNK,      // chunks whose sums stay in the second
   READ = 8                     // rows read side by side: more, far apart, would push one another out of the cache

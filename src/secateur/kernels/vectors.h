@@ -6,6 +6,9 @@
 #ifndef LANES
 #error "LANES is not defined"
 #endif
+#if LANES == 16
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -15,6 +18,25 @@ typedef float Loose __attribute__((vector_size(LANES * 4), aligned(4), may_alias
 inline Vector load(const float* from) { return *reinterpret_cast<const Loose*>(from); }
 inline void store(float* to, Vector value) { *reinterpret_cast<Loose*>(to) = value; }
 inline Vector all(float value) { return value - Vector{}; }
+
+// The first floats of a vector.
+inline Vector load_some(const float* from, int64_t count) {
+#if LANES == 16
+  return Vector(_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), from));
+#else
+  Vector found = {};
+  for (int64_t lane = 0; lane < count; lane++) found[lane] = from[lane];
+  return found;
+#endif
+}
+
+inline void store_some(float* to, Vector value, int64_t count) {
+#if LANES == 16
+  _mm512_mask_storeu_ps(to, __mmask16((1u << count) - 1), __m512(value));
+#else
+  for (int64_t lane = 0; lane < count; lane++) to[lane] = value[lane];
+#endif
+}
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -26,6 +48,16 @@ inline Vector evens(Vector a, Vector b) {
   return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14);
 #else
   return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+#endif
+}
+
+inline Vector odds(Vector a, Vector b) {
+#if LANES == 4
+  return __builtin_shufflevector(a, b, 1, 3, 5, 7);
+#elif LANES == 8
+  return __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+#else
+  return __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 #endif
 }
 

@@ -1,0 +1,138 @@
+// Convolutions of groups of one output, which lie by fours beside the stream (fours.h): block after block of channels is
+// laid out, by shifted.h, and each four adds to its sums what it keeps of the block.
+#pragma once
+#include "fours.h"
+#include "group_cols.h"
+#include "shifted.h"
+
+namespace {
+
+// Where the columns of a block lie, from the first pixel of a tile.
+struct AtPlaces {
+  const float* from;
+  const int32_t* places;
+  const float* operator[](uint8_t column) const { return from + places[column]; }
+};
+
+// With one tap, no stride and no padding an item is a run of pixels, and one row of them.
+inline Convolution as_rows(const Convolution& call) {
+  Convolution found = call;
+  if (of_pixels(&call)) {
+    found.height = found.out_height = 1;
+    found.width = found.out_width = call.height * call.width;
+    found.x_row = found.y_row = found.more_row = found.width;
+  }
+  return found;
+}
+
+template <int V>
+void add_some_fours(const KBlocked& fours, int64_t block, int64_t begin, int64_t end, const AtPlaces& inputs,
+                    const Sums4& to) {
+  if constexpr (V > 1)
+    if (to.count <= (V - 1) * LANES) return add_some_fours<V - 1>(fours, block, begin, end, inputs, to);
+  add_fours<float, V>(fours, block, begin, end, inputs, to);
+}
+
+struct Tiles {
+  const KBlocked* fours;
+  int64_t begin, end, blocks, pixels;
+};
+
+// What one block adds, over all tiles.
+inline void add_block(const Tiles& tiles, int64_t block, AtPlaces inputs, Sums4 to) {
+  float *const sums = to.sums, *const y = to.y;
+  const float *const more = to.more, *const planes = inputs.from;
+  for (int64_t pixel = 0; pixel < tiles.pixels; pixel += MOST * LANES) {
+    to.count = least(MOST * LANES, tiles.pixels - pixel);
+    to.sums = sums + pixel;
+    to.y = y ? y + pixel : nullptr;
+    to.more = more ? more + pixel : nullptr;
+    inputs.from = planes + pixel;
+    add_some_fours<MOST>(*tiles.fours, block, tiles.begin, tiles.end, inputs, to);
+  }
+}
+
+// Rows of sums, which are wider than those of y or further apart, go to y.
+inline void take_rows(const Convolution& call, const Shifted& layout, const float* from, float* to, const float* more) {
+  const Vector low = all(call.low), high = all(call.high);
+  for (int64_t row = 0; row < layout.rows; row++, from += layout.pitch, to += call.y_row, more += more ? call.y_row : 0)
+    for (int64_t i = 0; i < call.out_width; i += LANES) {
+      const int64_t some = least(LANES, call.out_width - i);
+      Vector sum = load(from + i);
+      if (more) sum += load_some(more + i, some);
+      sum = sum < low ? low : sum;
+      sum = sum > high ? high : sum;
+      store_some(to + i, sum, some);
+    }
+}
+
+// An item. Returns whether all it saw is finite; if not y is to be computed again.
+bool fours_item(const Convolution& given, const ConvolutionItem& item) {
+  const GroupCols& weight = *group_cols_of(&given);
+  const KBlocked& fours = *weight.fours;
+  Convolution call = as_rows(given);
+  ConvolutionItem here = item;
+  int64_t skipped = 0;  // pixels of the one row
+  if (of_pixels(&given)) {
+    skipped = item.chunk * call.chunk;
+    call.out_width = call.width = least(call.chunk, call.out_width - skipped);
+    call.chunk = 1;
+    here.chunk = 0;
+  }
+  const int64_t taps = call.taps_high * call.taps_wide, each = fours.depth / taps;  // channels in a block
+  const int64_t blocks = (fours.inputs + fours.depth - 1) / fours.depth, steps = fours.offsets[blocks * fours.padded / ABREAST];
+  const Shifted layout = shifted_of(call, here, steps * ABREAST);
+  const int64_t first = item.begin, last = up(item.end, ABREAST);
+  const int64_t pixels = (layout.rows - 1) * layout.pitch + call.out_width;
+  const int64_t pitch = up(pixels, 2 * LANES) + LANES, laid = each * layout.channel + 4 * LANES;
+  const int64_t floats = laid + (last - first) * pitch;
+  if (laid > INT32_MAX) return false;
+  float* const planes = static_cast<float*>(scratch(floats * sizeof(float) + fours.depth * sizeof(int32_t)));
+  float* const sums = planes + laid;
+  int32_t* const places = reinterpret_cast<int32_t*>(planes + floats);
+  for (int64_t tap = 0; tap < taps; tap++) {
+    const int64_t place = shifted_place(call, layout, tap);
+    for (int64_t c = 0; c < each; c++) places[c * taps + tap] = int32_t(c * layout.channel + place);
+  }
+  const bool alike = !call.more || more_alike(&given), one_run = layout.rows == 1 || (layout.pitch == call.out_width && call.y_row == layout.pitch);
+  const bool now = alike && one_run;
+  const int64_t offset = layout.first * call.y_row + skipped;
+  float* const y = y_of(&given, weight.outputs, item.picture, first) + offset;
+  const float* const more = call.more && alike ? more_of(&given, weight.outputs, item.picture, first) + offset : nullptr;
+  if (call.more && !alike) {  // what is added comes in the end, and bounds after it
+    call.low = -__builtin_inff();
+    call.high = __builtin_inff();
+  }
+  const Tiles tiles = {&fours, first / ABREAST, last / ABREAST, blocks, pixels};
+  const Within bounds = within(given);
+  Vector wild = {};
+  for (int64_t block = 0; block < blocks; block++) {
+    const int64_t channel = block * each, behind = least(call.channels, channel + each);
+    for (int64_t c = channel; c < behind; c++) {
+      const float* const from = x_of(&given, item.picture, c) + skipped;
+      lay_out_shifted(call, layout, bounds, from, planes + (c - channel) * layout.channel, wild);
+    }
+    const bool ends = block == blocks - 1 && now;
+    const Sums4 to = {first,
+                      block ? nullptr : weight.biases,
+                      sums,
+                      pitch,
+                      ends ? y : nullptr,
+                      call.y_plane,
+                      weight.outputs,
+                      ends ? more : nullptr,
+                      call.low,
+                      call.high,
+                      0};
+    add_block(tiles, block, {planes, places}, to);
+  }
+  const int64_t outputs = item.end - first;
+  for (int64_t i = 0; !now && i < outputs; i++)
+    take_rows(call, layout, sums + i * pitch, y + i * call.y_plane, more ? more + i * call.y_plane : nullptr);
+  for (int64_t i = 0; call.more && !alike && i < outputs; i++)
+    add_more(&given, weight.outputs, item.picture, first + i, layout.first * given.out_width + skipped,
+             layout.rows * call.out_width);
+  return finite(wild);
+}
+
+}  // namespace
