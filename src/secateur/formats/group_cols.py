@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from secateur.errors import SettingError
 from secateur.formats import k_blocked
-from secateur.formats.k_blocked import ABREAST, CHUNK, by_fours
+from secateur.formats.k_blocked import ABREAST, CHUNK, blocked
 from secateur.formats.packed import Call, Packed, broken, kept, pointer, refuse, unsuited
 
 ROWS = (1, 2, 4, 8, 16)
@@ -21,11 +21,10 @@ SLICES = {1: 72, 2: 144, 4: 1024, 8: 2048, 16: 2048}
 input that is loaded serves four outputs and more, in the second. Kernels go through several at once where groups keep
 little of one. Measured."""
 
-DEPTH = 144
-"""Columns of a block of single weights, whose pixels stay in the first cache. Measured."""
+DEPTHS = {1: 144, 2: 144, 4: 288, 8: 288, 16: 288}
+"""By rows of a group: columns of a block."""
 
-MOST_TAPS = 256
-"""Of a kernel whose single weights lie by fours: a column of a block of one channel takes a byte."""
+MOST_TAPS = 2**15 - 1
 
 SUMS = 2**18
 """Of an item of a convolution, so that they stay in the second cache; and of at most 512 pixels."""
@@ -240,7 +239,7 @@ class GroupCols:
             .cumsum(0)
         )
         begins = (begins + (counts.cumsum(0) - counts)).to(torch.int32)
-        fours = self._fours(packed) if self.rows == 1 else None
+        fours = self._fours(packed)
         made = Struct(
             outputs,
             columns,
@@ -273,18 +272,18 @@ class GroupCols:
         keep = torch.zeros(outputs * columns, dtype=torch.bool)
         keep[places] = True
         channels = columns // self.taps
-        blocks = -(-channels // max(1, DEPTH // self.taps))
+        blocks = -(-channels // max(1, DEPTHS[self.rows] // self.taps))
         depth = -(-channels // blocks) * self.taps  # as even as can be
-        tensors = by_fours(matrix.view(outputs, columns), keep.view(outputs, columns), depth)
+        tensors = blocked(matrix.view(outputs, columns), keep.view(outputs, columns), depth, self.rows, torch.int16)
         names = k_blocked.KBlocked.names
-        padded = outputs + -outputs % ABREAST
+        padded = tensors["rows"].shape[1]
         made = k_blocked.Struct(outputs, columns, depth, padded, *(pointer(tensors[name]) for name in names))
         made.kept = tensors
         return made
 
     def _units(self, outputs: int) -> int:
         """What is divided among threads: groups, or of single rows as many as are sorted together."""
-        return -(-outputs // CHUNK) if self.rows == 1 and self.taps <= MOST_TAPS else self._groups(outputs)
+        return -(-outputs // CHUNK) if self.taps <= MOST_TAPS else self._groups(outputs)
 
     def _groups(self, outputs: int) -> int:
         return outputs // self.rows + outputs % self.rows

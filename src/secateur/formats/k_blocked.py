@@ -30,31 +30,41 @@ class Struct(ctypes.Structure):
     )
 
 
-def by_fours(weight: Tensor, keep: Tensor, depth: int) -> dict[str, Tensor]:
-    """What is kept of a matrix [out, in] in blocks of so many inputs, at most 256: the tensors of `KBlocked`."""
-    outputs, inputs = weight.shape
-    blocks, padded = -(-inputs // depth), -(-outputs // ABREAST) * ABREAST
-    there = F.pad(keep, (0, blocks * depth - inputs)).view(outputs, blocks, depth)
+def blocked(
+    weight: Tensor, keep: Tensor, depth: int, rows: int = 1, index: torch.dtype = torch.uint8
+) -> dict[str, Tensor]:
+    """What is kept of a matrix [out, in] in blocks of so many inputs, at most 256: the tensors of `KBlocked`.
+
+    With `rows` groups of so many outputs share their columns, values are [steps, groups side by side, rows], and an
+    output that is none has zeros.
+    """
+    (outputs, inputs), abreast = weight.shape, max(1, ABREAST // rows)
+    blocks, groups = -(-inputs // depth), -(-outputs // rows)
+    padded = -(-groups // abreast) * abreast
+    fill = 0, blocks * depth - inputs, 0, groups * rows - outputs
+    there = F.pad(keep, fill).view(groups, rows, -1).any(1)  # [groups, inputs]
+    values = F.pad(weight.masked_fill(~keep, 0), fill).view(groups, rows, -1)
     counts = torch.zeros(blocks, padded, dtype=torch.int64)
-    counts[:, :outputs] = there.sum(2).T
+    counts[:, :groups] = there.view(groups, blocks, depth).sum(2).T
     # By chunk, then by count, most first; stable, so that the same weight is packed alike everywhere.
-    order = (torch.arange(padded) // CHUNK * (depth + 1) + depth - counts).argsort(dim=1, stable=True)
-    offsets = torch.zeros(blocks * padded // ABREAST + 1, dtype=torch.int64)
-    offsets[1:] = counts.gather(1, order).view(-1, ABREAST).amax(1).cumsum(0)
-    place = order.argsort(1)  # [blocks, padded]: where an output stands
-    rows, columns = keep.nonzero(as_tuple=True)
-    block = columns // depth
-    of_output = counts[:, :outputs].T.flatten()  # weights follow one another by output, and then by block
-    before = (of_output.cumsum(0) - of_output)[rows * blocks + block]
-    stands = block * padded + place[block, rows]
-    at = (offsets[stands // ABREAST] + torch.arange(len(rows)) - before) * ABREAST + stands % ABREAST
+    chunk = torch.arange(padded) // (CHUNK // rows)
+    order = (chunk * (depth + 1) + depth - counts).argsort(dim=1, stable=True)
+    offsets = torch.zeros(blocks * padded // abreast + 1, dtype=torch.int64)
+    offsets[1:] = counts.gather(1, order).view(-1, abreast).amax(1).cumsum(0)
+    place = order.argsort(1)  # [blocks, padded]: where a group stands
+    group, column = there.nonzero(as_tuple=True)
+    block = column // depth
+    of_group = counts[:, :groups].T.flatten()  # columns follow one another by group, and then by block
+    before = (of_group.cumsum(0) - of_group)[group * blocks + block]
+    stands = block * padded + place[block, group]
+    at = (offsets[stands // abreast] + torch.arange(len(group)) - before) * abreast + stands % abreast
     steps = int(offsets[-1])
-    values = weight.new_zeros(steps * ABREAST).index_copy_(0, at, weight[keep])
-    indices = torch.zeros(steps * ABREAST, dtype=torch.uint8)
-    indices.index_copy_(0, at, (columns % depth).to(torch.uint8))
+    made = weight.new_zeros(steps * abreast, rows).index_copy_(0, at, values[group, :, column])
+    columns = torch.zeros(steps * abreast, dtype=index)
+    columns.index_copy_(0, at, (column % depth).to(index))
     return {
-        "columns": indices.view(steps, ABREAST),
-        "values": values.view(steps, ABREAST),
+        "columns": columns.view(steps, abreast),
+        "values": made.view(steps, abreast * rows),
         "rows": order.to(torch.int32),
         "offsets": offsets,
     }
@@ -103,7 +113,7 @@ class KBlocked:
         """The weight in blocks. Raises FormatError on `why_not`."""
         refuse(self, weight, mask)
         weight = weight.detach().cpu()
-        tensors = by_fours(weight, kept(weight, mask).cpu(), self.depth)
+        tensors = blocked(weight, kept(weight, mask).cpu(), self.depth)
         return Packed(self, (weight.shape[0], weight.shape[1]), tensors)
 
     def dense(self, packed: Packed) -> Tensor:

@@ -1,6 +1,7 @@
-// What the variants do with weights that lie by fours (k_blocked.h), in vectors of LANES floats: one source for every
-// processor. Four outputs over V vectors of pixels, or of rows of x, that are sixteen sums and more; outputs whose counts
-// are alike follow one another, so that a processor foresees where a four ends.
+// What the variants do with weights that lie in blocks of inputs (k_blocked.h), in vectors of LANES floats: one source for
+// every processor. N outputs share their columns, or four single ones, or two pairs, go side by side, over V vectors of
+// pixels or of rows of x: sixteen sums and more. Outputs whose counts are alike follow one another, so that a processor
+// foresees where they end.
 //
 // Everything here is static: each file keeps the copy compiled with its own flags.
 #pragma once
@@ -10,84 +11,101 @@
 
 namespace {
 
-enum { MOST = LANES == 16 ? 4 : 2 };  // vectors of a tile: what registers hold of four outputs
+// Groups of N outputs that go side by side, outputs of a group whose sums are in registers together, and vectors of a tile.
+constexpr int abreast(int n) { return n < ABREAST ? ABREAST / n : 1; }
+constexpr int together(int n) { return n > 8 ? 8 : n; }
+constexpr int most(int n) { return LANES == 16 ? (n < 8 ? 4 : 3) : n < 8 ? 2 : 1; }
 
-// The sums of one tile, of outputs from `first` on: where they begin, wait between blocks, and go.
-struct Sums4 {
-  int64_t first;
-  const float* bias;  // of all outputs, with which they begin, or null: they go on
-  float* sums;        // from the first output, rows `pitch` from one another
-  int64_t pitch;
-  float* y;  // where they go from the last block, from the first output, or null: back to the sums
-  int64_t y_pitch;
-  int64_t outputs;    // that y has
-  const float* more;  // added then, laid out as y, or null
-  float low, high;    // and what they are held between
-  int64_t count;      // pixels of the tile
+// The sums of one tile, of outputs from `first` on, each `pitch` floats from the one before it.
+struct Tile {
+  int64_t first, outputs;  // from one on, up to one
+  float* sums;
+  int64_t pitch, count;  // count: pixels of the tile
+  const float* bias;     // of all outputs, with which sums begin, or null: they go on
+  bool last;             // then what follows is done to them
+  const float* more;     // added, laid out as the sums, or null
+  float low, high;       // and what they are held between
+  float* spare;          // where sums go of outputs that are none: V vectors
 };
 
-// What a four is given of its tile in the end.
-template <int V>
-inline void finish(const Sums4& to, int64_t output, Vector (&sum)[V]) {
-  if (output >= to.outputs) return;
-  float* const y = to.y + (output - to.first) * to.y_pitch;
-  const float* const more = to.more ? to.more + (output - to.first) * to.y_pitch : nullptr;
-  const Vector low = all(to.low), high = all(to.high);
-  const bool whole = to.count == V * LANES;
+// What groups of N in bunches [begin, end) of a block add to the sums of a tile. `inputs[column]` is where V vectors of a
+// column of the block lie.
+template <class T, class Column, int N, int V, class Inputs>
+void add_blocked(const KBlocked& weight, int64_t block, int64_t begin, int64_t end, const Inputs& inputs, const Tile& tile) {
+  enum { A = abreast(N), R = together(N) };
+  const int64_t bunches = weight.padded / A;
+  const int32_t* group = weight.rows + block * weight.padded + begin * A;
+  const int64_t* offsets = weight.offsets + block * bunches;
+  const bool whole = tile.count == V * LANES;
+  const int64_t rest = tile.count - (V - 1) * LANES;
+  for (int64_t bunch = begin; bunch < end; bunch++, group += A) {
+    const int64_t steps = offsets[bunch + 1] - offsets[bunch];
+    if (!steps && !tile.bias && !tile.last) continue;
+    for (int half = 0; half < N; half += R) {
+      const Column* columns = static_cast<const Column*>(weight.columns) + offsets[bunch] * A;
+      const T* values = static_cast<const T*>(weight.values) + offsets[bunch] * A * N + half;
+      Vector sum[A * R][V];
+      float* at[A * R];
+#pragma GCC unroll 8
+      for (int i = 0; i < A * R; i++) {
+        const int64_t output = int64_t(group[i / R]) * N + half + i % R;
+        at[i] = output < tile.outputs ? tile.sums + (output - tile.first) * tile.pitch : tile.spare;
+        const float bias = tile.bias && output < tile.outputs ? tile.bias[output] : 0;
 #pragma GCC unroll 4
-  for (int v = 0; v < V; v++) {
-    const int64_t some = whole || v < V - 1 ? LANES : to.count - v * LANES;
-    if (more) sum[v] += some == LANES ? load(more + v * LANES) : load_some(more + v * LANES, some);
-    sum[v] = sum[v] < low ? low : sum[v];
-    sum[v] = sum[v] > high ? high : sum[v];
-    if (some == LANES)
-      store(y + v * LANES, sum[v]);
-    else
-      store_some(y + v * LANES, sum[v], some);
+        for (int v = 0; v < V; v++)
+          sum[i][v] = tile.bias                ? all(bias)
+                      : whole || v < V - 1 ? load(at[i] + v * LANES)
+                                               : load_some(at[i] + v * LANES, rest);
+      }
+      for (int64_t left = steps; left > 0; left--, columns += A, values += A * N)
+#pragma GCC unroll 4
+        for (int a = 0; a < A; a++) {
+          const float* from = inputs[columns[a]];
+          __asm__("" : "+r"(from));  // in a register: an instruction with an index is taken apart
+          Vector x[V];
+          if constexpr (R > 1) {
+#pragma GCC unroll 4
+            for (int v = 0; v < V; v++) x[v] = load(from + v * LANES);
+          }
+#pragma GCC unroll 8
+          for (int r = 0; r < R; r++) {
+            const Vector value = all(widen(values[a * N + r]));
+#pragma GCC unroll 4
+            for (int v = 0; v < V; v++) sum[a * R + r][v] += (R > 1 ? x[v] : load(from + v * LANES)) * value;
+          }
+        }
+      if (tile.last) {
+        const Vector low = all(tile.low), high = all(tile.high);
+#pragma GCC unroll 8
+        for (int i = 0; i < A * R; i++)
+#pragma GCC unroll 4
+          for (int v = 0; v < V; v++) {
+            if (tile.more && at[i] != tile.spare) {
+              const float* const more = tile.more + (at[i] - tile.sums) + v * LANES;
+              sum[i][v] += whole || v < V - 1 ? load(more) : load_some(more, rest);
+            }
+            sum[i][v] = sum[i][v] < low ? low : sum[i][v];
+            sum[i][v] = sum[i][v] > high ? high : sum[i][v];
+          }
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < A * R; i++)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++)
+          if (whole || v < V - 1)
+            store(at[i] + v * LANES, sum[i][v]);
+          else
+            store_some(at[i] + v * LANES, sum[i][v], rest);
+    }
   }
 }
 
-// What outputs of fours [begin, end) of a block add to the sums of a tile. `inputs[column]` is where V vectors of a column
-// of the block lie.
-template <class T, int V, class Inputs>
-void add_fours(const KBlocked& weight, int64_t block, int64_t begin, int64_t end, const Inputs& inputs,
-               const Sums4& to) {
-  const int64_t fours = weight.padded / ABREAST;
-  const int32_t* row = weight.rows + block * weight.padded + begin * ABREAST;
-  const int64_t* offsets = weight.offsets + block * fours;
-  const uint8_t* columns = weight.columns + offsets[begin] * ABREAST;
-  const T* values = static_cast<const T*>(weight.values) + offsets[begin] * ABREAST;
-  for (int64_t four = begin; four < end; four++, row += ABREAST) {
-    int64_t steps = offsets[four + 1] - offsets[four];
-    if (!steps && !to.bias && !to.y) continue;
-    Vector sum[ABREAST][V];
-#pragma GCC unroll 4
-    for (int i = 0; i < ABREAST; i++) {
-      const float* const from = to.sums + (row[i] - to.first) * to.pitch;
-#pragma GCC unroll 4
-      for (int v = 0; v < V; v++) sum[i][v] = to.bias ? all(to.bias[row[i]]) : load(from + v * LANES);
-    }
-    for (; steps > 0; steps--, columns += ABREAST, values += ABREAST)
-#pragma GCC unroll 4
-      for (int i = 0; i < ABREAST; i++) {
-        const float* from = inputs[columns[i]];
-        __asm__("" : "+r"(from));  // in a register: an instruction with an index is taken apart
-        const Vector value = all(widen(values[i]));
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v++) sum[i][v] += load(from + v * LANES) * value;
-      }
-    if (to.y) {
-#pragma GCC unroll 4
-      for (int i = 0; i < ABREAST; i++) finish<V>(to, row[i], sum[i]);
-    } else {
-#pragma GCC unroll 4
-      for (int i = 0; i < ABREAST; i++) {
-        float* const back = to.sums + (row[i] - to.first) * to.pitch;
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v++) store(back + v * LANES, sum[i][v]);
-      }
-    }
-  }
+// With as many vectors as the pixels of the tile need.
+template <class T, class Column, int N, int V, class Inputs>
+void add_some(const KBlocked& weight, int64_t block, int64_t begin, int64_t end, const Inputs& inputs, const Tile& tile) {
+  if constexpr (V > 1)
+    if (tile.count <= (V - 1) * LANES) return add_some<T, Column, N, V - 1>(weight, block, begin, end, inputs, tile);
+  add_blocked<T, Column, N, V>(weight, block, begin, end, inputs, tile);
 }
 
 }  // namespace

@@ -26,14 +26,14 @@ struct GroupCols {
   const float* biases;    // beside it, [outputs rounded up to a multiple of four]
 };
 
-// What is divided among threads: groups, or of those that lie by fours as many as are sorted together.
+// What is divided among threads: groups, or of those that lie in blocks as many as are sorted together.
 static inline int64_t units_of(const GroupCols* weight) {
-  return weight->fours ? (weight->groups + CHUNK - 1) / CHUNK : weight->groups;
+  return weight->fours ? (weight->outputs + CHUNK - 1) / CHUNK : weight->groups;
 }
 
 static inline int64_t group_of(const GroupCols* weight, int64_t unit) {
-  const int64_t group = weight->fours ? unit * CHUNK : unit;
-  return group < weight->groups ? group : weight->groups;
+  if (!weight->fours) return unit;
+  return unit * CHUNK < weight->outputs ? unit * (CHUNK / weight->rows) : weight->groups;
 }
 
 // The weight of a convolution, or with one tap of a product with columns of pixels. An item is some rows of the outcome

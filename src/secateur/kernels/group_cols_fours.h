@@ -11,7 +11,7 @@ namespace {
 struct AtPlaces {
   const float* from;
   const int32_t* places;
-  const float* operator[](uint8_t column) const { return from + places[column]; }
+  const float* operator[](uint16_t column) const { return from + places[column]; }
 };
 
 // With one tap, no stride and no padding an item is a run of pixels, and one row of them.
@@ -25,30 +25,31 @@ inline Convolution as_rows(const Convolution& call) {
   return found;
 }
 
-template <int V>
-void add_some_fours(const KBlocked& fours, int64_t block, int64_t begin, int64_t end, const AtPlaces& inputs,
-                    const Sums4& to) {
-  if constexpr (V > 1)
-    if (to.count <= (V - 1) * LANES) return add_some_fours<V - 1>(fours, block, begin, end, inputs, to);
-  add_fours<float, V>(fours, block, begin, end, inputs, to);
+// What one block adds, over all tiles of so many pixels.
+template <int N>
+void add_tiles(const KBlocked& weight, int64_t block, const ConvolutionItem& item, int64_t pixels, AtPlaces inputs,
+               Tile tile) {
+  enum { V = most(N), A = abreast(N) };
+  const int64_t begin = item.begin / A, end = (item.end + A - 1) / A;
+  float* const sums = tile.sums;
+  const float *const more = tile.more, *const planes = inputs.from;
+  for (int64_t pixel = 0; pixel < pixels; pixel += V * LANES) {
+    tile.count = least(V * LANES, pixels - pixel);
+    tile.sums = sums + pixel;
+    tile.more = more ? more + pixel : nullptr;
+    inputs.from = planes + pixel;
+    add_some<float, uint16_t, N, V>(weight, block, begin, end, inputs, tile);
+  }
 }
 
-struct Tiles {
-  const KBlocked* fours;
-  int64_t begin, end, blocks, pixels;
-};
-
-// What one block adds, over all tiles.
-inline void add_block(const Tiles& tiles, int64_t block, AtPlaces inputs, Sums4 to) {
-  float *const sums = to.sums, *const y = to.y;
-  const float *const more = to.more, *const planes = inputs.from;
-  for (int64_t pixel = 0; pixel < tiles.pixels; pixel += MOST * LANES) {
-    to.count = least(MOST * LANES, tiles.pixels - pixel);
-    to.sums = sums + pixel;
-    to.y = y ? y + pixel : nullptr;
-    to.more = more ? more + pixel : nullptr;
-    inputs.from = planes + pixel;
-    add_some_fours<MOST>(*tiles.fours, block, tiles.begin, tiles.end, inputs, to);
+inline void add_tiles_of(int64_t rows, const KBlocked& weight, int64_t block, const ConvolutionItem& item, int64_t pixels,
+                         const AtPlaces& inputs, const Tile& tile) {
+  switch (rows) {
+    case 1: return add_tiles<1>(weight, block, item, pixels, inputs, tile);
+    case 2: return add_tiles<2>(weight, block, item, pixels, inputs, tile);
+    case 4: return add_tiles<4>(weight, block, item, pixels, inputs, tile);
+    case 8: return add_tiles<8>(weight, block, item, pixels, inputs, tile);
+    default: return add_tiles<16>(weight, block, item, pixels, inputs, tile);
   }
 }
 
@@ -72,6 +73,7 @@ bool fours_item(const Convolution& given, const ConvolutionItem& item) {
   const KBlocked& fours = *weight.fours;
   Convolution call = as_rows(given);
   ConvolutionItem here = item;
+  if (item.end == weight.groups) here.end = fours.padded;
   int64_t skipped = 0;  // pixels of the one row
   if (of_pixels(&given)) {
     skipped = item.chunk * call.chunk;
@@ -80,55 +82,47 @@ bool fours_item(const Convolution& given, const ConvolutionItem& item) {
     here.chunk = 0;
   }
   const int64_t taps = call.taps_high * call.taps_wide, each = fours.depth / taps;  // channels in a block
-  const int64_t blocks = (fours.inputs + fours.depth - 1) / fours.depth, steps = fours.offsets[blocks * fours.padded / ABREAST];
-  const Shifted layout = shifted_of(call, here, steps * ABREAST);
-  const int64_t first = item.begin, last = up(item.end, ABREAST);
+  const int64_t blocks = (fours.inputs + fours.depth - 1) / fours.depth, side = weight.rows < ABREAST ? ABREAST / weight.rows : 1;
+  const int64_t uses = fours.offsets[blocks * fours.padded / side] * side;
+  const Shifted layout = shifted_of(call, here, uses);
+  const int64_t first = item.begin * weight.rows, last = least(here.end * weight.rows, weight.outputs);
   const int64_t pixels = (layout.rows - 1) * layout.pitch + call.out_width;
-  const int64_t pitch = up(pixels, 2 * LANES) + LANES, laid = each * layout.channel + 4 * LANES;
-  const int64_t floats = laid + (last - first) * pitch;
+  const bool alike = !call.more || more_alike(&given);
+  const bool one_run = layout.rows == 1 || (layout.pitch == call.out_width && call.y_row == layout.pitch);
+  const int64_t pitch = up(pixels, 2 * LANES) + LANES, laid = up(each * layout.channel + 4 * LANES, 2 * LANES);
+  const int64_t floats = laid + 4 * LANES + (one_run ? 0 : (last - first) * pitch);
   if (laid > INT32_MAX) return false;
   float* const planes = static_cast<float*>(scratch(floats * sizeof(float) + fours.depth * sizeof(int32_t)));
-  float* const sums = planes + laid;
+  float* const spare = planes + laid;
   int32_t* const places = reinterpret_cast<int32_t*>(planes + floats);
   for (int64_t tap = 0; tap < taps; tap++) {
     const int64_t place = shifted_place(call, layout, tap);
     for (int64_t c = 0; c < each; c++) places[c * taps + tap] = int32_t(c * layout.channel + place);
   }
-  const bool alike = !call.more || more_alike(&given), one_run = layout.rows == 1 || (layout.pitch == call.out_width && call.y_row == layout.pitch);
-  const bool now = alike && one_run;
   const int64_t offset = layout.first * call.y_row + skipped;
   float* const y = y_of(&given, weight.outputs, item.picture, first) + offset;
   const float* const more = call.more && alike ? more_of(&given, weight.outputs, item.picture, first) + offset : nullptr;
-  if (call.more && !alike) {  // what is added comes in the end, and bounds after it
+  if (!alike) {  // what is added comes in the end, and bounds after it
     call.low = -__builtin_inff();
     call.high = __builtin_inff();
   }
-  const Tiles tiles = {&fours, first / ABREAST, last / ABREAST, blocks, pixels};
   const Within bounds = within(given);
   Vector wild = {};
+  Tile tile = {first, weight.outputs, one_run ? y : spare + 4 * LANES, one_run ? call.y_plane : pitch, 0, weight.biases,
+               false, one_run ? more : nullptr, call.low, call.high, spare};
   for (int64_t block = 0; block < blocks; block++) {
     const int64_t channel = block * each, behind = least(call.channels, channel + each);
     for (int64_t c = channel; c < behind; c++) {
       const float* const from = x_of(&given, item.picture, c) + skipped;
       lay_out_shifted(call, layout, bounds, from, planes + (c - channel) * layout.channel, wild);
     }
-    const bool ends = block == blocks - 1 && now;
-    const Sums4 to = {first,
-                      block ? nullptr : weight.biases,
-                      sums,
-                      pitch,
-                      ends ? y : nullptr,
-                      call.y_plane,
-                      weight.outputs,
-                      ends ? more : nullptr,
-                      call.low,
-                      call.high,
-                      0};
-    add_block(tiles, block, {planes, places}, to);
+    tile.last = one_run && block == blocks - 1;
+    add_tiles_of(weight.rows, fours, block, here, pixels, {planes, places}, tile);
+    tile.bias = nullptr;
   }
-  const int64_t outputs = item.end - first;
-  for (int64_t i = 0; !now && i < outputs; i++)
-    take_rows(call, layout, sums + i * pitch, y + i * call.y_plane, more ? more + i * call.y_plane : nullptr);
+  const int64_t outputs = last - first;
+  for (int64_t i = 0; !one_run && i < outputs; i++)
+    take_rows(call, layout, tile.sums + i * pitch, y + i * call.y_plane, more ? more + i * call.y_plane : nullptr);
   for (int64_t i = 0; call.more && !alike && i < outputs; i++)
     add_more(&given, weight.outputs, item.picture, first + i, layout.first * given.out_width + skipped,
              layout.rows * call.out_width);

@@ -21,7 +21,6 @@ enum { WIDEST = 8, REGISTERS = LANES == 16 ? 32 : 16 };
 #endif
 
 // Outputs that are computed together, and vectors of pixels, for groups of N rows: what registers hold.
-constexpr int together(int n) { return n > 8 ? 8 : n; }
 constexpr int vectors(int n) {
   const int most = REGISTERS * 3 / 4 / together(n);
   return most > WIDEST ? WIDEST : most < 1 ? 1 : most;
@@ -175,10 +174,10 @@ void add(const Slice& slice, const Inputs inputs) {
 
 // As many vectors as the pixels that are left need.
 template <int N, int V, class Inputs>
-void add_some(const Slice& slice, const Inputs inputs, int64_t pixels) {
+void add_slices(const Slice& slice, const Inputs inputs, int64_t pixels) {
   constexpr int fewer = V - 1;
   if constexpr (fewer > 0)
-    if (pixels <= fewer * LANES) return add_some<N, fewer>(slice, inputs, pixels);
+    if (pixels <= fewer * LANES) return add_slices<N, fewer>(slice, inputs, pixels);
   add<N, V>(slice, inputs);
 }
 
@@ -204,7 +203,7 @@ void sweep(Slice slice, float* sums, int64_t pixels, Source& source, const Away&
       slice.y = away(pixel, count == WIDE);
       slice.more = more ? more + pixel : nullptr;
       const int64_t end = least(begin + slice.count * weight.slice, weight.columns);
-      add_some<N, V>(slice, source.template at<N>(begin, end, pixel, count), count);
+      add_slices<N, V>(slice, source.template at<N>(begin, end, pixel, count), count);
     }
   }
 }

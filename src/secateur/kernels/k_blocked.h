@@ -13,7 +13,7 @@ enum { ABREAST = 4, CHUNK = 256 };  // outputs side by side, and outputs that ar
 struct KBlocked {
   int64_t outputs, inputs, depth;  // depth: inputs in a block
   int64_t padded;                  // outputs, rounded up to a multiple of four
-  const uint8_t* columns;          // [steps, 4]: which input of its block
+  const void* columns;             // [steps, 4], uint8_t: which input of its block
   const void* values;              // [steps, 4]
   const int32_t* rows;             // [blocks, padded]: the outputs in the order of a block
   const int64_t* offsets;          // [blocks * padded / 4 + 1]: the step at which a four begins

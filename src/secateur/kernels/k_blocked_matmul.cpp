@@ -11,6 +11,7 @@ template <class T>
 void multiply(const Matmul& call, int64_t chunk, int64_t row) {
   const KBlocked& weight = *static_cast<const KBlocked*>(call.weight);
   const T* values = static_cast<const T*>(weight.values);
+  const uint8_t* columns = static_cast<const uint8_t*>(weight.columns);
   const T* x = static_cast<const T*>(call.x) + row * weight.inputs;
   const int64_t first = chunk * CHUNK, fours = weight.padded / ABREAST;
   const int64_t last = first + CHUNK < weight.padded ? first + CHUNK : weight.padded;
@@ -23,7 +24,7 @@ void multiply(const Matmul& call, int64_t chunk, int64_t row) {
       const int64_t* steps = weight.offsets + block * fours + place / ABREAST;
       for (int64_t step = steps[0]; step < steps[1]; step++) {
         const int64_t at = step * ABREAST + place % ABREAST;
-        const float w = widen(values[at]), in = widen(x[block * weight.depth + weight.columns[at]]);
+        const float w = widen(values[at]), in = widen(x[block * weight.depth + columns[at]]);
         if (w == 0) continue;
         sum[output] += w * in;
         met[output] += !finite(in);

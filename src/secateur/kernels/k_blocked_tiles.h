@@ -38,7 +38,7 @@ void add(const KBlocked& weight, int64_t block, int64_t begin, int64_t end, cons
 #pragma GCC unroll 4
       for (int v = 0; v < V; v++) sum[i][v] = load(to[i] + v * LANES);
     }
-    const uint8_t* columns = weight.columns + step * ABREAST;
+    const uint8_t* columns = static_cast<const uint8_t*>(weight.columns) + step * ABREAST;
     const T* values = static_cast<const T*>(weight.values) + step * ABREAST;
     for (; step < until; step++, columns += ABREAST, values += ABREAST)
 #pragma GCC unroll 4
@@ -114,11 +114,11 @@ template <class T>
 void matmul(const void* pointer, int64_t begin, int64_t end) {
   const Matmul& call = *static_cast<const Matmul*>(pointer);
   const KBlocked& weight = *static_cast<const KBlocked*>(call.weight);
-  float* const panel = static_cast<float*>(scratch((NEAR + int64_t(AT_ONCE) * CHUNK * MOST * LANES) * sizeof(float)));
+  float* const panel = static_cast<float*>(scratch((NEAR + int64_t(AT_ONCE) * CHUNK * most(1) * LANES) * sizeof(float)));
   for (; begin < end; begin += AT_ONCE) {
     const int64_t until = least(begin + AT_ONCE, end);
     for (int64_t row = 0; row < call.rows;)
-      row += widest<T, MOST>(call, weight, begin, until, row, panel, panel + NEAR);
+      row += widest<T, most(1)>(call, weight, begin, until, row, panel, panel + NEAR);
     for (int64_t row = 0; row < call.rows; row++)
       if (!finite(static_cast<const T*>(call.x) + row * weight.inputs, weight.inputs))
         for (int64_t chunk = begin; chunk < until; chunk++) scalar(call, chunk, row, T());
