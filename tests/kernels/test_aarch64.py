@@ -90,7 +90,8 @@ def test_every_format_multiplies(program, format, dtype):
         y = x.new_full((rows, 36), 77)
         ready = packed.prepared
         call = Matmul(ctypes.addressof(ready.weight), x.data_ptr(), y.data_ptr(), bias.data_ptr(), rows)
-        held = (ready.weight, *packed.tensors.values(), *getattr(ready.weight, "kept", ()), x, y, bias)
+        beside = (ready.weight.inner,) if isinstance(format, GroupCols) else ()
+        held = (ready.weight, *beside, *packed.tensors.values(), *getattr(ready.weight, "kept", ()), x, y, bias)
         got, level = answered(program, ready.kernel, call, ready.items, held, y)
         wanted = (x.double() @ (weight * mask).double().T + bias.double()).to(dtype)
         assert torch.equal(got, wanted)
@@ -110,7 +111,8 @@ def test_every_format_convolves(program, format, size, stride):
     y, held = torch.full(shape, 77.0), packed.prepared.weight
     call.weight, call.x, call.y = ctypes.addressof(held), x.data_ptr(), y.data_ptr()
     call.low, call.high = 0, float("inf")
-    things = (held, *packed.tensors.values(), *held.kept, x, y)
+    inner = (held.inner,) if isinstance(format, GroupCols) else ()
+    things = (held, *inner, *packed.tensors.values(), *held.kept, x, y)
     got, level = answered(program, format.convolves, call, 2 * call.chunks * call.parts, things, y)
     bias = packed.format.bias(packed).double()
     wanted = F.conv2d(x.double(), (weight * mask).double(), bias, stride, 1, 1, groups).relu().float()

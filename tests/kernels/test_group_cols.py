@@ -69,14 +69,14 @@ def test_the_dense_weight_comes_back(rows):
             assert again.format == packed.format
 
 
-@pytest.fixture(params=["one slice", "slices"])
-def slices(request, monkeypatch):
-    """Whole weights in one slice, or in slices that are no whole number of kernels."""
-    if request.param == "slices":
-        monkeypatch.setattr(group_cols, "SLICES", dict.fromkeys(ROWS, 31))
+@pytest.fixture(params=["blocks", "small blocks"])
+def blocks(request, monkeypatch):
+    """Blocks as they are, or of 31 columns or one channel."""
+    if request.param == "small blocks":
+        monkeypatch.setattr(group_cols, "DEPTHS", dict.fromkeys(ROWS, 31))
 
 
-@pytest.mark.usefixtures("slices")
+@pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("rows", ROWS)
 def test_every_variant_multiplies(rows):
     for shape in SHAPES:
@@ -108,7 +108,7 @@ CONVOLUTIONS = [
 ]
 
 
-@pytest.mark.usefixtures("slices")
+@pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("at", CONVOLUTIONS, ids=str)
 def test_every_variant_convolves(at, rows):

@@ -6,25 +6,21 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from secateur.errors import SettingError
 from secateur.formats import k_blocked
-from secateur.formats.k_blocked import ABREAST, CHUNK, blocked
+from secateur.formats.k_blocked import CHUNK, blocked
 from secateur.formats.packed import Call, Packed, broken, kept, pointer, refuse, unsuited
 
 ROWS = (1, 2, 4, 8, 16)
 """How many outputs a group can have."""
 
-SLICES = {1: 72, 2: 144, 4: 1024, 8: 2048, 16: 2048}
-"""By rows of a group: how many columns a slice may have, for the panel of it to stay in the first cache, or where an
-input that is loaded serves four outputs and more, in the second. Kernels go through several at once where groups keep
-little of one. Measured."""
-
 DEPTHS = {1: 144, 2: 144, 4: 288, 8: 288, 16: 288}
-"""By rows of a group: columns of a block."""
+"""By rows of a group: columns of a block, for what is laid out of it to stay in the first cache, or where an input that
+is loaded serves four outputs and more, near. Measured."""
 
-MOST_TAPS = 2**15 - 1
+MOST_TAPS = 2**16 - 1
+"""Of a kernel: a column of a block, and be it of one channel, is a number of 16 bits."""
 
 SUMS = 2**18
 """Of an item of a convolution, so that they stay in the second cache; and of at most 512 pixels."""
@@ -39,8 +35,8 @@ class Struct(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("outputs", "columns", "rows")),
         *((name, ctypes.c_void_p) for name in ("values", "counts", "steps")),
-        *((name, ctypes.c_int64) for name in ("first", "groups", "whole", "slice", "slices")),
-        *((name, ctypes.c_void_p) for name in ("at", "begins", "fours", "biases")),
+        *((name, ctypes.c_int64) for name in ("first", "groups", "whole")),
+        *((name, ctypes.c_void_p) for name in ("blocked", "biases")),
     )
 
 
@@ -104,6 +100,8 @@ class GroupCols:
             return f"it is {list(weight.shape)}, not a matrix [out, in] or a convolution [out, in, high, wide]"
         if weight.dtype is not torch.float32:
             return f"its dtype is {weight.dtype}, and there is one of torch.float32"
+        if weight[0, 0].numel() > MOST_TAPS:
+            return f"its kernels have {weight[0, 0].numel():,} taps, more than {MOST_TAPS:,}"
         if mask is not None and mask.shape != weight.shape:
             return f"its mask is {mask.dtype} {list(mask.shape)}, not bool {list(weight.shape)}"
         return unsuited(weight.flatten(1), None if mask is None else mask.flatten(1))
@@ -223,67 +221,34 @@ class GroupCols:
         return Call("group_cols_matmul_f32", struct, self._units(packed.shape[0]), bias if bias.any() else None)
 
     def struct(self, packed: Packed) -> Struct:
-        """What kernels read: the tensors as they are, and where each group is in a slice, found from the steps."""
+        """What kernels read: the tensors as they are, and the groups by blocks of whole channels."""
         values, counts, steps, first = (packed.tensors[name] for name in self.names)
-        outputs, columns = packed.shape
-        groups = len(counts)
-        slices = -(-columns // SLICES[self.rows])
-        size = -(-columns // slices)  # as even as can be
-        place = self._columns(packed)
-        at = place.to(torch.int32)
-        of = torch.repeat_interleave(torch.arange(groups), counts.long())
-        begins = torch.zeros(slices + 1, groups, dtype=torch.int64)
-        begins[1:] = (
-            torch.zeros(slices, groups, dtype=torch.int64)
-            .index_put_((place // size, of), torch.ones(len(place), dtype=torch.int64), accumulate=True)
-            .cumsum(0)
-        )
-        begins = (begins + (counts.cumsum(0) - counts)).to(torch.int32)
-        fours = self._fours(packed)
+        (outputs, columns), (weights, biases), places = packed.shape, self._parts(packed), self._places(packed)
+        matrix, keep = weights.new_zeros(outputs * columns), torch.zeros(outputs * columns, dtype=torch.bool)
+        matrix[places], keep[places] = weights, True
+        channels = columns // self.taps
+        blocks = -(-channels // max(1, DEPTHS[self.rows] // self.taps))
+        depth = -(-channels // blocks) * self.taps  # as even as can be
+        laid = blocked(matrix.view(outputs, -1), keep.view(outputs, -1), depth, self.rows, torch.int16)
+        inner = k_blocked.Struct(outputs, columns, depth, laid["rows"].shape[1], *map(pointer, laid.values()))
         made = Struct(
             outputs,
             columns,
             self.rows,
             *(pointer(t) for t in (values, counts, steps)),
             int(first),
-            groups,
+            len(counts),
             outputs // self.rows,
-            size,
-            slices,
-            pointer(at),
-            pointer(begins),
+            ctypes.addressof(inner),
+            pointer(biases),
         )
-        made.kept = at, begins  # the struct points to them
-        if fours is not None:
-            biases = F.pad(self.bias(packed), (0, -outputs % ABREAST))
-            made.fours, made.biases = ctypes.addressof(fours), pointer(biases)
-            made.beside = fours, biases
-        return made
-
-    def _fours(self, packed: Packed) -> k_blocked.Struct | None:
-        """Single weights as kernels go through them, in blocks of whole channels; None for kernels of too many taps."""
-        if self.taps > MOST_TAPS:
-            return None
-        outputs, columns = packed.shape
-        weights, _ = self._parts(packed)
-        places = self._places(packed)
-        matrix = weights.new_zeros(outputs * columns)
-        matrix[places] = weights
-        keep = torch.zeros(outputs * columns, dtype=torch.bool)
-        keep[places] = True
-        channels = columns // self.taps
-        blocks = -(-channels // max(1, DEPTHS[self.rows] // self.taps))
-        depth = -(-channels // blocks) * self.taps  # as even as can be
-        tensors = blocked(matrix.view(outputs, columns), keep.view(outputs, columns), depth, self.rows, torch.int16)
-        names = k_blocked.KBlocked.names
-        padded = tensors["rows"].shape[1]
-        made = k_blocked.Struct(outputs, columns, depth, padded, *(pointer(tensors[name]) for name in names))
-        made.kept = tensors
+        made.laid, made.depth, made.inner = laid, depth, inner
+        made.kept = *laid.values(), biases  # structs point to them
         return made
 
     def _units(self, outputs: int) -> int:
-        """What is divided among threads: groups, or of single rows as many as are sorted together."""
-        return -(-outputs // CHUNK) if self.taps <= MOST_TAPS else self._groups(outputs)
+        """What is divided among threads: as many outputs as are sorted together."""
+        return -(-outputs // CHUNK)
 
     def _groups(self, outputs: int) -> int:
         return outputs // self.rows + outputs % self.rows

@@ -58,10 +58,11 @@ def message(
     arrays: tuple[Tensor, ...]
     if isinstance(packed.format, GroupCols):
         numbers = [0, *packed.shape, weight.rows, values.numel(), held["steps"].numel()]
-        numbers += [weight.groups, weight.whole, weight.first, weight.slice, weight.slices]
+        blocks, padded = weight.laid["rows"].shape
+        numbers += [weight.groups, weight.whole, weight.first, weight.depth, blocks, padded, len(weight.laid["values"])]
         arrays = values, held["counts"], held["steps"], *weight.kept
     else:
-        numbers = [1, *packed.shape, 1, values.numel(), held["shapes"].numel(), *[0] * 5]
+        numbers = [1, *packed.shape, 1, values.numel(), held["shapes"].numel(), *[0] * 7]
         arrays = values, held["shapes"], *weight.kept, held["which"]
     numbers += [*x.shape, *shape[2:], call.taps_high, call.taps_wide, *stride, *padding, *dilation]
     numbers += [call.chunk, call.chunks, call.parts]

@@ -5,6 +5,9 @@
 // step holds a weight of each of the four; what fills up an output is a zero for the first input of the block.
 //
 // A row of x that holds something not finite goes through the oracle, as in sell.h.
+//
+// Groups of outputs that share their columns lie likewise (group_cols.h), as many side by side as make four outputs, or
+// one: then `padded` and `rows` are of groups, and a step has a column for each and a value for each output.
 #pragma once
 #include "kernels.h"
 

@@ -61,6 +61,42 @@ inline Vector odds(Vector a, Vector b) {
 #endif
 }
 
+// Two vectors, a float of each in turn: the first halves, and the second ones.
+inline Vector zipped(Vector a, Vector b) {
+#if LANES == 4
+  return __builtin_shufflevector(a, b, 0, 4, 1, 5);
+#elif LANES == 8
+  return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+#else
+  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+#endif
+}
+
+inline Vector zipped_behind(Vector a, Vector b) {
+#if LANES == 4
+  return __builtin_shufflevector(a, b, 2, 6, 3, 7);
+#elif LANES == 8
+  return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+#else
+  return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#endif
+}
+
+// As many vectors as one has floats become the columns they stand in.
+inline void turn(Vector (&rows)[LANES]) {
+#pragma GCC unroll 4
+  for (int done = 1; done < LANES; done *= 2) {
+    Vector next[LANES];
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES / 2; i++) {
+      next[2 * i] = zipped(rows[i], rows[i + LANES / 2]);
+      next[2 * i + 1] = zipped_behind(rows[i], rows[i + LANES / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) rows[i] = next[i];
+  }
+}
+
 // Copies floats, and adds zero to `wild` for each, or NaN for one that is not finite.
 inline void copy(float* to, const float* from, int64_t count, Vector& wild) {
   int64_t i = 0;

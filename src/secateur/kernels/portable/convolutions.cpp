@@ -8,8 +8,8 @@
 //     exports reserve and convolve
 //
 // A message is one piece of memory, little-endian: the numbers of `Message`, behind them the arrays of the weight, each
-// from a multiple of eight bytes on, the pictures, and room for the outcome. Of group_cols the arrays are values, counts,
-// steps, at and begins; of depth_taps, where `kept` is the number of shapes, values, shapes, begins and which.
+// from a multiple of eight bytes on, the pictures, and room for the outcome. Of group_cols the arrays are values, counts and
+// steps, and of its blocks columns, values, rows and offsets, and the biases; of depth_taps, where `kept` is the number of shapes, values, shapes, begins and which.
 #define LANES 4
 #include "../depth_taps.h"
 #include "../group_cols.cpp"
@@ -23,7 +23,7 @@ enum { GROUP_COLS, DEPTH_TAPS };
 
 struct Message {
   int32_t kind;
-  int32_t outputs, columns, rows, values, kept, groups, whole, first, slice, slices;
+  int32_t outputs, columns, rows, values, kept, groups, whole, first, depth, blocks, padded, taken;
   int32_t pictures, channels, height, width, out_height, out_width;
   int32_t taps_high, taps_wide, stride_high, stride_wide, pad_high, pad_wide, apart_high, apart_wide;
   int32_t chunk, chunks, parts;
@@ -41,14 +41,19 @@ void answer(char* memory, bool by_the_oracle) {
   const Message m = *next<Message>(memory, 1);
   const float* values = next<float>(memory, m.values);
   GroupCols groups = {};
+  KBlocked blocked = {};
   DepthTaps taps = {};
   if (m.kind == GROUP_COLS) {
     const int32_t* counts = next<int32_t>(memory, m.groups);
     const int32_t* steps = next<int32_t>(memory, m.kept);
-    const int32_t* at = next<int32_t>(memory, m.kept);
-    const int32_t* begins = next<int32_t>(memory, int64_t(m.slices + 1) * m.groups);
-    groups = {m.outputs, m.columns, m.rows,  values,   counts, steps, m.first,
-              m.groups,  m.whole,   m.slice, m.slices, at,     begins};
+    const int64_t abreast = m.rows < ABREAST ? ABREAST / m.rows : 1, bunches = int64_t(m.blocks) * m.padded / abreast;
+    blocked = {m.outputs, m.columns, m.depth, m.padded};
+    blocked.columns = next<uint16_t>(memory, m.taken * abreast);
+    blocked.values = next<float>(memory, m.taken * abreast * m.rows);
+    blocked.rows = next<int32_t>(memory, int64_t(m.blocks) * m.padded);
+    blocked.offsets = next<int64_t>(memory, bunches + 1);
+    const float* biases = next<float>(memory, m.outputs);
+    groups = {m.outputs, m.columns, m.rows, values, counts, steps, m.first, m.groups, m.whole, &blocked, biases};
   } else {
     const int64_t* shapes = next<int64_t>(memory, m.kept);
     const int64_t* begins = next<int64_t>(memory, m.outputs);
