@@ -260,7 +260,7 @@ def _around(chain: ConvChain, held: Sequence[Packed], outputs: Sequence[int]) ->
     wanted = []
     for packed, layer in zip(held, layers, strict=True):
         form = packed.format
-        same = False and layer.stride == (1, 1) and form.high == form.wide
+        same = isinstance(form, GroupCols) and layer.stride == (1, 1) and form.high == form.wide
         reach = form.high - 1 if isinstance(form, GroupCols) else 0
         pad = layer.padding[0]
         fits = same and layer.padding == (pad, pad) and all(2 * pad == reach * apart for apart in layer.dilation)

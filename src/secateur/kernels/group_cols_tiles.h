@@ -71,6 +71,18 @@ inline void take_rows(const Convolution& call, const Shifted& layout, const floa
     }
 }
 
+// What is computed of x with zeros between its rows goes to y likewise, which has zeros there again in the end.
+inline void clear_between(const Convolution& call, int64_t rows, float* y) {
+  const int64_t between = call.y_row - call.out_width;
+  for (int64_t row = 0; row + 1 < rows; row++) {
+    float* const zero = y + row * call.y_row + call.out_width;
+    for (int64_t i = 0; i < between; i++) {
+      zero[i] = 0;
+      __asm__ volatile("");  // or the compiler would call memset for a float or two
+    }
+  }
+}
+
 // An item. Returns whether all it saw is finite; if not y is to be computed again.
 bool convolve_item(const Convolution& given, const ConvolutionItem& item) {
   const GroupCols& weight = *group_cols_of(&given);
@@ -86,16 +98,20 @@ bool convolve_item(const Convolution& given, const ConvolutionItem& item) {
     here.chunk = 0;
   }
   const int64_t taps = call.taps_high * call.taps_wide, each = blocked.depth / taps;  // channels in a block
-  const int64_t blocks = (blocked.inputs + blocked.depth - 1) / blocked.depth, side = weight.rows < ABREAST ? ABREAST / weight.rows : 1;
-  const int64_t uses = blocked.offsets[blocks * blocked.padded / side] * side;
-  const Shifted layout = shifted_of(call, here, uses);
+  const int64_t blocks = (blocked.inputs + blocked.depth - 1) / blocked.depth;
+  const int64_t abreast = weight.rows < ABREAST ? ABREAST / weight.rows : 1;
+  const int64_t uses = blocked.offsets[blocks * blocked.padded / abreast] * abreast;
+  const bool in_place = lies_so(call, uses);
+  const Shifted layout = in_place ? as_it_lies(call, here) : shifted_of(call, here, uses);
   const int64_t first = item.begin * weight.rows, last = least(here.end * weight.rows, weight.outputs);
   const int64_t pixels = (layout.rows - 1) * layout.pitch + call.out_width;
   const bool alike = !call.more || more_alike(&given);
-  const bool one_run = layout.rows == 1 || (layout.pitch == call.out_width && call.y_row == layout.pitch);
-  const int64_t pitch = up(pixels, 2 * LANES) + LANES, laid = up(each * layout.channel + 4 * LANES, 2 * LANES);
+  const bool between = in_place && call.y_row == layout.pitch;  // y has zeros where x has
+  const bool one_run = layout.rows == 1 || between || (layout.pitch == call.out_width && call.y_row == layout.pitch);
+  const int64_t pitch = up(pixels, 2 * LANES) + LANES;
+  const int64_t laid = in_place ? 0 : up(each * layout.channel + 4 * LANES, 2 * LANES);
   const int64_t floats = laid + 4 * LANES + (one_run ? 0 : (last - first) * pitch);
-  if (laid > INT32_MAX) return false;
+  if (laid > INT32_MAX || each * call.x_plane > INT32_MAX) return false;
   float* const planes = static_cast<float*>(scratch(floats * sizeof(float) + blocked.depth * sizeof(int32_t)));
   float* const spare = planes + laid;
   int32_t* const places = reinterpret_cast<int32_t*>(planes + floats);
@@ -116,23 +132,30 @@ bool convolve_item(const Convolution& given, const ConvolutionItem& item) {
                false, one_run ? more : nullptr, call.low, call.high, spare};
   for (int64_t block = 0; block < blocks; block++) {
     const int64_t channel = block * each, behind = least(call.channels, channel + each);
+    const float* const x = x_of(&given, item.picture, channel) + skipped;
     for (int64_t c = channel; c < behind; c++) {
-      const float* const from = x_of(&given, item.picture, c) + skipped;
-      lay_out_shifted(call, layout, bounds, from, planes + (c - channel) * layout.channel, wild);
+      const float* const from = x + (c - channel) * call.x_plane;
+      if (in_place)
+        see(call, layout, from, wild);
+      else
+        lay_out_shifted(call, layout, bounds, from, planes + (c - channel) * layout.channel, wild);
     }
     tile.last = one_run && block == blocks - 1;
-    add_tiles_of(weight.rows, blocked, block, here, pixels, {planes, places}, tile);
+    const float* const from = in_place ? x + layout.first * call.x_row : planes;
+    add_tiles_of(weight.rows, blocked, block, here, pixels, {from, places}, tile);
     tile.bias = nullptr;
   }
-  const int64_t outputs = last - first;
-  for (int64_t i = 0; !one_run && i < outputs; i++)
-    take_rows(call, layout, tile.sums + i * pitch, y + i * call.y_plane, more ? more + i * call.y_plane : nullptr);
-  for (int64_t i = 0; call.more && !alike && i < outputs; i++)
-    add_more(&given, weight.outputs, item.picture, first + i, layout.first * given.out_width + skipped,
-             layout.rows * call.out_width);
+  for (int64_t i = 0; i < last - first; i++) {
+    if (between)
+      clear_between(call, layout.rows, y + i * call.y_plane);
+    else if (!one_run)
+      take_rows(call, layout, tile.sums + i * pitch, y + i * call.y_plane, more ? more + i * call.y_plane : nullptr);
+    if (!alike)
+      add_more(&given, weight.outputs, item.picture, first + i, layout.first * given.out_width + skipped,
+               layout.rows * call.out_width);
+  }
   return finite(wild);
 }
-
 
 [[maybe_unused]] void convolve(const void* pointer, int64_t begin, int64_t end) {
   const Convolution& call = *static_cast<const Convolution*>(pointer);

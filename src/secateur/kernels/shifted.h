@@ -25,6 +25,24 @@ inline Shifted shifted_at(const Convolution& call, int64_t first, int64_t rows, 
   return {first, rows, phases, pitch, high, copy, up(phases * call.taps_wide * copy, 2 * LANES) + LANES};
 }
 
+// Whether there are zeros where a kernel that slides by one pixel sees beyond x.
+inline bool has_zeros(const Convolution& call) {
+  const bool zeros = call.x_around >= call.pad_high && call.x_around >= call.pad_wide && call.x_row > call.width;
+  return zeros && call.stride_high == 1 && call.stride_wide == 1;
+}
+
+// Whether x, with zeros between its rows, is read where it lies: then there is one copy, x itself. To copy a vector takes as
+// long as six loads of one that lies across two lines.
+inline bool lies_so(const Convolution& call, int64_t uses) {
+  return has_zeros(call) && uses <= 10 * call.channels * call.taps_wide;
+}
+
+// One copy, whose first column is that of the padding.
+inline Shifted as_it_lies(const Convolution& call, const ConvolutionItem& item) {
+  const int64_t first = item.chunk * call.chunk, rows = least(call.chunk, call.out_height - first);
+  return {first, rows, 1, call.x_row, rows, 0, call.x_plane};
+}
+
 // Rows lie one after the other, or a whole number of vectors apart, whichever takes less time: `uses` is how often a pixel
 // of the layout is multiplied. To copy a vector takes about three times as long as to multiply one, or twice as long as one
 // that begins anywhere.
@@ -40,6 +58,10 @@ inline Shifted shifted_of(const Convolution& call, const ConvolutionItem& item, 
 
 // Where in the copies of its channel a tap finds what the first pixel sees.
 inline int64_t shifted_place(const Convolution& call, const Shifted& layout, int64_t tap) {
+  if (!layout.copy) {  // as it lies
+    const int64_t below = tap / call.taps_wide * call.apart_high - call.pad_high;
+    return below * layout.pitch + tap % call.taps_wide * call.apart_wide - call.pad_wide;
+  }
   const int64_t tap_high = tap / call.taps_wide, phase = tap_high * call.apart_high % call.stride_high;
   return (phase * call.taps_wide + tap % call.taps_wide) * layout.copy + rows_below(call, tap_high) * layout.pitch;
 }
@@ -140,9 +162,6 @@ inline Vector of_row(const float* row, int64_t at, int64_t width) {
 }
 
 #if LANES == 16
-inline Vector before(Vector some, Vector last) { return Vector(_mm512_alignr_epi32(__m512i(some), __m512i(last), 15)); }
-inline Vector behind(Vector some, Vector next) { return Vector(_mm512_alignr_epi32(__m512i(next), __m512i(some), 1)); }
-
 // The three copies of kernels that see a pixel and its neighbours, from one load of each, where rows begin with vectors.
 template <int STEP>
 inline void shift_neighbours(const Convolution& call, const Shifted& layout, const float* channel, float* to, Vector& wild) {
@@ -167,9 +186,9 @@ inline void shift_neighbours(const Convolution& call, const Shifted& layout, con
         for (int64_t column = LANES; at < end; at += LANES, column += LANES) {
           const Vector next = of_row(from, column, width);
           seen += now * 0.0f;
-          store(at, before(now, last));
+          store(at, shifted_up(now, last));
           store(at + copy, now);
-          store(at + 2 * copy, behind(now, next));
+          store(at + 2 * copy, shifted_down(now, next));
           last = now;
           now = next;
         }
@@ -179,7 +198,7 @@ inline void shift_neighbours(const Convolution& call, const Shifted& layout, con
           const Vector a = of_row(from, column, width), b = of_row(from, column + LANES, width), odd = odds(a, b);
           seen += a * 0.0f;
           more += b * 0.0f;
-          store(at, before(odd, last));
+          store(at, shifted_up(odd, last));
           store(at + copy, evens(a, b));
           store(at + 2 * copy, odd);
           last = odd;
@@ -190,7 +209,42 @@ inline void shift_neighbours(const Convolution& call, const Shifted& layout, con
   }
   wild += seen + more;
 }
+
+// The same of pictures as wide as half a vector, two rows at a time.
+inline void shift_halves(const Convolution& call, const Shifted& layout, const float* channel, float* to, Vector& wild) {
+  const int64_t top = layout.first - call.pad_high, copy = layout.copy, wide = LANES / 2;
+  const int64_t low = top < 0 ? -top : 0, behind = least(layout.high, call.height - top);
+  for (int64_t i = 0; i < 3; i++)
+    for (int64_t row = 0; row < low; row++) store(to + i * copy + row * wide, Vector{});
+  const float* from = channel + (top + low) * wide;
+  float* at = to + low * wide;
+  Vector last = {}, seen = {};
+  int64_t left = (behind - low) * wide;
+  for (Vector now = of_row(from, 0, left); left > 0; left -= LANES, from += LANES, at += LANES) {
+    const Vector next = of_row(from, LANES, left);
+    seen += now * 0.0f;
+    store(at, shifted_up(now, last, 0xfefe));
+    store(at + copy, now);
+    store(at + 2 * copy, shifted_down(now, next, 0x7f7f));
+    last = now;
+    now = next;
+  }
+  for (int64_t i = 0; i < 3; i++)
+    for (int64_t row = behind; row <= layout.high; row += 2) store(to + i * copy + row * wide, Vector{});
+  wild += seen;
+}
 #endif
+
+// All copies of a channel that has zeros around it, which are copied with it.
+inline void shift_with_zeros(const Convolution& call, const Shifted& layout, const float* channel, float* to) {
+  for (int64_t tap = 0; tap < call.taps_wide; tap++, to += layout.copy) {
+    const float* from = channel + (layout.first - call.pad_high) * call.x_row + tap * call.apart_wide - call.pad_wide;
+    float* at = to;
+    for (int64_t row = 0; row < layout.high; row++, from += call.x_row, at += layout.pitch)
+      for (int64_t i = 0; i < layout.pitch; i += LANES) store(at + i, load(from + i));
+    store(at, Vector{});
+  }
+}
 
 // The one copy of kernels that see no neighbours beside.
 inline void shift_none(const Convolution& call, const Shifted& layout, const float* channel, float* to, Vector& wild) {
@@ -230,12 +284,17 @@ inline void lay_out_shifted(const Convolution& call, const Shifted& layout, cons
   if (call.taps_wide == 1 && call.stride_wide == 1 && call.pad_wide == 0)
     return shift_none(call, layout, channel, to, wild);
 #if LANES == 16
-  if (call.taps_wide == 3 && call.apart_wide == 1 && call.pad_wide == 1 && layout.pitch % LANES == 0) {
+  const bool neighbours = call.taps_wide == 3 && call.apart_wide == 1 && call.pad_wide == 1;
+  if (neighbours && layout.pitch % LANES == 0) {
     if (call.stride_wide == 1) return shift_neighbours<1>(call, layout, channel, to, wild);
     if (call.stride_wide == 2) return shift_neighbours<2>(call, layout, channel, to, wild);
   }
+  const bool halves = call.x_row == LANES / 2 && layout.pitch == LANES / 2 && call.width == LANES / 2;
+  if (neighbours && halves && call.stride_wide == 1 && call.stride_high == 1)
+    return shift_halves(call, layout, channel, to, wild);
 #endif
   see(call, layout, channel, wild);
+  if (has_zeros(call)) return shift_with_zeros(call, layout, channel, to);
   shift_channel(call, layout, bounds, channel, to);
 }
 

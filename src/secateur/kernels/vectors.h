@@ -38,6 +38,18 @@ inline void store_some(float* to, Vector value, int64_t count) {
 #endif
 }
 
+#if LANES == 16
+// A vector moved by a lane towards the end, or the beginning, with what comes in from the one before it, or behind it; zero
+// in lanes that are not asked for.
+inline Vector shifted_up(Vector some, Vector before, uint16_t lanes = 0xffff) {
+  return Vector(_mm512_maskz_alignr_epi32(__mmask16(lanes), __m512i(some), __m512i(before), 15));
+}
+
+inline Vector shifted_down(Vector some, Vector behind, uint16_t lanes = 0xffff) {
+  return Vector(_mm512_maskz_alignr_epi32(__mmask16(lanes), __m512i(behind), __m512i(some), 1));
+}
+#endif
+
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // The floats of even number of two vectors.
