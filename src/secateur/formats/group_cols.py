@@ -167,7 +167,7 @@ class GroupCols:
     def cut(self, shape: tuple[int, int], out: tuple[int, int], pictures: int, threads: int) -> tuple[int, int]:
         """Rows of the outcome in an item, or pixels where `out` is one row of them, and parts of the groups."""
         size, units = out[0], self._units(shape[0])
-        pixels = max(128, min(512, SUMS // shape[0]))
+        pixels = max(128, min(1024, SUMS // shape[0]))
         if units == 1:  # a picture is divided if not the outputs
             pixels = max(64, min(pixels, -(-out[0] * out[1] // threads)))
         chunk = max(1, pixels // out[1])

@@ -71,6 +71,37 @@ inline void take_rows(const Convolution& call, const Shifted& layout, const floa
     }
 }
 
+// Adds to rows of one output what is to be added in the end, and holds them: every other pixel by vectors, as small networks
+// have it, and the rest one by one.
+inline void add_to_rows(const Convolution& call, const ConvolutionItem& item, int64_t output, const Shifted& layout,
+                        int64_t skipped, int64_t pixels) {
+  const GroupCols& weight = *group_cols_of(&call);
+  const int64_t width = call.out_width;
+  if (call.more_step != 2 || of_pixels(&call)) {
+    const bool run = of_pixels(&call);  // an item is pixels of one row then, else whole rows
+    add_more(&call, weight.outputs, item.picture, output, run ? skipped : layout.first * width, run ? pixels : layout.rows * width);
+    return;
+  }
+  const float* const more = more_of(&call, weight.outputs, item.picture, output);
+  float* y = y_of(&call, weight.outputs, item.picture, output) + layout.first * call.y_row;
+  const Vector low = all(call.low), high = all(call.high);
+  for (int64_t row = 0; row < layout.rows; row++, y += call.y_row)
+    for (int64_t i = 0; i < width; i += LANES) {
+      const int64_t some = least(LANES, width - i);
+      Vector sum = some == LANES ? load(y + i) : load_some(y + i, some);
+      if (more) {
+        const float* const from = more + more_at(&call, layout.first + row, 0);
+        sum += evens(of_row(from, 2 * i, call.more_width), of_row(from, 2 * i + LANES, call.more_width));
+      }
+      sum = sum < low ? low : sum;
+      sum = sum > high ? high : sum;
+      if (some == LANES)
+        store(y + i, sum);
+      else
+        store_some(y + i, sum, some);
+    }
+}
+
 // What is computed of x with zeros between its rows goes to y likewise, which has zeros there again in the end.
 inline void clear_between(const Convolution& call, int64_t rows, float* y) {
   const int64_t between = call.y_row - call.out_width;
@@ -150,9 +181,7 @@ bool convolve_item(const Convolution& given, const ConvolutionItem& item) {
       clear_between(call, layout.rows, y + i * call.y_plane);
     else if (!one_run)
       take_rows(call, layout, tile.sums + i * pitch, y + i * call.y_plane, more ? more + i * call.y_plane : nullptr);
-    if (!alike)
-      add_more(&given, weight.outputs, item.picture, first + i, layout.first * given.out_width + skipped,
-               layout.rows * call.out_width);
+    if (!alike) add_to_rows(given, item, first + i, layout, skipped, pixels);
   }
   return finite(wild);
 }

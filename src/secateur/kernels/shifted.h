@@ -233,6 +233,30 @@ inline void shift_halves(const Convolution& call, const Shifted& layout, const f
     for (int64_t row = behind; row <= layout.high; row += 2) store(to + i * copy + row * wide, Vector{});
   wild += seen;
 }
+
+// And of pictures a vector wide, every other pixel of two rows.
+inline void shift_halves_by_two(const Convolution& call, const Shifted& layout, const float* channel, float* to,
+                                Vector& wild) {
+  const int64_t copy = layout.copy, step = call.stride_high;
+  Vector seen = {}, more = {};
+  for (int64_t phase = 0; phase < layout.phases; phase++, to += 3 * copy) {
+    int64_t row = layout.first * step + phase - call.pad_high;
+    float* at = to;
+    for (int64_t i = 0; i < layout.high; i += 2, row += 2 * step, at += LANES) {
+      const int64_t next = i + 1 < layout.high ? row + step : call.height;
+      const Vector a = row >= 0 && row < call.height ? load(channel + row * call.x_row) : Vector{};
+      const Vector b = next >= 0 && next < call.height ? load(channel + next * call.x_row) : Vector{};
+      const Vector odd = odds(a, b);
+      seen += a * 0.0f;
+      more += b * 0.0f;
+      store(at, shifted_up(odd, Vector{}, 0xfefe));
+      store(at + copy, evens(a, b));
+      store(at + 2 * copy, odd);
+    }
+    for (int64_t i = 0; i < 3; i++) store(to + i * copy + layout.high * layout.pitch, Vector{});
+  }
+  wild += seen + more;
+}
 #endif
 
 // All copies of a channel that has zeros around it, which are copied with it.
@@ -289,9 +313,12 @@ inline void lay_out_shifted(const Convolution& call, const Shifted& layout, cons
     if (call.stride_wide == 1) return shift_neighbours<1>(call, layout, channel, to, wild);
     if (call.stride_wide == 2) return shift_neighbours<2>(call, layout, channel, to, wild);
   }
-  const bool halves = call.x_row == LANES / 2 && layout.pitch == LANES / 2 && call.width == LANES / 2;
-  if (neighbours && halves && call.stride_wide == 1 && call.stride_high == 1)
-    return shift_halves(call, layout, channel, to, wild);
+  if (neighbours && layout.pitch == LANES / 2) {
+    if (call.stride_wide == 2 && call.width == LANES) return shift_halves_by_two(call, layout, channel, to, wild);
+    const bool by_one = call.stride_wide == 1 && call.stride_high == 1;
+    if (by_one && call.width == LANES / 2 && call.x_row == LANES / 2)
+      return shift_halves(call, layout, channel, to, wild);
+  }
 #endif
   see(call, layout, channel, wild);
   if (has_zeros(call)) return shift_with_zeros(call, layout, channel, to);
