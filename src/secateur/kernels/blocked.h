@@ -11,10 +11,23 @@
 
 namespace {
 
-// Groups of N outputs that go side by side, outputs of a group whose sums are in registers together, and vectors of a tile.
+// Groups of N outputs that lie side by side; how many of them, how many outputs of each, and how many vectors of a tile are
+// computed together: what registers hold. With few of them one output over many vectors loads its weight least often.
 constexpr int abreast(int n) { return n < ABREAST ? ABREAST / n : 1; }
+#if LANES == 16
+constexpr int at_once(int n) { return abreast(n); }
 constexpr int together(int n) { return n > 8 ? 8 : n; }
-constexpr int most(int n) { return LANES == 16 ? (n < 8 ? 4 : 3) : n < 8 ? 2 : 1; }
+constexpr int most(int n) { return n < 8 ? 4 : 3; }
+#elif defined(__aarch64__)
+constexpr int at_once(int) { return 1; }
+constexpr int together(int n) { return n > 8 ? 8 : n; }
+constexpr int most(int n) { return n < 4 ? 8 : n < 8 ? 6 : 3; }
+#else
+constexpr int at_once(int) { return 1; }
+constexpr int together(int n) { return n > 4 ? 4 : n; }
+constexpr int most(int n) { return n < 2 ? 8 : n < 4 ? 4 : 3; }
+#endif
+enum { SPARE = 8 * LANES };  // floats of the widest tile
 
 // The sums of one tile, of outputs from `first` on, each `pitch` floats from the one before it.
 struct Tile {
@@ -31,8 +44,8 @@ struct Tile {
 // What groups of N in bunches [begin, end) of a block add to the sums of a tile. `inputs[column]` is where V vectors of a
 // column of the block lie.
 template <class T, class Column, int N, int V, class Inputs>
-void add_blocked(const KBlocked& weight, int64_t block, int64_t begin, int64_t end, const Inputs& inputs, const Tile& tile) {
-  enum { A = abreast(N), R = together(N) };
+__attribute__((noinline)) void add_blocked(const KBlocked& weight, int64_t block, int64_t begin, int64_t end, const Inputs& inputs, const Tile& tile) {
+  enum { A = abreast(N), S = at_once(N), R = together(N) };
   const int64_t bunches = weight.padded / A;
   const int32_t* group = weight.rows + block * weight.padded + begin * A;
   const int64_t* offsets = weight.offsets + block * bunches;
@@ -41,44 +54,46 @@ void add_blocked(const KBlocked& weight, int64_t block, int64_t begin, int64_t e
   for (int64_t bunch = begin; bunch < end; bunch++, group += A) {
     const int64_t steps = offsets[bunch + 1] - offsets[bunch];
     if (!steps && !tile.bias && !tile.last) continue;
-    for (int half = 0; half < N; half += R) {
-      const Column* columns = static_cast<const Column*>(weight.columns) + offsets[bunch] * A;
-      const T* values = static_cast<const T*>(weight.values) + offsets[bunch] * A * N + half;
-      Vector sum[A * R][V];
-      float* at[A * R];
+    // Outputs of some groups, or of a part of one.
+    for (int part = 0; part < A * N; part += S * R) {
+      const Column* columns = static_cast<const Column*>(weight.columns) + offsets[bunch] * A + part / N;
+      const T* values = static_cast<const T*>(weight.values) + offsets[bunch] * A * N + part;
+      Vector sum[S * R][V];
+      float* at[S * R];
 #pragma GCC unroll 8
-      for (int i = 0; i < A * R; i++) {
-        const int64_t output = int64_t(group[i / R]) * N + half + i % R;
-        at[i] = output < tile.outputs ? tile.sums + (output - tile.first) * tile.pitch : tile.spare;
-        const float bias = tile.bias && output < tile.outputs ? tile.bias[output] : 0;
-#pragma GCC unroll 4
+      for (int i = 0; i < S * R; i++) {
+        const int64_t output = int64_t(group[(part + i) / N]) * N + (part + i) % N;
+        const bool real = output < tile.outputs;
+        at[i] = real ? tile.sums + (output - tile.first) * tile.pitch : tile.spare;
+        const float bias = tile.bias && real ? tile.bias[output] : 0;
+#pragma GCC unroll 8
         for (int v = 0; v < V; v++)
-          sum[i][v] = tile.bias                ? all(bias)
+          sum[i][v] = tile.bias              ? all(bias)
                       : whole || v < V - 1 ? load(at[i] + v * LANES)
-                                               : load_some(at[i] + v * LANES, rest);
+                                             : load_some(at[i] + v * LANES, rest);
       }
       for (int64_t left = steps; left > 0; left--, columns += A, values += A * N)
 #pragma GCC unroll 4
-        for (int a = 0; a < A; a++) {
-          const float* from = inputs[columns[a]];
+        for (int s = 0; s < S; s++) {
+          const float* from = inputs[columns[s]];
+#ifdef __x86_64__
           __asm__("" : "+r"(from));  // in a register: an instruction with an index is taken apart
+#endif
           Vector x[V];
-          if constexpr (R > 1) {
-#pragma GCC unroll 4
-            for (int v = 0; v < V; v++) x[v] = load(from + v * LANES);
-          }
+#pragma GCC unroll 8
+          for (int v = 0; v < V && R > 1; v++) x[v] = load(from + v * LANES);
 #pragma GCC unroll 8
           for (int r = 0; r < R; r++) {
-            const Vector value = all(widen(values[a * N + r]));
-#pragma GCC unroll 4
-            for (int v = 0; v < V; v++) sum[a * R + r][v] += (R > 1 ? x[v] : load(from + v * LANES)) * value;
+            const Vector value = all(widen(values[s * N + r]));
+#pragma GCC unroll 8
+            for (int v = 0; v < V; v++) sum[s * R + r][v] += (R > 1 ? x[v] : load(from + v * LANES)) * value;
           }
         }
       if (tile.last) {
         const Vector low = all(tile.low), high = all(tile.high);
 #pragma GCC unroll 8
-        for (int i = 0; i < A * R; i++)
-#pragma GCC unroll 4
+        for (int i = 0; i < S * R; i++)
+#pragma GCC unroll 8
           for (int v = 0; v < V; v++) {
             if (tile.more && at[i] != tile.spare) {
               const float* const more = tile.more + (at[i] - tile.sums) + v * LANES;
@@ -89,8 +104,8 @@ void add_blocked(const KBlocked& weight, int64_t block, int64_t begin, int64_t e
           }
       }
 #pragma GCC unroll 8
-      for (int i = 0; i < A * R; i++)
-#pragma GCC unroll 4
+      for (int i = 0; i < S * R; i++)
+#pragma GCC unroll 8
         for (int v = 0; v < V; v++)
           if (whole || v < V - 1)
             store(at[i] + v * LANES, sum[i][v]);

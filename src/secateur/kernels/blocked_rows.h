@@ -94,7 +94,7 @@ void multiply_blocked(const Matmul& call, const KBlocked& weight, int64_t begin,
   const int64_t room = wide * weight.depth;
   const int64_t stretches = (least(end, weight.padded) - begin + STRETCH - 1) / STRETCH;
   float* const panel = static_cast<float*>(
-      scratch((room + (SUMS + SUMS / ROWS * LANES) + SUMS / ROWS + 2 * V * LANES) * sizeof(float)));
+      scratch((room + (SUMS + SUMS / ROWS * LANES) + SUMS / ROWS + SPARE) * sizeof(float)));
   float *const sums = panel + room, *const biases = sums + SUMS + SUMS / ROWS * LANES;
   float* const spare = biases + SUMS / ROWS;
   const T* const bias = static_cast<const T*>(call.bias);
