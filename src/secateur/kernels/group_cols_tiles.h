@@ -141,7 +141,7 @@ bool convolve_item(const Convolution& given, const ConvolutionItem& item) {
   const bool one_run = layout.rows == 1 || between || (layout.pitch == call.out_width && call.y_row == layout.pitch);
   const int64_t pitch = up(pixels, 2 * LANES) + LANES;
   const int64_t laid = in_place ? 0 : up(each * layout.channel + 4 * LANES, 2 * LANES);
-  const int64_t floats = laid + 4 * LANES + (one_run ? 0 : (last - first) * pitch);
+  const int64_t floats = laid + SPARE + (one_run ? 0 : (last - first) * pitch);
   if (laid > INT32_MAX || each * call.x_plane > INT32_MAX) return false;
   float* const planes = static_cast<float*>(scratch(floats * sizeof(float) + blocked.depth * sizeof(int32_t)));
   float* const spare = planes + laid;
@@ -159,7 +159,7 @@ bool convolve_item(const Convolution& given, const ConvolutionItem& item) {
   }
   const Within bounds = within(given);
   Vector wild = {};
-  Tile tile = {first, weight.outputs, one_run ? y : spare + 4 * LANES, one_run ? call.y_plane : pitch, 0, weight.biases,
+  Tile tile = {first, weight.outputs, one_run ? y : spare + SPARE, one_run ? call.y_plane : pitch, 0, weight.biases,
                false, one_run ? more : nullptr, call.low, call.high, spare};
   for (int64_t block = 0; block < blocks; block++) {
     const int64_t channel = block * each, behind = least(call.channels, channel + each);
