@@ -9,8 +9,9 @@
 namespace {
 
 enum {
-  ROWS = 256,     // of x that are laid out at once
+  ROWS = 256,     // of x that are gone through at once, unless a weight is light
   SUMS = 1 << 18, // floats that stay in the second cache
+  LIGHT = 2,      // times as many numbers as x: fewer, and a weight is
   AHEAD = 64,     // inputs of a row that are asked for before they are read
   NEAR = 9216     // of a panel that stays in the first, where each input is loaded for one output
 };
@@ -88,25 +89,29 @@ bool finite(const T* x, int64_t count) {
 // null.
 template <class T, class Column, int N>
 void multiply_blocked(const Matmul& call, const KBlocked& weight, int64_t begin, int64_t end, const float* own) {
-  enum { V = most(N), A = abreast(N), STRETCH = SUMS / ROWS / N };
+  enum { V = most(N), A = abreast(N) };
   int64_t wide = V * LANES;
   while (N == 1 && wide > LANES && weight.depth * wide > NEAR) wide -= LANES;
-  const int64_t room = wide * weight.depth;
-  const int64_t stretches = (least(end, weight.padded) - begin + STRETCH - 1) / STRETCH;
+  // Sums are of many rows and some outputs, so that a block of the weight is read once for the rows, or where the weight
+  // keeps less than x has, of one panel and many outputs, so that the panel is laid out once for these.
+  const int64_t blocks = (weight.inputs + weight.depth - 1) / weight.depth;
+  const int64_t kept = weight.offsets[blocks * weight.padded / A] * A * N;
+  const int64_t at_once = kept < LIGHT * call.rows * weight.inputs ? wide : ROWS, most_outputs = SUMS / at_once;
+  const int64_t stretch = most_outputs / (A * N) * A, room = wide * weight.depth, last = least(end, weight.padded);
   float* const panel = static_cast<float*>(
-      scratch((room + (SUMS + SUMS / ROWS * LANES) + SUMS / ROWS + SPARE) * sizeof(float)));
-  float *const sums = panel + room, *const biases = sums + SUMS + SUMS / ROWS * LANES;
-  float* const spare = biases + SUMS / ROWS;
+      scratch((room + most_outputs * (at_once + LANES) + most_outputs + SPARE) * sizeof(float)));
+  float *const sums = panel + room, *const biases = sums + most_outputs * (at_once + LANES);
+  float* const spare = biases + most_outputs;
   const T* const bias = static_cast<const T*>(call.bias);
-  for (int64_t first = 0; first < call.rows; first += ROWS) {
-    const int64_t count = least(ROWS, call.rows - first), pitch = (count + LANES - 1) / LANES * LANES + LANES;
+  for (int64_t first = 0; first < call.rows; first += at_once) {
+    const int64_t count = least(at_once, call.rows - first), pitch = (count + LANES - 1) / LANES * LANES + LANES;
     const T* const x = static_cast<const T*>(call.x) + first * weight.inputs;
-    for (int64_t stretch = 0; stretch < stretches; stretch++) {
-      const int64_t from = begin + stretch * STRETCH, until = least(least(end, weight.padded), from + STRETCH);
+    for (int64_t from = begin; from < last; from += stretch) {
+      const int64_t until = least(last, from + stretch);
       const int64_t output = from * N, outputs = least(until * N, weight.outputs) - output;
       for (int64_t i = 0; i < outputs; i++) biases[i] = (bias ? widen(bias[output + i]) : 0) + (own ? own[output + i] : 0);
       Tile tile = {output, weight.outputs, sums, pitch, 0, biases - output, false, nullptr, 0, 0, spare};
-      for (int64_t block = 0; block * weight.depth < weight.inputs; block++) {
+      for (int64_t block = 0; block < blocks; block++) {
         const int64_t start = block * weight.depth, deep = least(weight.depth, weight.inputs - start);
         for (int64_t row = 0; row < count; row += wide) {
           lay_panel(x + row * weight.inputs + start, weight.inputs, least(wide, count - row), deep, panel, wide);
