@@ -23,6 +23,8 @@ RELU = (0.0, math.inf)
 MEAN_LINEAR = "mean_linear_f32"
 BEYOND = 512
 """Floats behind a value that kernels may read, whole tiles at a time."""
+OFTEN = 8
+"""Loads of a pixel for each copy of it that a kernel would lay out, from which on that takes less. Measured."""
 SHAPES = 16
 """Of inputs a chain keeps memory for; with more it begins anew."""
 
@@ -169,7 +171,7 @@ class _Plan:
             call.low, call.high = _both(layer.between, link.between)
             if around[link.source]:
                 call.x_row, call.x_plane = _apart(values[link.source])
-                call.x_around = around[link.source]
+                call.x_around = around[link.source] if _zeros(layer, packed) else 0
             places[link.source].append(_at(call, "x"))
             places[len(values)].append(_at(call, "y"))
             if link.more is not None:
@@ -257,22 +259,28 @@ def _around(chain: ConvChain, held: Sequence[Packed], outputs: Sequence[int]) ->
         isinstance(p.format, GroupCols) and (p.format.taps, c.stride, c.padding) == (1, (1, 1), (0, 0))
         for p, c in zip(held, layers, strict=True)
     ]  # convolutions of pixels, which take them without gaps
-    wanted = []
-    for packed, layer in zip(held, layers, strict=True):
-        form = packed.format
-        same = isinstance(form, GroupCols) and layer.stride == (1, 1) and form.high == form.wide
-        reach = form.high - 1 if isinstance(form, GroupCols) else 0
-        pad = layer.padding[0]
-        fits = same and layer.padding == (pad, pad) and all(2 * pad == reach * apart for apart in layer.dilation)
-        wanted.append(pad if fits else 0)
+    wanted = [_zeros(layer, packed) for layer, packed in zip(layers, held, strict=True)]
     found = [0] * (chain.inputs + len(layers))
     for n, packed in enumerate(held):
         value = chain.inputs + n
         readers = [i for i, link in enumerate(chain.links) if link.source == value]
         knows = isinstance(packed.format, GroupCols) and not any(alone[i] for i in (n, *readers))
         if knows and value not in outputs:
-            found[value] = max((wanted[i] for i in readers), default=0) or wanted[n]
+            found[value] = max((wanted[i] for i in readers), default=0)
     return found
+
+
+def _zeros(layer: SparseConv2d, packed: Packed) -> int:
+    """How many rows and columns of zeros a layer wants around what it convolves, to read it where it lies.
+
+    One that loads an input often wants none: its kernel lays pictures out anew, so that no load lies across two lines.
+    """
+    form, pad = packed.format, layer.padding[0]
+    if not isinstance(form, GroupCols) or layer.stride != (1, 1) or layer.padding != (pad, pad):
+        return 0
+    same = form.high == form.wide and all(2 * pad == (form.high - 1) * apart for apart in layer.dilation)
+    often = form.loads(packed) > OFTEN * form.wide * form.inputs(packed.shape)
+    return 0 if often or not same else pad
 
 
 def _room(around: int, shape: tuple[int, ...]) -> Tensor:

@@ -174,6 +174,10 @@ class GroupCols:
         chunks = max(1, -(-size // chunk))
         return chunk, 1 if threads == 1 else min(units, max(1, 2 * threads // max(1, chunks * pictures)))
 
+    def loads(self, packed: Packed) -> int:
+        """How many inputs kernels load for one pixel of all outputs."""
+        return int(packed.prepared.weight.laid["columns"].numel())
+
     def density(self, packed: Packed) -> float:
         """The fraction of the weights that is stored, zeros inside kept columns among them."""
         return (packed.tensors["values"].numel() - packed.shape[0]) / (packed.shape[0] * packed.shape[1])

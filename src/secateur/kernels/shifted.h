@@ -25,16 +25,10 @@ inline Shifted shifted_at(const Convolution& call, int64_t first, int64_t rows, 
   return {first, rows, phases, pitch, high, copy, up(phases * call.taps_wide * copy, 2 * LANES) + LANES};
 }
 
-// Whether there are zeros where a kernel that slides by one pixel sees beyond x.
-inline bool has_zeros(const Convolution& call) {
+// Whether x is read where it lies: with zeros where a kernel that slides by one pixel sees beyond it.
+inline bool lies_so(const Convolution& call) {
   const bool zeros = call.x_around >= call.pad_high && call.x_around >= call.pad_wide && call.x_row > call.width;
   return zeros && call.stride_high == 1 && call.stride_wide == 1;
-}
-
-// Whether x, with zeros between its rows, is read where it lies: then there is one copy, x itself. To copy a vector takes as
-// long as six loads of one that lies across two lines.
-inline bool lies_so(const Convolution& call, int64_t uses) {
-  return has_zeros(call) && uses <= 10 * call.channels * call.taps_wide;
 }
 
 // One copy, whose first column is that of the padding.
@@ -259,17 +253,6 @@ inline void shift_halves_by_two(const Convolution& call, const Shifted& layout, 
 }
 #endif
 
-// All copies of a channel that has zeros around it, which are copied with it.
-inline void shift_with_zeros(const Convolution& call, const Shifted& layout, const float* channel, float* to) {
-  for (int64_t tap = 0; tap < call.taps_wide; tap++, to += layout.copy) {
-    const float* from = channel + (layout.first - call.pad_high) * call.x_row + tap * call.apart_wide - call.pad_wide;
-    float* at = to;
-    for (int64_t row = 0; row < layout.high; row++, from += call.x_row, at += layout.pitch)
-      for (int64_t i = 0; i < layout.pitch; i += LANES) store(at + i, load(from + i));
-    store(at, Vector{});
-  }
-}
-
 // The one copy of kernels that see no neighbours beside.
 inline void shift_none(const Convolution& call, const Shifted& layout, const float* channel, float* to, Vector& wild) {
   const int64_t width = call.width, pitch = layout.pitch;
@@ -321,7 +304,6 @@ inline void lay_out_shifted(const Convolution& call, const Shifted& layout, cons
   }
 #endif
   see(call, layout, channel, wild);
-  if (has_zeros(call)) return shift_with_zeros(call, layout, channel, to);
   shift_channel(call, layout, bounds, channel, to);
 }
 
