@@ -42,9 +42,10 @@ struct Tile {
 };
 
 // What groups of N in bunches [begin, end) of a block add to the sums of a tile. `inputs[column]` is where V vectors of a
-// column of the block lie.
+// column of the block lie. A function of its own: in one with all others registers are not given out well.
 template <class T, class Column, int N, int V, class Inputs>
-__attribute__((noinline)) void add_blocked(const KBlocked& weight, int64_t block, int64_t begin, int64_t end, const Inputs& inputs, const Tile& tile) {
+__attribute__((noinline)) void add_blocked(const KBlocked& weight, int64_t block, int64_t begin, int64_t end,
+                                           const Inputs& inputs, const Tile& tile) {
   enum { A = abreast(N), S = at_once(N), R = together(N) };
   const int64_t bunches = weight.padded / A;
   const int32_t* group = weight.rows + block * weight.padded + begin * A;
@@ -117,7 +118,8 @@ __attribute__((noinline)) void add_blocked(const KBlocked& weight, int64_t block
 
 // With as many vectors as the pixels of the tile need.
 template <class T, class Column, int N, int V, class Inputs>
-void add_some(const KBlocked& weight, int64_t block, int64_t begin, int64_t end, const Inputs& inputs, const Tile& tile) {
+void add_some(const KBlocked& weight, int64_t block, int64_t begin, int64_t end, const Inputs& inputs,
+              const Tile& tile) {
   if constexpr (V > 1)
     if (tile.count <= (V - 1) * LANES) return add_some<T, Column, N, V - 1>(weight, block, begin, end, inputs, tile);
   add_blocked<T, Column, N, V>(weight, block, begin, end, inputs, tile);

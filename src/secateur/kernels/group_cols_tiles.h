@@ -60,7 +60,7 @@ inline void add_tiles_of(int64_t rows, const KBlocked& weight, int64_t block, co
 // Rows of sums, which are wider than those of y or further apart, go to y.
 inline void take_rows(const Convolution& call, const Shifted& layout, const float* from, float* to, const float* more) {
   const Vector low = all(call.low), high = all(call.high);
-  for (int64_t row = 0; row < layout.rows; row++, from += layout.pitch, to += call.y_row, more += more ? call.y_row : 0)
+  for (int64_t row = 0; row < layout.rows; row++, from += layout.pitch, to += call.y_row) {
     for (int64_t i = 0; i < call.out_width; i += LANES) {
       const int64_t some = least(LANES, call.out_width - i);
       Vector sum = load(from + i);
@@ -69,6 +69,8 @@ inline void take_rows(const Convolution& call, const Shifted& layout, const floa
       sum = sum > high ? high : sum;
       store_some(to + i, sum, some);
     }
+    if (more) more += call.y_row;
+  }
 }
 
 // Adds to rows of one output what is to be added in the end, and holds them: every other pixel by vectors, as small networks
@@ -77,11 +79,9 @@ inline void add_to_rows(const Convolution& call, const ConvolutionItem& item, in
                         int64_t skipped, int64_t pixels) {
   const GroupCols& weight = *group_cols_of(&call);
   const int64_t width = call.out_width;
-  if (call.more_step != 2 || of_pixels(&call)) {
-    const bool run = of_pixels(&call);  // an item is pixels of one row then, else whole rows
-    add_more(&call, weight.outputs, item.picture, output, run ? skipped : layout.first * width, run ? pixels : layout.rows * width);
-    return;
-  }
+  if (of_pixels(&call)) return add_more(&call, weight.outputs, item.picture, output, skipped, pixels);
+  const int64_t first = layout.first * width, count = layout.rows * width;
+  if (call.more_step != 2) return add_more(&call, weight.outputs, item.picture, output, first, count);
   const float* const more = more_of(&call, weight.outputs, item.picture, output);
   float* y = y_of(&call, weight.outputs, item.picture, output) + layout.first * call.y_row;
   const Vector low = all(call.low), high = all(call.high);

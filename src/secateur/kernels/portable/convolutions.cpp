@@ -8,8 +8,9 @@
 //     exports reserve and convolve
 //
 // A message is one piece of memory, little-endian: the numbers of `Message`, behind them the arrays of the weight, each
-// from a multiple of eight bytes on, the pictures, and room for the outcome. Of group_cols the arrays are values, counts and
-// steps, and of its blocks columns, values, rows and offsets, and the biases; of depth_taps, where `kept` is the number of shapes, values, shapes, begins and which.
+// from a multiple of eight bytes on, the pictures, and room for the outcome. Of group_cols the arrays are values, counts
+// and steps, then columns, values, rows and offsets of its blocks, and the biases; of depth_taps, where `kept` is the
+// number of shapes, values, shapes, begins and which.
 #define LANES 4
 #include "../depth_taps.h"
 #include "../group_cols.cpp"
