@@ -207,7 +207,8 @@ inline void shift_neighbours(const Convolution& call, const Shifted& layout, con
 // The same of pictures as wide as half a vector, two rows at a time.
 inline void shift_halves(const Convolution& call, const Shifted& layout, const float* channel, float* to, Vector& wild) {
   const int64_t top = layout.first - call.pad_high, copy = layout.copy, wide = LANES / 2;
-  const int64_t low = top < 0 ? -top : 0, behind = least(layout.high, call.height - top);
+  const int64_t low = least(layout.high, top < 0 ? -top : 0);
+  const int64_t last_row = least(layout.high, call.height - top), behind = last_row > low ? last_row : low;
   for (int64_t i = 0; i < 3; i++)
     for (int64_t row = 0; row < low; row++) store(to + i * copy + row * wide, Vector{});
   const float* from = channel + (top + low) * wide;
