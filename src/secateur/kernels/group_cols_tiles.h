@@ -132,10 +132,10 @@ bool convolve_item(const Convolution& given, const ConvolutionItem& item) {
   const int64_t blocks = (blocked.inputs + blocked.depth - 1) / blocked.depth;
   const int64_t abreast = weight.rows < ABREAST ? ABREAST / weight.rows : 1;
   const int64_t uses = blocked.offsets[blocks * blocked.padded / abreast] * abreast;
-  // Whole vectors of pixels stay where they are, unless single weights load them often and channels are so far apart that
-  // they push one another out of the cache.
+  // Whole vectors of pixels stay where they are, unless each is loaded often and channels are so far apart that they push
+  // one another out of the cache.
   const bool vectors = of_pixels(&given) && call.out_width % LANES == 0;
-  const bool few_loads = vectors && (weight.rows >= 4 || call.x_plane / LANES % 4);
+  const bool few_loads = vectors && (weight.rows >= 4 || call.x_plane / LANES % 4 || uses < 8 * call.channels);
   const bool in_place = few_loads || lies_so(call);
   const Shifted layout = in_place ? as_it_lies(call, here) : shifted_of(call, here, uses);
   const int64_t first = item.begin * weight.rows, last = least(here.end * weight.rows, weight.outputs);

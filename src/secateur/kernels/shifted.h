@@ -27,7 +27,7 @@ inline Shifted shifted_at(const Convolution& call, int64_t first, int64_t rows, 
 
 // Whether x is read where it lies: with zeros where a kernel that slides by one pixel sees beyond it.
 inline bool lies_so(const Convolution& call) {
-  const bool zeros = call.x_around >= call.pad_high && call.x_around >= call.pad_wide && call.x_row > call.width;
+  const bool zeros = call.x_around && call.x_around >= call.pad_high && call.x_around >= call.pad_wide;
   return zeros && call.stride_high == 1 && call.stride_wide == 1;
 }
 
