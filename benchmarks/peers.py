@@ -333,7 +333,8 @@ def page(found: dict[str, Any]) -> str:
         "no settings were tried beyond its number of threads and its precision. llama.cpp reads weights as the file "
         "has them (`use_extra_bufts` off: rearranged for AMX, 8-bit ones ended the process here).",
         "",
-        str(found["about"]),
+        f"{found['about']} That is of the last run: "
+        "what it left out is of earlier ones, with as many rounds as they had.",
     ]
     titles = {
         "mlp": "A perceptron of 1024-4096-4096-4096-1024, float32, masks at random",

@@ -270,7 +270,8 @@ def _put(model: nn.Module, graph: fx.Graph, chain: _Chain, name: str, now: dict[
     ]
     end = _ending(model, chain.links[-1].last)
     head = None if end is None else end[1]
-    made = ConvChain(layers, links, len(inputs), [number[node] for node in given], head)  # type: ignore[arg-type]
+    given_back = [number[node] for node in given]
+    made = ConvChain(layers, links, len(inputs), given_back, head)  # type: ignore[arg-type]  # found as Module
     with graph.inserting_after(chain.links[-1].last):
         call = graph.call_module(name, tuple(inputs))
     at = call

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from secateur import kernels
 from secateur.errors import FormatError, SettingError
-from secateur.formats import GroupCols, group_cols, unpack
-from secateur.formats.conv import SparseConv2d, convolve
+from secateur.formats import GroupCols, KBlocked, group_cols, unpack
+from secateur.formats.conv import SparseConv2d, arranged, convolve
 
 ROWS = (1, 2, 4, 8, 16)
 SHAPES = [(1, 1), (17, 31), (7, 101), (48, 64), (131, 257)]
@@ -145,6 +145,40 @@ def test_variants_round_as_the_oracle_does(rows):
         with kernels.forced(level):
             error = (convolve(packed, x, padding=(1, 1)).double() - wanted).abs().max() / wanted.abs().max()
         assert error < 1e-6, level
+
+
+@pytest.mark.parametrize(("outputs", "inputs", "count", "sparsity"), [(1500, 40, 3, 0.2), (4700, 20, 130, 0.95)])
+def test_more_outputs_than_are_summed_at_once(outputs, inputs, count, sparsity):
+    """A weight that keeps more than x has and one that keeps less: their sums are of 256 rows, and of one panel."""
+    weight, mask, bias = case((outputs, inputs), sparsity)
+    x = whole_numbers((count, inputs), 2)
+    wanted = (x.double() @ (weight * mask).double().T + bias.double()).float()
+    for packed in (GroupCols(1).pack(weight, mask), GroupCols(8).pack(weight, mask), KBlocked().pack(weight, mask)):
+        for level in kernels.levels()[:3]:
+            with kernels.forced(level):
+                assert torch.equal(packed.matmul(x, bias), wanted), f"{level} {packed.format.name}"
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_outputs_are_divided_among_threads(rows):
+    weight, mask, bias = case((700, 9, 3, 3), 0.6)
+    packed, x = GroupCols(rows).pack(weight, mask, bias), whole_numbers((1, 9, 5, 6), 4)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        call, _ = arranged(packed, x, (1, 1), (1, 1), (1, 1), 4)
+        assert call.parts > 1
+        wanted = F.conv2d(x.double(), (weight * mask).double(), bias.double(), padding=1).float()
+        for level in kernels.levels()[:3]:
+            with kernels.forced(level):
+                assert torch.equal(convolve(packed, x, padding=(1, 1)), wanted), level
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_kernel_of_more_taps_than_a_column_can_name_is_refused():
+    with pytest.raises(FormatError, match="65,792 taps, more than 65,535"):
+        GroupCols(1).pack(torch.ones(1, 1, 256, 257))
 
 
 def test_threads_do_not_change_the_result():

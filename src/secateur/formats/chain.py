@@ -22,7 +22,7 @@ from secateur.formats.packed import Packed
 RELU = (0.0, math.inf)
 MEAN_LINEAR = "mean_linear_f32"
 BEYOND = 512
-"""Floats behind a value that kernels may read, whole tiles at a time."""
+"""Floats behind a value that kernels may read, whole vectors at a time."""
 OFTEN = 8
 """Loads of a pixel for each copy of it that a kernel would lay out, from which on that takes less. Measured."""
 SHAPES = 16

@@ -23,7 +23,10 @@ MOST_TAPS = 2**16 - 1
 """Of a kernel: a column of a block, and be it of one channel, is a number of 16 bits."""
 
 SUMS = 2**18
-"""Of an item of a convolution, so that they stay in the second cache; and of at most 512 pixels."""
+"""Of an item of a convolution, so that they stay in the second cache."""
+
+PIXELS = 1024
+"""Of an item, at most."""
 
 EMPTIEST = 1 << 20
 """How many times as many weights as numbers it holds a matrix may have, for a file to be believed."""
@@ -165,9 +168,9 @@ class GroupCols:
         return 1
 
     def cut(self, shape: tuple[int, int], out: tuple[int, int], pictures: int, threads: int) -> tuple[int, int]:
-        """Rows of the outcome in an item, or pixels where `out` is one row of them, and parts of the groups."""
+        """Rows of the outcome in an item, or pixels where `out` is one row of them, and parts of the outputs."""
         size, units = out[0], self._units(shape[0])
-        pixels = max(128, min(1024, SUMS // shape[0]))
+        pixels = max(128, min(PIXELS, SUMS // shape[0]))
         if units == 1:  # a picture is divided if not the outputs
             pixels = max(64, min(pixels, -(-out[0] * out[1] // threads)))
         chunk = max(1, pixels // out[1])
@@ -220,7 +223,7 @@ class GroupCols:
             raise broken(packed, "its last step does not lead back to its first column")
 
     def call(self, packed: Packed) -> Call:
-        """group_cols_matmul, over groups, with the bias that is held."""
+        """group_cols_matmul, over as many outputs as are sorted together, with the bias that is held."""
         struct, bias = self.struct(packed), self.bias(packed)
         return Call("group_cols_matmul_f32", struct, self._units(packed.shape[0]), bias if bias.any() else None)
 

@@ -2,11 +2,9 @@
 // zero of its output meets something that is not finite, as in a dense product.
 #include "group_cols.h"
 
-#include "numbers.h"
+#include "finite.h"
 
 namespace {
-
-inline bool finite(float value) { return (bits_of_float(value) & 0x7f800000) != 0x7f800000; }
 
 // The outcome of groups [begin, end), for the inputs that `in` gives by their column.
 template <class In, class Out>

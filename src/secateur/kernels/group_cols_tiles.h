@@ -88,17 +88,14 @@ inline void add_to_rows(const Convolution& call, const ConvolutionItem& item, in
   for (int64_t row = 0; row < layout.rows; row++, y += call.y_row)
     for (int64_t i = 0; i < width; i += LANES) {
       const int64_t some = least(LANES, width - i);
-      Vector sum = some == LANES ? load(y + i) : load_some(y + i, some);
+      Vector sum = widened(y + i, some);
       if (more) {
         const float* const from = more + more_at(&call, layout.first + row, 0);
         sum += evens(of_row(from, 2 * i, call.more_width), of_row(from, 2 * i + LANES, call.more_width));
       }
       sum = sum < low ? low : sum;
       sum = sum > high ? high : sum;
-      if (some == LANES)
-        store(y + i, sum);
-      else
-        store_some(y + i, sum, some);
+      narrowed(sum, y + i, some);
     }
 }
 

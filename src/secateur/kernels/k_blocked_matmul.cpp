@@ -1,11 +1,8 @@
-// The oracle. An output is NaN where a zero of its row meets something that is not finite, as in a dense product: it is
-// when more inputs are not finite than its weights, other than zero, meet.
+// The oracle.
+#include "finite.h"
 #include "k_blocked.h"
-#include "numbers.h"
 
 namespace {
-
-inline bool finite(float value) { return (bits_of_float(value) & 0x7f800000) != 0x7f800000; }
 
 template <class T>
 void multiply(const Matmul& call, int64_t chunk, int64_t row) {
@@ -15,23 +12,19 @@ void multiply(const Matmul& call, int64_t chunk, int64_t row) {
   const T* x = static_cast<const T*>(call.x) + row * weight.inputs;
   const int64_t first = chunk * CHUNK, fours = weight.padded / ABREAST;
   const int64_t last = first + CHUNK < weight.padded ? first + CHUNK : weight.padded;
-  int64_t wild = 0, met[CHUNK] = {};
-  float sum[CHUNK] = {};
-  for (int64_t input = 0; input < weight.inputs; input++) wild += !finite(widen(x[input]));
+  const int64_t not_finite = wild(x, weight.inputs);
+  Sum sums[CHUNK];
   for (int64_t block = 0; block * weight.depth < weight.inputs; block++)
     for (int64_t place = first; place < last; place++) {
       const int64_t output = weight.rows[block * weight.padded + place] - first;
       const int64_t* steps = weight.offsets + block * fours + place / ABREAST;
       for (int64_t step = steps[0]; step < steps[1]; step++) {
         const int64_t at = step * ABREAST + place % ABREAST;
-        const float w = widen(values[at]), in = widen(x[block * weight.depth + columns[at]]);
-        if (w == 0) continue;
-        sum[output] += w * in;
-        met[output] += !finite(in);
+        sums[output].add(widen(values[at]), widen(x[block * weight.depth + columns[at]]));
       }
     }
   for (int64_t output = first; output < last && output < weight.outputs; output++) {
-    const float found = met[output - first] < wild ? float_of_bits(0x7fc00000) : sum[output - first];
+    const float found = sums[output - first].of(not_finite);
     const float bias = call.bias ? widen(static_cast<const T*>(call.bias)[output]) : 0.0f;
     narrow(found + bias, static_cast<T*>(call.y) + row * weight.outputs + output);
   }

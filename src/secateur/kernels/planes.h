@@ -35,32 +35,38 @@ inline int64_t place_of(const Convolution& call, const Layout& layout, int64_t t
   return (down % sh * layout.phases_wide + right % sw) * layout.plane + down / sh * layout.wide + right / sw;
 }
 
-// Lays a channel out, from front to back, and adds NaN to `wild` where it, or what lies beside it, is not finite. Returns
-// where the next channel goes; LANES floats behind that may have been written.
+// `high` rows of a channel, `wide` floats each, one after the other: from row `top` of the picture on and column `left`, by
+// the strides, with zeros where there is no picture. Adds NaN to `wild` where something, or what lies beside it, is not
+// finite. LANES floats behind the last row may be written, and nothing is read from `limit` on.
+inline float* lay_plane(const Convolution& call, const float* channel, int64_t top, int64_t left, int64_t high, int64_t wide,
+                        const float* limit, float* to, Vector& wild) {
+  const int64_t sh = call.stride_high, sw = call.stride_wide;
+  const int64_t begin = least(wide, left < 0 ? (sw - 1 - left) / sw : 0);
+  const int64_t end = least(wide, call.width <= left ? 0 : (call.width - left + sw - 1) / sw);
+  const int64_t behind = end < begin ? begin : end;
+  const float* x = channel + top * call.x_row + left + begin * sw;
+  for (int64_t row = 0, from = top; row < high; row++, to += wide, from += sh, x += sh * call.x_row) {
+    if (from < 0 || from >= call.height) {
+      clear_over(to, wide);
+      continue;
+    }
+    clear_over(to, begin);
+    if (sw == 1)
+      copy_over(to + begin, x, end - begin, limit, wild);
+    else
+      gather_over(to + begin, x, sw, end - begin, limit, wild);
+    clear_over(to + behind, wide - behind);
+  }
+  return to;
+}
+
+// Lays a channel out, from front to back. Returns where the next channel goes.
 inline float* lay_out(const Convolution& call, const Layout& layout, const float* channel, float* to, Vector& wild) {
-  const int64_t sh = call.stride_high, sw = call.stride_wide, wide = layout.wide;
   const float* const limit = x_of(&call, call.pictures, 0) - call.x_plane + call.height * call.x_row;
   for (int64_t phase_high = 0; phase_high < layout.phases_high; phase_high++)
-    for (int64_t phase_wide = 0; phase_wide < layout.phases_wide; phase_wide++) {
-      const int64_t shift = phase_wide - call.pad_wide;  // column i of the plane is i * sw + shift of the picture
-      const int64_t begin = least(wide, shift < 0 ? (sw - 1 - shift) / sw : 0);
-      const int64_t end = least(wide, call.width <= shift ? 0 : (call.width - shift + sw - 1) / sw);
-      const int64_t behind = end < begin ? begin : end;
-      int64_t from = layout.first * sh + phase_high - call.pad_high;  // the row of the picture
-      const float* x = channel + from * call.x_row + shift + begin * sw;
-      for (int64_t row = 0; row < layout.high; row++, to += wide, from += sh, x += sh * call.x_row) {
-        if (from < 0 || from >= call.height) {
-          clear_over(to, wide);
-          continue;
-        }
-        clear_over(to, begin);
-        if (sw == 1)
-          copy_over(to + begin, x, end - begin, limit, wild);
-        else
-          gather_over(to + begin, x, sw, end - begin, limit, wild);
-        clear_over(to + behind, wide - behind);
-      }
-    }
+    for (int64_t phase_wide = 0; phase_wide < layout.phases_wide; phase_wide++)
+      to = lay_plane(call, channel, layout.first * call.stride_high + phase_high - call.pad_high, phase_wide - call.pad_wide,
+                     layout.high, layout.wide, limit, to, wild);
   return to;
 }
 

@@ -2,8 +2,7 @@
 // a copy of a channel for every tap of a row, shifted by it, with zeros beyond the picture. A load that lies across two
 // lines of the cache costs two.
 #pragma once
-#include "convolution.h"
-#include "vectors.h"
+#include "planes.h"
 
 namespace {
 
@@ -95,35 +94,20 @@ inline void shift_run(const Convolution& call, const float* from, float* to, int
 // One copy, from front to back: rows from `top` of the picture on, and columns from `right` on.
 inline void shift(const Convolution& call, const Shifted& layout, const Within& bounds, const float* channel, float* to,
                   int64_t top, int64_t right) {
-  const int64_t sh = call.stride_high, sw = call.stride_wide, pitch = layout.pitch, high = layout.high;
-  // Rows [low, behind) are of the picture.
-  const int64_t low = least(high, top < 0 ? (sh - 1 - top) / sh : 0);
-  const int64_t behind = least(high, call.height <= top ? 0 : (call.height - top + sh - 1) / sh);
-  const int64_t rows = behind > low ? behind - low : 0;
-  float* const end = to + high * pitch;
-  if (low) clear_over(to, low * pitch);
-  const float* from = channel + (top + low * sh) * call.x_row + right;
-  float* at = to + low * pitch;
-  const bool as_one = sh == 1 && sw == 1 && call.x_row == pitch && call.width == pitch && right > -pitch && right < pitch;
-  if (as_one && rows && from >= bounds.begin && bounds.end - from >= rows * pitch + LANES) {
-    shift_run(call, from, at, rows, right);
+  const int64_t pitch = layout.pitch, high = layout.high;
+  const int64_t low = least(high, top < 0 ? -top : 0), behind = least(high, call.height - top), rows = behind - low;
+  const float* const from = channel + (top + low) * call.x_row + right;
+  const bool by_one = call.stride_high == 1 && call.stride_wide == 1;
+  const bool as_one = by_one && call.x_row == pitch && call.width == pitch && right > -pitch && right < pitch;
+  if (as_one && rows > 0 && from >= bounds.begin && bounds.end - from >= rows * pitch + LANES) {
+    if (low) clear_over(to, low * pitch);
+    shift_run(call, from, to + low * pitch, rows, right);
+    clear_over(to + behind * pitch, (high - behind) * pitch);
   } else {
-    const int64_t begin = least(pitch, right < 0 ? (sw - 1 - right) / sw : 0);
-    const int64_t last = least(least(pitch, call.out_width), call.width <= right ? 0 : (call.width - right + sw - 1) / sw);
-    const int64_t count = last > begin ? last - begin : 0;
     Vector unused = {};
-    for (int64_t row = 0; row < rows; row++, from += sh * call.x_row) {
-      float* const begins = at + row * pitch;
-      if (begin) clear_over(begins, begin);
-      if (sw == 1)
-        copy_over(begins + begin, from + begin, count, bounds.end, unused);
-      else
-        gather_over(begins + begin, from + begin * sw, sw, count, bounds.end, unused);
-      if (begin + count < pitch) clear_over(begins + begin + count, pitch - begin - count);
-    }
+    lay_plane(call, channel, top, right, high, pitch, bounds.end, to, unused);
   }
-  at += rows * pitch;
-  clear_over(at, end - at + LANES);  // a tile that is not full reads as far
+  store(to + high * pitch, Vector{});  // a tile that is not full reads as far
 }
 
 // All copies of a channel, one by one.

@@ -109,26 +109,8 @@ inline void turn(Vector (&rows)[LANES]) {
   }
 }
 
-// Copies floats, and adds zero to `wild` for each, or NaN for one that is not finite.
-inline void copy(float* to, const float* from, int64_t count, Vector& wild) {
-  int64_t i = 0;
-  for (; i + LANES <= count; i += LANES) {
-    const Vector some = load(from + i);
-    store(to + i, some);
-    wild += some * 0.0f;
-  }
-  for (; i < count; i++) {
-    to[i] = from[i];
-    wild[0] += from[i] * 0.0f;
-  }
-}
-
-inline void clear(float* to, int64_t count) {
-  for (int64_t i = 0; i < count; i++) to[i] = 0;
-}
-
-// The same in whole vectors, which write over up to LANES - 1 floats behind: for what is laid out from front to back, with
-// as much room at its end. Nothing is read from `limit` on, and the floats behind may count for `wild`.
+// Copies floats, and adds zero to `wild` for each, or NaN for one that is not finite. In whole vectors, which write over up
+// to LANES - 1 floats behind: for what is laid out from front to back, with as much room at its end. Nothing is read from `limit` on, and the floats behind may count for `wild`.
 inline void copy_over(float* to, const float* from, int64_t count, const float* limit, Vector& wild) {
   int64_t i = 0;
   for (; i + LANES < count && limit - from - i >= 2 * LANES; i += 2 * LANES) {  // two at once, that sums wait less
