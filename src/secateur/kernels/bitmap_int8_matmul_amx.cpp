@@ -113,7 +113,7 @@ struct Stream {
   const uint64_t* masks;
   const int8_t* values;
 
-  Stream(const Bitmap& weight, int64_t panel) {
+  void begin(const Bitmap& weight, int64_t panel) {
     masks = reinterpret_cast<const uint64_t*>(weight.masks) + panel * ((weight.inputs + DEPTH - 1) / DEPTH);
     values = static_cast<const int8_t*>(weight.values) + weight.offsets[panel];
   }
@@ -152,54 +152,67 @@ void write(const Matmul& call, const BitmapInt8& scaled, int64_t panel, int64_t 
   store(static_cast<T*>(call.y) + row * outputs + at, lanes, _mm512_fmadd_ps(sum, scale, bias));
 }
 
-// One row of x times one panel, or two side by side: memory gives more to two streams than to one. The instruction
-// takes weights as they are above -128, so 128 times the digits is taken from the sums before they begin.
+// One row of x times some panels side by side, `apart` from one to the next: memory gives more to several streams than to
+// one. The instruction takes weights as they are above -128, so 128 times the digits is taken from the sums before they
+// begin.
 template <int PANELS, int DIGITS, class T>
-void one_row(const Matmul& call, const BitmapInt8& scaled, const Digits& x, int64_t panel, int64_t other,
+void one_row(const Matmul& call, const BitmapInt8& scaled, const Digits& x, int64_t panel, int64_t apart,
              int64_t at) {
   const __m512i offset = _mm512_set1_epi8(-128);
   const int64_t steps = (scaled.bitmap.inputs + DEPTH - 1) / DEPTH, stride = x.rows * TILE;
-  Stream low(scaled.bitmap, panel), high(scaled.bitmap, other);
+  Stream weights[PANELS];
   __m512i sum[PANELS][DIGITS];
-#pragma GCC unroll 2
-  for (int p = 0; p < PANELS; p++)
+#pragma GCC unroll 4
+  for (int p = 0; p < PANELS; p++) {
+    weights[p].begin(scaled.bitmap, panel + p * apart);
 #pragma GCC unroll 8
     for (int d = 0; d < DIGITS; d++)  // modulo 2^32, as sums are
       sum[p][d] = _mm512_set1_epi32(int32_t(-128u * uint32_t(x.sums[at][d])));
+  }
   const int8_t* in = x.at + at * TILE;
   for (int64_t tile = 0; tile < steps; tile += TILE_STEPS, in += DIGITS * stride) {
     const int64_t count = steps - tile < TILE_STEPS ? steps - tile : int64_t(TILE_STEPS);
     for (int64_t step = 0; step < count; step++) {
-      low.prefetch();
-      if (PANELS == 2) high.prefetch();
-      const __m512i first = _mm512_xor_si512(low.next(), offset);
-      const __m512i second = PANELS == 2 ? _mm512_xor_si512(high.next(), offset) : first;
+      __m512i four[DIGITS];
 #pragma GCC unroll 8
       for (int d = 0; d < DIGITS; d++) {
-        int32_t four;
-        __builtin_memcpy(&four, in + d * stride + DEPTH * step, 4);
-        const __m512i all = _mm512_set1_epi32(four);
-        sum[0][d] = _mm512_dpbusd_epi32(sum[0][d], first, all);
-        if (PANELS == 2) sum[PANELS - 1][d] = _mm512_dpbusd_epi32(sum[PANELS - 1][d], second, all);
+        int32_t digits;
+        __builtin_memcpy(&digits, in + d * stride + DEPTH * step, 4);
+        four[d] = _mm512_set1_epi32(digits);
+      }
+#pragma GCC unroll 4
+      for (int p = 0; p < PANELS; p++) {
+        weights[p].prefetch();
+        const __m512i some = _mm512_xor_si512(weights[p].next(), offset);
+#pragma GCC unroll 8
+        for (int d = 0; d < DIGITS; d++) sum[p][d] = _mm512_dpbusd_epi32(sum[p][d], some, four[d]);
       }
     }
   }
-#pragma GCC unroll 2
+#pragma GCC unroll 4
   for (int p = 0; p < PANELS; p++) {
     __m512i all[DIGITS];  // a copy: the sums themselves stay in registers
 #pragma GCC unroll 8
     for (int d = 0; d < DIGITS; d++) all[d] = sum[p][d];
-    write<T>(call, scaled, p ? other : panel, x.row + at, all, DIGITS, x.shifts[at]);
+    write<T>(call, scaled, panel + p * apart, x.row + at, all, DIGITS, x.shifts[at]);
   }
+}
+
+template <int PANELS, int DIGITS, class T>
+int64_t abreast(const Matmul& call, const BitmapInt8& scaled, const Digits& x, int64_t begin, int64_t end, int64_t at) {
+  const int64_t apart = (end - begin) / PANELS;
+  for (int64_t panel = begin; panel < begin + apart; panel++)
+    one_row<PANELS, DIGITS, T>(call, scaled, x, panel, apart, at);
+  return begin + PANELS * apart;
 }
 
 template <int DIGITS, class T>
 void each_row(const Matmul& call, const BitmapInt8& scaled, const Digits& x, int64_t begin, int64_t end) {
-  const int64_t half = (end - begin) / 2;
   for (int64_t at = 0; at < x.rows; at++) {
-    for (int64_t panel = begin; panel < begin + half; panel++)
-      one_row<2, DIGITS, T>(call, scaled, x, panel, panel + half, at);
-    if (begin + 2 * half < end) one_row<1, DIGITS, T>(call, scaled, x, end - 1, end - 1, at);
+    int64_t panel = begin;
+    if constexpr (DIGITS == 4) panel = abreast<4, DIGITS, T>(call, scaled, x, panel, end, at);  // what registers hold
+    panel = abreast<2, DIGITS, T>(call, scaled, x, panel, end, at);
+    abreast<1, DIGITS, T>(call, scaled, x, panel, end, at);
   }
 }
 
@@ -269,7 +282,8 @@ void streamed(const Matmul& call, const BitmapInt8& scaled, const Digits& x, int
   Sums sums;
   const int64_t steps = (scaled.bitmap.inputs + DEPTH - 1) / DEPTH, stride = x.rows * TILE;
   for (int d = 0; d < x.digits; d += 4) {
-    Stream weights(scaled.bitmap, panel);
+    Stream weights;
+    weights.begin(scaled.bitmap, panel);
     zero_sums();
     expand(weights, steps, buffer[0]);
     for (int64_t tile = 0; tile < x.tiles; tile++) {

@@ -107,6 +107,7 @@ inline float weigh(float* score, int64_t count, float scaling, const float* bias
 
 template <int G, class T>
 struct Head {
+  enum { ABREAST = G <= 2 ? 2 : 1 };  // tiles, for which there are registers
   const BitmapKV& call;
   const int64_t item, words;
   float* const query;   // [G, words * 32]
@@ -114,28 +115,52 @@ struct Head {
   __m512* const sum;    // [G, words] pairs
   So so[G];
 
-  void packed_scores(int64_t from, int64_t tiles) {
-    const uint32_t* bits = call.key_bits + (item * call.room + from) * call.width;
-    const T* value = static_cast<const T*>(call.key_values) + (item * call.room + from) * call.key_kept;
-    for (int64_t tile = 0; tile < tiles; tile++) {
-      Pair s[G];
-      for (int g = 0; g < G; g++) s[g] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-      for (int64_t channel = 0; channel < call.width; channel++) {
-        const uint32_t word = *bits++;
-        const Pair key = expand(word, value);
-        value += __builtin_popcount(word);
-        _mm_prefetch(reinterpret_cast<const char*>(value) + AHEAD, _MM_HINT_T0);
-        for (int g = 0; g < G; g++) {
-          const __m512 q = _mm512_set1_ps(query[g * words * 32 + channel]);
-          s[g] = {_mm512_fmadd_ps(key.a, q, s[g].a), _mm512_fmadd_ps(key.b, q, s[g].b)};
+  // Of the tiles from `from` on those from `tile` up to `tiles`, P at once, `apart` from one to the next: memory gives more to
+  // several streams than to one. Where it came to is returned: what is no multiple of P is left.
+  template <int P>
+  int64_t packed_scores(int64_t from, int64_t tile, int64_t tiles) {
+    const int64_t apart = (tiles - tile) / P;
+    for (int64_t end = tile + apart; tile < end; tile++) {
+      const int64_t place = item * call.room + from + tile;
+      const uint32_t* bits = call.key_bits + place * call.width;
+      const T* value[P];
+      Pair s[P][G];
+      for (int p = 0; p < P; p++) {
+        value[p] = static_cast<const T*>(call.key_values) + (place + p * apart) * call.key_kept;
+        for (int g = 0; g < G; g++) s[p][g] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+      }
+      for (int64_t channel = 0; channel < call.width; channel++, bits++)
+#pragma GCC unroll 4
+        for (int p = 0; p < P; p++) {
+          const Pair key = next(bits[p * apart * call.width], value[p]);
+          ask_ahead(value[p], channel);
+#pragma GCC unroll 4
+          for (int g = 0; g < G; g++) {
+            const __m512 q = _mm512_set1_ps(query[g * words * 32 + channel]);
+            s[p][g] = {_mm512_fmadd_ps(key.a, q, s[p][g].a), _mm512_fmadd_ps(key.b, q, s[p][g].b)};
+          }
         }
-      }
-      for (int g = 0; g < G; g++) {
-        const Pair in_order = ordered(s[g], T());
-        _mm512_storeu_ps(score + g * (CHUNK + 16) + tile * TILE, in_order.a);
-        _mm512_storeu_ps(score + g * (CHUNK + 16) + tile * TILE + 16, in_order.b);
-      }
+      for (int p = 0; p < P; p++)
+        for (int g = 0; g < G; g++) {
+          const Pair in_order = ordered(s[p][g], T());
+          float* const to = score + g * (CHUNK + 16) + (tile + p * apart) * TILE;
+          _mm512_storeu_ps(to, in_order.a);
+          _mm512_storeu_ps(to + 16, in_order.b);
+        }
     }
+    return tile + (P - 1) * apart;
+  }
+
+  // What a word says of the values that come next.
+  inline Pair next(uint32_t word, const T*& value) {
+    const Pair found = expand(word, value);
+    value += __builtin_popcount(word);
+    return found;
+  }
+
+  // At each step of a stream, of which two take a line at most in 16 bits.
+  inline void ask_ahead(const T* value, int64_t step) {
+    if (sizeof(T) == 4 || step % 2) _mm_prefetch(reinterpret_cast<const char*>(value) + AHEAD, _MM_HINT_T0);
   }
 
   void tail_scores(int64_t from, int64_t count) {
@@ -172,22 +197,48 @@ struct Head {
     }
   }
 
-  // W words of sums in registers for as long as a chunk lasts.
+  // Likewise of the W words of a token those from FIRST to LAST, their sums in registers for as long as a chunk lasts.
+  template <int W, int FIRST, int LAST, int P>
+  int64_t packed_values(int64_t from, int64_t tile, int64_t tiles) {
+    enum { HELD = 2 * (LAST - FIRST) };
+    __m512 held[G * HELD];
+    for (int g = 0; g < G; g++)
+      for (int i = 0; i < HELD; i++) held[g * HELD + i] = sum[(g * W + FIRST) * 2 + i];
+    const int64_t apart = (tiles - tile) / P;
+    for (int64_t end = tile + apart; tile < end; tile++) {
+      const int64_t place = item * call.room + from + tile;
+      const uint32_t* bits = call.value_bits + place * TILE * W;
+      const T* value[P];
+      for (int p = 0; p < P; p++)
+        value[p] = static_cast<const T*>(call.value_values) + (place + p * apart) * call.value_kept;
+      for (int64_t token = 0; token < TILE; token++)
+#pragma GCC unroll 4
+        for (int word = 0; word < W; word++, bits++)
+#pragma GCC unroll 4
+          for (int p = 0; p < P; p++) {
+            const uint32_t mask = bits[p * apart * TILE * W];
+            if (word < FIRST || word >= LAST)
+              value[p] += __builtin_popcount(mask);
+            else
+              add(word - FIRST, next(mask, value[p]), (tile + p * apart) * TILE + token, held, HELD);
+            if (FIRST == 0) ask_ahead(value[p], token * W + word);
+          }
+    }
+    for (int g = 0; g < G; g++)
+      for (int i = 0; i < HELD; i++) sum[(g * W + FIRST) * 2 + i] = held[g * HELD + i];
+    return tile + (P - 1) * apart;
+  }
+
   template <int W>
   void packed_values(int64_t from, int64_t tiles) {
-    const uint32_t* bits = call.value_bits + (item * call.room + from) * TILE * W;
-    const T* value = static_cast<const T*>(call.value_values) + (item * call.room + from) * call.value_kept;
-    __m512 held[G * 2 * W];
-    for (int i = 0; i < G * 2 * W; i++) held[i] = sum[i];
-    for (int64_t token = 0; token < tiles * TILE; token++)
-      for (int word = 0; word < W; word++) {
-        const uint32_t mask = *bits++;
-        const Pair v = expand(mask, value);
-        value += __builtin_popcount(mask);
-        _mm_prefetch(reinterpret_cast<const char*>(value) + AHEAD, _MM_HINT_T0);
-        add(word, v, token, held, 2 * W);
+    enum { HALF = W / 2 };
+    if constexpr (G * W > 12)  // more sums than there are registers: a tile twice, the second time from the first cache
+      for (int64_t tile = 0; tile < tiles; tile++) {
+        packed_values<W, 0, HALF, 1>(from, tile, tile + 1);
+        packed_values<W, HALF, W, 1>(from, tile, tile + 1);
       }
-    for (int i = 0; i < G * 2 * W; i++) sum[i] = held[i];
+    else
+      packed_values<W, 0, W, 1>(from, packed_values<W, 0, W, ABREAST>(from, 0, tiles), tiles);
   }
 
   void packed_values_of_any_width(int64_t from, int64_t tiles) {
@@ -218,7 +269,7 @@ struct Head {
     }
     for (int64_t tile = 0; tile < call.tiles; tile += CHUNK / TILE) {
       const int64_t count = call.tiles - tile < CHUNK / TILE ? call.tiles - tile : CHUNK / TILE;
-      packed_scores(tile, count);
+      packed_scores<1>(tile, packed_scores<ABREAST>(tile, 0, count), count);
       soften(tile * TILE, count * TILE);
       if (words == 1) packed_values<1>(tile, count);
       else if (words == 2) packed_values<2>(tile, count);

@@ -2,8 +2,8 @@
 // two inputs 2r and 2r + 1, which is what the unit takes as its second operand. x is the first operand where it lies.
 //
 // From two to 32 rows of x, tiles are expanded into two buffers in turn, so that the unit works on one while the other is
-// filled, and the weight streams past once, two panels at once: memory gives more to two streams than to one, and a
-// tile of x is loaded for both. For more rows a few panels are expanded whole and used for all rows.
+// filled, and the weight streams past once, some panels at once. For more rows a few panels are expanded whole and used for
+// all rows.
 #include "bitmap.h"
 #include "tiles.h"
 #include "wide.h"
@@ -14,11 +14,12 @@ namespace {
 
 enum { TILE_STEPS = 16, TILE_INPUTS = 32, TILE_VALUES = 512, AHEAD = 2048, MASKS_AHEAD = 1024, MOST_BUFFER = 1 << 20 };
 
-// Tiles 0 to 3 hold sums, 4 and 5 rows of x, 6 and 7 weights; even ones the first 16 rows of x, odd ones the rest.
+// Tiles 0 to 3 hold sums, 4 and 5 rows of x, 6 and 7 weights; even ones are for the first 16 rows of x, odd ones for the
+// rest, or where there is none for the same rows and more weights.
 void configure(int rows) {
   Shape shape = {};
   shape.palette = 1;
-  const int low = rows < 16 ? rows : 16, high = rows > 16 ? rows - 16 : 1;
+  const int low = rows < 16 ? rows : 16, high = rows > 16 ? rows - 16 : low;
   for (int tile = 0; tile < 8; tile++) {
     shape.bytes[tile] = 64;
     shape.rows[tile] = tile > 5 ? 16 : tile % 2 ? high : low;
@@ -31,11 +32,15 @@ struct Stream {
   const uint32_t* masks;
   const bf16* values;
   int64_t steps, left;  // of a panel, and of this one
+  int lines;            // of 64 bytes that the values of a tile take, and a little more
 
-  Stream(const Bitmap& weight, int64_t panel) {
+  void begin(const Bitmap& weight, int64_t panel) {
     steps = left = (weight.inputs + 1) / 2;
     masks = reinterpret_cast<const uint32_t*>(weight.masks) + panel * steps;
     values = static_cast<const bf16*>(weight.values) + weight.offsets[panel];
+    const int64_t panels = (weight.outputs + LANES - 1) / LANES;
+    const int64_t bytes = 2 * weight.offsets[panels] * TILE_STEPS / (panels * steps);
+    lines = bytes / 64 + 2 < TILE_STEPS ? int(bytes / 64 + 2) : TILE_STEPS;
   }
 
   void expand(bf16* to) {
@@ -43,10 +48,9 @@ struct Stream {
     const int count = left < TILE_STEPS ? int(left) : TILE_STEPS;
     _mm_prefetch(reinterpret_cast<const char*>(masks) + MASKS_AHEAD, _MM_HINT_T0);  // the masks of a tile are a line
     if (count == TILE_STEPS) {
-      for (int step = 0; step < TILE_STEPS; step++) {
-        _mm_prefetch(ahead + 64 * step, _MM_HINT_T0);
-        one(to + 32 * step, masks[step]);
-      }
+      for (int line = 0; line < lines; line++) _mm_prefetch(ahead + 64 * line, _MM_HINT_T0);
+#pragma GCC unroll 16
+      for (int step = 0; step < TILE_STEPS; step++) one(to + 32 * step, masks[step]);
     } else {
       for (int step = 0; step < count; step++) one(to + 32 * step, masks[step]);
       for (int step = count; step < TILE_STEPS; step++) _mm512_store_si512(to + 32 * step, _mm512_setzero_si512());
@@ -117,50 +121,57 @@ void write(const Matmul& call, const Bitmap& weight, const float* sums, int64_t 
     store(y, lanes, _mm512_add_ps(_mm512_load_ps(sums + 16 * r), bias));
 }
 
-template <int HALVES, int PANELS>  // of 16 rows of x, and of weights: 1 or 2 each
-void few_rows(const Matmul& call, const Bitmap& weight, const Ordered& x, int64_t panel, int64_t other) {
-  alignas(64) bf16 buffer[2][2][TILE_VALUES];
+// A tile's number is a part of the instruction: the sums of panel p, of its first 16 rows of x and of the rest.
+#define EACH_PANEL(DO) DO(0, 0, 1) DO(1, 2, 3) DO(2, 1, 1) DO(3, 3, 3)
+
+// Some panels at once, `apart` from one to the next: memory gives more to several streams than to one, and a tile of x is
+// loaded for all. There are four sums, of one half of 32 rows of x, or of two.
+template <int HALVES, int PANELS>
+void few_rows(const Matmul& call, const Bitmap& weight, const Ordered& x, int64_t panel, int64_t apart) {
+  enum { BUFFERS = PANELS > 1 ? 2 : 4 };  // a tile is loaded when what was stored last is long in the cache
+  alignas(64) bf16 buffer[BUFFERS][PANELS][TILE_VALUES];
   alignas(64) float sums[256];
-  Stream low(weight, panel), high(weight, other);
+  Stream streams[PANELS];
+  for (int p = 0; p < PANELS; p++) streams[p].begin(weight, panel + p * apart);
+  for (int64_t tile = 0; tile < BUFFERS - 1 && tile < x.tiles; tile++)
+    for (int p = 0; p < PANELS; p++) streams[p].expand(buffer[tile][p]);
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
-  low.expand(buffer[0][0]);
-  if (PANELS == 2) high.expand(buffer[0][1]);
   for (int64_t tile = 0; tile < x.tiles; tile++) {
-    bf16(&now)[2][TILE_VALUES] = buffer[tile % 2];
-    bf16(&next)[2][TILE_VALUES] = buffer[(tile + 1) % 2];
-    const bool more = tile + 1 < x.tiles;
+    bf16(&now)[PANELS][TILE_VALUES] = buffer[tile % BUFFERS];
+    bf16(&next)[PANELS][TILE_VALUES] = buffer[(tile + BUFFERS - 1) % BUFFERS];
+    const bool more = tile + BUFFERS - 1 < x.tiles;
     const bf16* const in = x.x + tile * call.rows * TILE_INPUTS;
     _tile_loadd(4, in, 64);
     if (HALVES == 2) _tile_loadd(5, in + 16 * TILE_INPUTS, 64);
-    _tile_loadd(6, now[0], 64);
-    _tile_dpbf16ps(0, 4, 6);
-    if (HALVES == 2) _tile_dpbf16ps(1, 5, 6);
-    if (more) low.expand(next[0]);
-    if (PANELS == 2) {
-      _tile_loadd(7, now[1], 64);
-      _tile_dpbf16ps(2, 4, 7);
-      if (HALVES == 2) _tile_dpbf16ps(3, 5, 7);
-      if (more) high.expand(next[1]);
-    }
+#define ADD(p, low, high)                           \
+  if constexpr (PANELS > p) {                       \
+    _tile_loadd(6, now[p], 64);                     \
+    _tile_dpbf16ps(low, 4, 6);                      \
+    if (HALVES == 2) _tile_dpbf16ps(high, 5, 6);    \
+    if (more) streams[p].expand(next[p]);           \
   }
-  const int64_t first = call.rows < 16 ? call.rows : 16;
-  _tile_stored(0, sums, 64);
-  write(call, weight, sums, panel, 0, first);
-  if (HALVES == 2) {
-    _tile_stored(1, sums, 64);
-    write(call, weight, sums, panel, 16, call.rows - 16);
+    EACH_PANEL(ADD)
   }
-  if (PANELS == 2) {
-    _tile_stored(2, sums, 64);
-    write(call, weight, sums, other, 0, first);
-    if (HALVES == 2) {
-      _tile_stored(3, sums, 64);
-      write(call, weight, sums, other, 16, call.rows - 16);
-    }
+#define TAKE(p, low, high)                                                                  \
+  if constexpr (PANELS > p) {                                                               \
+    _tile_stored(low, sums, 64);                                                            \
+    write(call, weight, sums, panel + p * apart, 0, HALVES == 2 ? 16 : call.rows);          \
+    if (HALVES == 2) _tile_stored(high, sums, 64);                                          \
+    if (HALVES == 2) write(call, weight, sums, panel + p * apart, 16, call.rows - 16);      \
   }
+  EACH_PANEL(TAKE)
+#undef ADD
+#undef TAKE
+}
+
+template <int HALVES, int PANELS>
+int64_t abreast(const Matmul& call, const Bitmap& weight, const Ordered& x, int64_t begin, int64_t end) {
+  const int64_t apart = (end - begin) / PANELS;
+  for (int64_t panel = begin; panel < begin + apart; panel++) few_rows<HALVES, PANELS>(call, weight, x, panel, apart);
+  return begin + PANELS * apart;
 }
 
 template <int HALVES>
@@ -168,10 +179,9 @@ void few_rows(const Matmul& call, const Bitmap& weight, int64_t begin, int64_t e
   const int64_t tiles = (weight.inputs + TILE_INPUTS - 1) / TILE_INPUTS;
   const Ordered x(call, weight, static_cast<bf16*>(scratch(2 * tiles * call.rows * TILE_INPUTS)));
   configure(int(call.rows));
-  const int64_t half = (end - begin) / 2;
-  for (int64_t panel = begin; panel < begin + half; panel++)
-    few_rows<HALVES, 2>(call, weight, x, panel, panel + half);
-  if (begin + 2 * half < end) few_rows<HALVES, 1>(call, weight, x, end - 1, end - 1);
+  if constexpr (HALVES == 1) begin = abreast<HALVES, 4>(call, weight, x, begin, end);
+  begin = abreast<HALVES, 2>(call, weight, x, begin, end);
+  abreast<HALVES, 1>(call, weight, x, begin, end);
 }
 
 // 32 rows of x or what is left of them, times two panels (or one), expanded one after the other.
@@ -227,7 +237,8 @@ void rows(const Matmul& call, const Bitmap& weight, const Inputs& x, const bf16*
 void whole_panels(const Matmul& call, const Bitmap& weight, const Inputs& x, bf16* buffer, int64_t together,
                   int64_t begin, int64_t end) {
   const int64_t full = call.rows / 32 * 32, over = call.rows - full;
-  Stream weights(weight, begin);
+  Stream weights;
+  weights.begin(weight, begin);
   for (int64_t panel = begin; panel < end; panel += together) {
     const int64_t panels = end - panel < together ? end - panel : together;
     for (int64_t tile = 0; tile < panels * x.tiles; tile++) weights.expand(buffer + tile * TILE_VALUES);

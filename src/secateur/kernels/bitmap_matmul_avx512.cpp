@@ -19,7 +19,7 @@ inline void prefetch(const T* values, const Word* masks) {
 
 // One step of a panel, float values: one input. Values are taken by reference, and stay in registers when inlined.
 template <int N, int CHAINS>
-inline void add(uint16_t mask, const float*& values, const float* x, int64_t stride, __m512 (*sum)[N], int chain) {
+inline void add(uint16_t mask, const float*& values, const float* x, int64_t stride, __m512 (&sum)[2][N], int chain) {
   const __m512 weights = _mm512_maskz_expandloadu_ps(mask, values);
   values += __builtin_popcount(mask);
 #pragma GCC unroll 8
@@ -41,7 +41,7 @@ inline __m512 upper(__m512i step, f16) { return lower(_mm512_srli_epi32(step, 16
 // The same for 16-bit values, with x widened to floats beforehand: one step is two inputs, the second of which is zero
 // in x where there is none.
 template <int N, int CHAINS, class T>
-inline void add(uint32_t mask, const T*& values, const float* x, int64_t stride, __m512 (*sum)[N], int) {
+inline void add(uint32_t mask, const T*& values, const float* x, int64_t stride, __m512 (&sum)[2][N], int) {
   const __m512i both = _mm512_maskz_expandloadu_epi16(mask, values);
   values += __builtin_popcount(mask);
   const __m512 first = lower(both, T()), second = upper(both, T());
@@ -67,70 +67,72 @@ struct Mask<f16> {
   typedef uint32_t Word;
 };
 
-// N rows of x times one panel, or two at once: memory gives more to two streams than to one, and neither has to wait
-// for the sum it adds to; of few rows a panel has two sums in turn.
+// N rows of x times some panels at once, `apart` from one to the next: memory gives more to several streams than to one,
+// and none has to wait for the sum it adds to; of few rows a panel has two sums in turn.
 template <int PANELS, int N, class T>
-void rows(const Matmul& call, const Bitmap& weight, int64_t panel, int64_t other, int64_t row, const float* x,
+void rows(const Matmul& call, const Bitmap& weight, int64_t panel, int64_t apart, int64_t row, const float* x,
           int64_t stride) {
-  enum { CHAINS = N <= 2 ? 2 : 1 };
+  enum { CHAINS = N <= 2 && PANELS <= 2 ? 2 : 1 };
   typedef typename Mask<T>::Word Word;
-  const int64_t depth = sizeof(Word) / 2, steps = (weight.inputs + depth - 1) / depth;
-  const Word* const masks = reinterpret_cast<const Word*>(weight.masks) + panel * steps;
-  const Word* const others = reinterpret_cast<const Word*>(weight.masks) + other * steps;
-  const T* values = static_cast<const T*>(weight.values) + weight.offsets[panel];
-  const T* beside = static_cast<const T*>(weight.values) + weight.offsets[other];
-  __m512 low[CHAINS][N], high[CHAINS][N];
-#pragma GCC unroll 2
-  for (int c = 0; c < CHAINS; c++)
+  const int64_t depth = sizeof(Word) / 2, steps = (weight.inputs + depth - 1) / depth, next = apart * steps;
+  const Word* masks = reinterpret_cast<const Word*>(weight.masks) + panel * steps;
+  const T* values[PANELS];
+  __m512 sum[PANELS][2][N];
+#pragma GCC unroll 4
+  for (int p = 0; p < PANELS; p++) {
+    values[p] = static_cast<const T*>(weight.values) + weight.offsets[panel + p * apart];
 #pragma GCC unroll 8
-    for (int n = 0; n < N; n++) low[c][n] = high[c][n] = _mm512_setzero_ps();
+    for (int n = 0; n < N; n++) sum[p][0][n] = sum[p][1][n] = _mm512_setzero_ps();
+  }
   x += row * stride;
   int64_t step = 0;
-  for (; step + 2 <= steps; step += 2, x += 2 * depth) {
-    prefetch(values, masks + step);
-    add<N, CHAINS>(masks[step], values, x, stride, low, 0);
-    if (PANELS == 2) {
-      prefetch(beside, others + step);
-      add<N, CHAINS>(others[step], beside, x, stride, high, 0);
+  for (; step + 2 <= steps; step += 2, x += 2 * depth, masks += 2)
+#pragma GCC unroll 4
+    for (int p = 0; p < PANELS; p++) {
+      prefetch(values[p], masks + p * next);
+      add<N, CHAINS>(masks[p * next], values[p], x, stride, sum[p], 0);
+      add<N, CHAINS>(masks[p * next + 1], values[p], x + depth, stride, sum[p], 1);
     }
-    add<N, CHAINS>(masks[step + 1], values, x + depth, stride, low, 1);
-    if (PANELS == 2) add<N, CHAINS>(others[step + 1], beside, x + depth, stride, high, 1);
-  }
-  if (step < steps) {
-    add<N, CHAINS>(masks[step], values, x, stride, low, 0);
-    if (PANELS == 2) add<N, CHAINS>(others[step], beside, x, stride, high, 0);
-  }
-#pragma GCC unroll 2
+  if (step < steps)
+#pragma GCC unroll 4
+    for (int p = 0; p < PANELS; p++) add<N, CHAINS>(masks[p * next], values[p], x, stride, sum[p], 0);
+#pragma GCC unroll 4
   for (int p = 0; p < PANELS; p++) {
-    const int64_t at = (p ? other : panel) * LANES;
+    const int64_t at = (panel + p * apart) * LANES;
     const __mmask16 lanes = first(weight.outputs - at);
     const __m512 bias = call.bias ? load(static_cast<const T*>(call.bias) + at, lanes) : _mm512_setzero_ps();
 #pragma GCC unroll 8
     for (int n = 0; n < N; n++) {
-      const __m512 one = p ? high[0][n] : low[0][n], more = p ? high[CHAINS - 1][n] : low[CHAINS - 1][n];
-      const __m512 sum = CHAINS == 2 ? _mm512_add_ps(one, more) : one;
-      store(static_cast<T*>(call.y) + (row + n) * weight.outputs + at, lanes, _mm512_add_ps(sum, bias));
+      const __m512 all = CHAINS == 2 ? _mm512_add_ps(sum[p][0][n], sum[p][1][n]) : sum[p][0][n];
+      store(static_cast<T*>(call.y) + (row + n) * weight.outputs + at, lanes, _mm512_add_ps(all, bias));
     }
   }
 }
 
 // Eight rows of x at a time share what is expanded; what is left goes in fours, twos and one.
 template <int PANELS, class T>
-void all_rows(const Matmul& call, const Bitmap& weight, int64_t panel, int64_t other, const float* x, int64_t stride) {
+void all_rows(const Matmul& call, const Bitmap& weight, int64_t panel, int64_t apart, const float* x, int64_t stride) {
   int64_t row = 0;
-  for (; row + 8 <= call.rows; row += 8) rows<PANELS, 8, T>(call, weight, panel, other, row, x, stride);
-  if (call.rows - row >= 4) rows<PANELS, 4, T>(call, weight, panel, other, row, x, stride), row += 4;
-  if (call.rows - row >= 2) rows<PANELS, 2, T>(call, weight, panel, other, row, x, stride), row += 2;
-  if (call.rows - row >= 1) rows<PANELS, 1, T>(call, weight, panel, other, row, x, stride);
+  for (; row + 8 <= call.rows; row += 8) rows<PANELS, 8, T>(call, weight, panel, apart, row, x, stride);
+  if (call.rows - row >= 4) rows<PANELS, 4, T>(call, weight, panel, apart, row, x, stride), row += 4;
+  if (call.rows - row >= 2) rows<PANELS, 2, T>(call, weight, panel, apart, row, x, stride), row += 2;
+  if (call.rows - row >= 1) rows<PANELS, 1, T>(call, weight, panel, apart, row, x, stride);
+}
+
+template <int PANELS, class T>
+int64_t abreast(const Matmul& call, const Bitmap& weight, const float* x, int64_t stride, int64_t begin, int64_t end) {
+  const int64_t apart = (end - begin) / PANELS;
+  for (int64_t panel = begin; panel < begin + apart; panel++)
+    all_rows<PANELS, T>(call, weight, panel, apart, x, stride);
+  return begin + PANELS * apart;
 }
 
 template <class T>
 void panels(const Matmul& call, const float* x, int64_t stride, int64_t begin, int64_t end) {
   const Bitmap& weight = *static_cast<const Bitmap*>(call.weight);
-  const int64_t half = (end - begin) / 2;
-  for (int64_t panel = begin; panel < begin + half; panel++)
-    all_rows<2, T>(call, weight, panel, panel + half, x, stride);
-  if (begin + 2 * half < end) all_rows<1, T>(call, weight, end - 1, end - 1, x, stride);
+  if (call.rows == 1) begin = abreast<4, T>(call, weight, x, stride, begin, end);
+  begin = abreast<2, T>(call, weight, x, stride, begin, end);
+  abreast<1, T>(call, weight, x, stride, begin, end);
 }
 
 template <class T>

@@ -36,11 +36,11 @@ struct Panel {
   Inputs<Column> inputs;
   __m512 even = _mm512_setzero_ps(), odd = even;
 
-  Panel(const Sell& weight, int64_t panel) {
-    const int64_t begin = weight.offsets[panel];
-    values = static_cast<const T*>(weight.values) + begin * LANES;
-    columns = static_cast<const Column*>(weight.columns) + begin * LANES;
-    left = weight.offsets[panel + 1] - begin;
+  void begin(const Sell& weight, int64_t panel) {
+    const int64_t step = weight.offsets[panel];
+    values = static_cast<const T*>(weight.values) + step * LANES;
+    columns = static_cast<const Column*>(weight.columns) + step * LANES;
+    left = weight.offsets[panel + 1] - step;
   }
 
   void step(const float* x, __m512& sum) {
@@ -48,7 +48,6 @@ struct Panel {
     sum = _mm512_fmadd_ps(load(values, 0xffff), _mm512_i32gather_ps(inputs.next(columns), x, 4), sum);
     values += LANES;
     columns += LANES;
-    left--;
   }
 
   void two_steps(const float* x) {
@@ -57,8 +56,8 @@ struct Panel {
     step(x, odd);
   }
 
-  void finish(const Matmul& call, const Sell& weight, int64_t panel, int64_t row, const float* x) {
-    while (left >= 2) two_steps(x);
+  void finish(const Matmul& call, const Sell& weight, int64_t panel, int64_t row, const float* x, int64_t done) {
+    for (left -= done; left >= 2; left -= 2) two_steps(x);
     if (left) step(x, even);
     const int64_t at = panel * LANES;
     const __mmask16 lanes = first(weight.outputs - at);
@@ -67,16 +66,23 @@ struct Panel {
   }
 };
 
-// Two panels at once: memory gives more to two streams than to one.
-template <class Column, class T>
-void multiply(const Matmul& call, const Sell& weight, int64_t panel, int64_t other, int64_t row, const float* x) {
-  Panel<Column, T> one(weight, panel), two(weight, other);
-  while (one.left >= 2 && two.left >= 2) {
-    one.two_steps(x);
-    two.two_steps(x);
+// Some panels at once, `apart` from one to the next: memory gives more to several streams than to one.
+template <int PANELS, class Column, class T>
+int64_t abreast(const Matmul& call, const Sell& weight, int64_t begin, int64_t end, int64_t row, const float* x) {
+  const int64_t apart = (end - begin) / PANELS;
+  for (int64_t panel = begin; panel < begin + apart; panel++) {
+    Panel<Column, T> panels[PANELS];
+    int64_t both = INT64_MAX;  // steps that all of them have, by twos
+    for (int p = 0; p < PANELS; p++) {
+      panels[p].begin(weight, panel + p * apart);
+      both = panels[p].left / 2 < both ? panels[p].left / 2 : both;
+    }
+    for (int64_t left = both; left > 0; left--)
+#pragma GCC unroll 4
+      for (int p = 0; p < PANELS; p++) panels[p].two_steps(x);
+    for (int p = 0; p < PANELS; p++) panels[p].finish(call, weight, panel + p * apart, row, x, 2 * both);
   }
-  one.finish(call, weight, panel, row, x);
-  two.finish(call, weight, other, row, x);
+  return begin + PANELS * apart;
 }
 
 // One row of x at a time, over all panels: it stays in the first cache, and the weights of a chunk in the second.
@@ -98,10 +104,9 @@ void matmul(const void* pointer, int64_t begin, int64_t end) {
       for (int64_t panel = begin; panel < end; panel++) row_of(&call, panel, row);
       continue;
     }
-    const int64_t half = (end - begin) / 2;
-    for (int64_t panel = begin; panel < begin + half; panel++)
-      multiply<Column, T>(call, weight, panel, panel + half, row, room);
-    if (begin + 2 * half < end) Panel<Column, T>(weight, end - 1).finish(call, weight, end - 1, row, room);
+    int64_t panel = abreast<4, Column, T>(call, weight, begin, end, row, room);
+    panel = abreast<2, Column, T>(call, weight, panel, end, row, room);
+    abreast<1, Column, T>(call, weight, panel, end, row, room);
   }
 }
 
