@@ -5,7 +5,9 @@
 One example at a time, one thread each: a perceptron of 1024-4096-4096-4096-1024 in float32 under masks at random of
 several sparsities, ResNet-20 and MobileNet-v1 for pictures of 32x32 the same way, ResNet-20 four times as wide for 16
 of them at a time, and SmolLM2-135M with half of the weights of its layers at zero, one token with nothing before it.
-All take turns, round by round; a time is the processor's for all threads of the process. What is not installed is
+All take turns, round by round; a time is the processor's for all threads of the process. A turn is a few calls, which
+find in the caches what others left there, and then as many as take a while, as where one model serves: the two are told
+apart. What is not installed is
 left out, and the page says why. DeepSparse 1.8 wants older packages than secateur, so it lives in an environment of
 its own, and its python is named; it runs there, told by lines when to. Writes results/peers.json, from which
 docs/peers-speed.md is made.
@@ -57,7 +59,10 @@ PICTURES = {"wide-resnet20": 16}
 """At a time, unless one."""
 GOALS = {"resnet20": {0.8: 2.0, 0.9: 3.0, 0.95: 4.6}}
 """What was set out to be reached over ONNX Runtime, of single weights."""
-CALLS = 5  # in a turn
+CALLS = 5
+"""With which a turn begins, after all others had theirs."""
+LONG = 0.05
+"""Seconds for which it goes on, with as many calls at least."""
 
 HELD: list[Any] = []
 """What is to be closed after it was timed."""
@@ -80,16 +85,16 @@ for line in sys.stdin:
 """
 """What runs under the other python: loads a graph, answers once into a file, then runs it as often as a line says."""
 
-Ways = dict[str, Callable[[], float]]
-"""A name -> a call that runs a turn and returns its processor time."""
+Ways = dict[str, Callable[[int], float]]
+"""A name -> what makes so many calls and returns the seconds of processor time they took."""
 
 
-def turn(call: Callable[[], Any]) -> Callable[[], float]:
-    """A turn of calls in this process, in seconds."""
+def here(call: Callable[[], Any]) -> Callable[[int], float]:
+    """Calls in this process."""
 
-    def run() -> float:
+    def run(calls: int) -> float:
         start = time.process_time()
-        for _ in range(CALLS):
+        for _ in range(calls):
             call()
         return time.process_time() - start
 
@@ -122,8 +127,8 @@ def openvino(path: Path, given: dict[str, np.ndarray], precision: str) -> tuple[
     return lambda: request.infer(given), request.infer(given)[0].copy()
 
 
-def deepsparse(python: str, path: Path, given: dict[str, np.ndarray]) -> tuple[Callable[[], float], np.ndarray]:
-    """A turn in the other process, and its first answer."""
+def deepsparse(python: str, path: Path, given: dict[str, np.ndarray]) -> tuple[Callable[[int], float], np.ndarray]:
+    """Calls in the other process, and its first answer."""
     if not python:
         raise Without("no python of an environment with it was named (--deepsparse)")
     files = []
@@ -140,8 +145,8 @@ def deepsparse(python: str, path: Path, given: dict[str, np.ndarray]) -> tuple[C
         said = child.communicate()[1].strip().splitlines()
         raise Without(f"it stopped: {said[-1][:200] if said else 'without a word'}")
 
-    def run() -> float:
-        child.stdin.write(f"{CALLS}\n")
+    def run(calls: int) -> float:
+        child.stdin.write(f"{calls}\n")
         child.stdin.flush()
         return float(child.stdout.readline())
 
@@ -163,7 +168,7 @@ def mlp(sparsity: float, place: Path, python: str) -> tuple[Ways, dict[str, str]
     onnx._trace(model, path, {"x": x})
     fast = accelerate(model, x).model
     wanted, given = model(x).numpy(), {"x": x.numpy()}
-    ways: Ways = {"torch": turn(lambda: model(x)), "secateur": turn(lambda: fast(x))}
+    ways: Ways = {"torch": here(lambda: model(x)), "secateur": here(lambda: fast(x))}
     return joined(ways, {"secateur": fast(x).numpy()}, wanted, path, given, python, ("f32",))
 
 
@@ -178,10 +183,10 @@ def pictures(kind: str, sparsity: float, place: Path, python: str) -> tuple[Ways
     print(kind, sparsity, fast.chosen, faster.chosen, flush=True)
     wanted, given = single(x).numpy(), {"x": x.numpy()}
     ways: Ways = {
-        "torch": turn(lambda: single(x)),
-        "torch, channels last": turn(lambda: last(turned)),
-        "secateur": turn(lambda: fast.model(x)),
-        "secateur, blocks of 4": turn(lambda: faster.model(x)),
+        "torch": here(lambda: single(x)),
+        "torch, channels last": here(lambda: last(turned)),
+        "secateur": here(lambda: fast.model(x)),
+        "secateur, blocks of 4": here(lambda: faster.model(x)),
     }
     ways, left_out, off = joined(ways, {"secateur": fast.model(x).numpy()}, wanted, path, given, python, ("f32",))
     return ways, left_out, off | {"secateur, blocks of 4": faster.error}
@@ -236,7 +241,7 @@ def joined(
     for name, peer in peers.items():
         try:
             call, answers[name] = peer()
-            ways[name] = turn(call)
+            ways[name] = here(call)
         except Without as why:
             left_out[name] = str(why)
     try:
@@ -271,7 +276,7 @@ def smollm2(model: str, place: Path, python: str) -> tuple[Ways, dict[str, str],
         plain = net if formats is None else accelerate(net, inputs, **formats).model
         for form, one in ((name, plain), (f"{name}, compiled", torch.compile(plain, dynamic=False))):
             answers[form] = said(one).float().numpy()
-            ways[form] = turn(lambda one=one: said(one))
+            ways[form] = here(lambda one=one: said(one))
     exact = onnx.in_float32(net)
     wanted = said(exact).numpy()
     given = {name: value.numpy() for name, value in inputs.items()}
@@ -279,7 +284,7 @@ def smollm2(model: str, place: Path, python: str) -> tuple[Ways, dict[str, str],
     try:
         for name, encoded in (("bf16", gguf._encoded), ("Q8_0", in_kind("Q8_0")), ("Q4_0", in_kind("Q4_0"))):
             call, answer = llama(opened, place / f"{name}.gguf", encoded, ids)
-            ways[f"llama.cpp {name}"] = turn(call)
+            ways[f"llama.cpp {name}"] = here(call)
             off[f"llama.cpp {name}"] = float(np.abs(answer - wanted).max() / np.abs(wanted).max())
     except SecateurError as error:
         left_out["llama.cpp"] = str(error).splitlines()[0]
@@ -311,15 +316,17 @@ def llama(
 
 def measured(name: str, ways: Ways, rounds: int) -> dict[str, Any]:
     """Milliseconds of one call of each way, all in turn; the first round is not counted."""
-    kept: dict[str, list[float]] = {way: [] for way in ways}
+    kept: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
     for at in range(rounds + 1):
         for way, run in ways.items():
-            seconds = run()
+            first = run(CALLS) / CALLS
+            calls = max(CALLS, round(LONG / first))
+            then = run(calls) / calls
             if at:
-                kept[way].append(1e3 * seconds / CALLS)
-    found = {way: statistics.median(times) for way, times in kept.items()}
-    print(name, {way: round(ms, 2) for way, ms in found.items()}, flush=True)
-    return {"name": name, "milliseconds": found, "load": os.getloadavg()[0]}
+                kept[way].append((first, then))
+    first, then = ({way: 1e3 * statistics.median(t[i] for t in each) for way, each in kept.items()} for i in (0, 1))
+    print(name, {way: f"{ms:.2f} ({first[way]:.2f})" for way, ms in then.items()}, flush=True)
+    return {"name": name, "milliseconds": then, "after others": first, "load": os.getloadavg()[0]}
 
 
 def page(found: dict[str, Any]) -> str:
@@ -328,7 +335,9 @@ def page(found: dict[str, Any]) -> str:
         "# Other run-times at the same weights",
         "",
         "Written by `python benchmarks/peers.py`. One example at a time and one thread; milliseconds are medians of "
-        "processor time, over rounds in which all took turns. `off` is the largest difference of an answer from that "
+        f"processor time, over rounds in which all took turns. A turn is {CALLS} calls, and then as many as take "
+        f"{1e3 * LONG:.0f} ms, which count: what serves one model finds of its weights what caches hold. The first few "
+        "find there what all others left, and are told apart. `off` is the largest difference of an answer from that "
         "of the model in float32, over the largest number there. What a run-time gains from zeros it gains by itself: "
         "no settings were tried beyond its number of threads and its precision. llama.cpp reads weights as the file "
         "has them (`use_extra_bufts` off: rearranged for AMX, 8-bit ones ended the process here).",
@@ -351,26 +360,33 @@ def page(found: dict[str, Any]) -> str:
         if kind in NETWORKS:
             lines += pictures_page(cells, GOALS.get(kind, {}), PICTURES.get(kind, 1))
         elif kind == "mlp":
-            names = [n for n in cells[0]["milliseconds"] if n != "secateur"]
-            lines += ["| zeros | secateur (ms) | " + " | ".join(f"{n} (ms): over it" for n in names) + " |"]
-            lines += ["| --- |" + " --- |" * (len(names) + 1)]
-            for cell in sorted(cells, key=lambda cell: cell["name"]):
-                ms = cell["milliseconds"]
-                ours = ms["secateur"]
-                others = " | ".join(f"{ms[n]:.2f}: {ms[n] / ours:.2f}" if n in ms else "" for n in names)
-                lines.append(f"| {float(cell['name'].split()[1]):.0%} | {ours:.2f} | {others} |")
+            lines += perceptron_page(cells, "milliseconds")
+            lines += ["", f"The first {CALLS} calls of a turn:", "", *perceptron_page(cells, "after others")]
         else:
             ms, off = cells[0]["milliseconds"], cells[0]["off"]
             ours = [n for n in ms if n.startswith("secateur")]
             lines += ["Compiled: by torch.compile, with frozen weights.", ""]
-            lines += ["| run-time | ms a token | " + " | ".join(f"{n} over it" for n in ours) + " | off |"]
-            lines += ["| --- |" + " --- |" * (2 + len(ours))]
+            lines += ["| run-time | ms a token | first ms | " + " | ".join(f"{n} over it" for n in ours) + " | off |"]
+            lines += ["| --- |" + " --- |" * (3 + len(ours))]
             for n, one in ms.items():
                 ratios = " | ".join(f"{one / ms[mine]:.2f}" for mine in ours)
-                lines.append(f"| {n} | {one:.1f} | {ratios} | {off[n]:.1g} |")
+                lines.append(f"| {n} | {one:.1f} | {cells[0]['after others'][n]:.1f} | {ratios} | {off[n]:.1g} |")
         missing = {n: why for cell in cells for n, why in cell["left_out"].items()}
         lines += [line for n, why in missing.items() for line in ("", f"{n} is not here: {why}.")]
     return "\n".join(lines) + "\n"
+
+
+def perceptron_page(cells: list[dict[str, Any]], which: str) -> list[str]:
+    """Milliseconds of every way, and how many times as long as what was accelerated the others take."""
+    names = [n for n in cells[0][which] if n != "secateur"]
+    lines = ["| zeros | secateur (ms) | " + " | ".join(f"{n} (ms): over it" for n in names) + " |"]
+    lines += ["| --- |" + " --- |" * (len(names) + 1)]
+    for cell in sorted(cells, key=lambda cell: cell["name"]):
+        ms = cell[which]
+        ours = ms["secateur"]
+        others = " | ".join(f"{ms[n]:.2f}: {ms[n] / ours:.2f}" if n in ms else "" for n in names)
+        lines.append(f"| {float(cell['name'].split()[1]):.0%} | {ours:.2f} | {others} |")
+    return lines
 
 
 def pictures_page(cells: list[dict[str, Any]], goals: dict[float, float], count: int) -> list[str]:
@@ -390,12 +406,14 @@ def pictures_page(cells: list[dict[str, Any]], goals: dict[float, float], count:
             f"{1e3 * count / cell['milliseconds'][n]:.0f}" if n in cell["milliseconds"] else "" for n in (*ours, *dense)
         )
         lines.append(f"| {float(cell['name'].split()[1]):.0%} | {rates} |")
-    lines += ["", "How many times as fast as each, single weights and blocks of 4:", ""]
-    lines += ["| zeros | " + " | ".join(dense) + " | goal over ONNX Runtime |", "| --- |" + " --- |" * (len(dense) + 1)]
-    for cell in cells:
-        ms, sparsity = cell["milliseconds"], float(cell["name"].split()[1])
-        ratios = " | ".join(" and ".join(f"{ms[n] / ms[o]:.2f}" for o in ours) if n in ms else "" for n in dense)
-        lines.append(f"| {sparsity:.0%} | {ratios} | {goals.get(sparsity, '')} |")
+    for which, said in (("milliseconds", ""), ("after others", f", the first {CALLS} calls of a turn")):
+        lines += ["", f"How many times as fast as each, single weights and blocks of 4{said}:", ""]
+        lines += ["| zeros | " + " | ".join(dense) + " | goal over ONNX Runtime |"]
+        lines += ["| --- |" + " --- |" * (len(dense) + 1)]
+        for cell in cells:
+            ms, sparsity = cell[which], float(cell["name"].split()[1])
+            ratios = " | ".join(" and ".join(f"{ms[n] / ms[o]:.2f}" for o in ours) if n in ms else "" for n in dense)
+            lines.append(f"| {sparsity:.0%} | {ratios} | {goals.get(sparsity, '')} |")
     return lines
 
 
@@ -404,7 +422,7 @@ def about(found: dict[str, Any]) -> str:
     loads = [cell["load"] for cell in found["cells"]]
     return (
         f"{found['machine']['processor']}, {found['machine']['cores']} cores; kernels for {found['level']}, torch "
-        f"{found['versions']['torch']}, {versions}; {found['settings']['rounds']} rounds of {CALLS} calls, load "
+        f"{found['versions']['torch']}, {versions}; {found['settings']['rounds']} rounds, load "
         f"{min(loads):.0f} to {max(loads):.0f}, {found['created']}."
     )
 

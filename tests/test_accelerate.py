@@ -48,8 +48,8 @@ class Clock:
     def __init__(self, cost):
         self.cost = cost
 
-    def __call__(self, calls, rounds):
-        layers = [(call.__defaults__ or (None,))[-1] for call in calls]
+    def __call__(self, turns, rounds):
+        layers = [(call.__defaults__ or (None,))[-1] for turn in turns for call in turn]
         return [self.cost[isinstance(layer, (SparseLinear, SparseConv2d, SparsePointwise))] for layer in layers]
 
 
@@ -204,8 +204,8 @@ def test_a_convolution_that_loses_to_any_dense_way_stays(monkeypatch):
     ways = {"dense": 3.0, "dense, channels last": 1.0, "group-cols-1": 2.0}
     names = []
 
-    def medians(calls, rounds):
-        layers = [(call.__defaults__ or (None,))[-1] for call in calls]
+    def medians(turns, rounds):
+        layers = [(call.__defaults__ or (None,))[-1] for turn in turns for call in turn]
         names.extend(layers)
         dense = iter(["dense", "dense, channels last"])
         return [ways["group-cols-1"] if isinstance(at, SparseConv2d) else ways[next(dense)] for at in layers]
@@ -288,7 +288,7 @@ def test_linear_layers_with_rows_enough_are_tried_in_groups(cost):
 
 def test_the_break_even_of_a_convolution(monkeypatch):
     ask = iter([(1.0, 1.3), (1.0, 1.1), (1.0, 0.9)])
-    monkeypatch.setattr(MODULE, "_medians", lambda calls, _: [call() for call in calls] and next(ask))
+    monkeypatch.setattr(MODULE, "_medians", lambda turns, _: [call() for turn in turns for call in turn] and next(ask))
     slid = MODULE.Slide(2, (9, 7), (2, 1), (1, 1), (1, 1))
     assert break_even((10, 3, 3, 3), 70, torch.float32, GroupCols(4), slid) == pytest.approx(0.4)
     assert break_even((10, 3), 70, torch.bfloat16, GroupCols(4)) is None
@@ -322,6 +322,21 @@ def test_the_break_even_lies_where_the_lines_cross(monkeypatch):
     ask = iter([(1.0, 1.3), (1.0, 1.1), (1.0, 0.9)])  # seconds dense and packed, at 10, 30 and 50 %
     monkeypatch.setattr(MODULE, "_medians", lambda *_: next(ask))
     assert break_even((32, 32), 1, torch.float32, Bitmap()) == pytest.approx(0.4)
+
+
+def test_a_turn_is_taken_some_times_and_the_last_counts(monkeypatch):
+    now, made = [0.0], []
+
+    def call(name, seconds):
+        def made_anew():
+            made.append(name)
+            now[0] += seconds if made.count(name) % MODULE.PASSES == 0 else 100
+
+        return made_anew
+
+    monkeypatch.setattr(MODULE, "_clock", lambda: lambda: now[0])
+    assert MODULE._medians([[call("a", 1.0), call("b", 2.0)], [call("c", 3.0)]], 3) == pytest.approx([1.0, 2.0, 3.0])
+    assert made == [*"abababccc"] * 3
 
 
 def test_memory_is_read_whole():

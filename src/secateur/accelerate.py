@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ SMALL = 2**14  # weights of a convolution that is tried whatever its zeros
 FEW = 16  # rows of 16 bits up to which a bitmap of a whole weight is read faster than F.linear reads the weight
 MARGIN = 0.05  # of the dense time that a format must save: less is noise
 AT_ONCE = 2**29  # bytes of dense weights that are measured together
-ROUNDS = 9
+ROUNDS, PASSES = 7, 3  # of all turns, and of the calls of a turn
 FEWEST = 16  # rows of an input below which the lanes of `GroupCols` and `KBlocked` are empty
 FULLEST = 0.8  # of what groups store that must not be zero: with less, smaller groups do less
 
@@ -243,7 +244,7 @@ def break_even(
     with torch.no_grad():
         for sparsity in (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95):
             packed = format.pack(weight, noise >= sparsity)
-            dense, sparse = _medians(_both_ways(weight, packed, x, slid), ROUNDS)
+            dense, sparse = _medians([[call] for call in _both_ways(weight, packed, x, slid)], ROUNDS)
             gain = dense - sparse
             if gain >= 0:
                 if before is None:
@@ -313,12 +314,10 @@ def _measured(
         x = seen[name].example(layer)
         calls += [(name, way, call) for way, call in _dense_ways(layer, x)]
         calls += [(name, way, lambda x=x, at=at: at(x)) for way, at in packed[name].items()]
-    # Way by way through all layers, so that a layer's weights were pushed out by the others' as they will be.
-    calls.sort(key=lambda call: call[1] != "dense")
     calls.sort(key=lambda call: call[1])
-    medians = _medians([call[2] for call in calls], ROUNDS)
+    turns = [[call for _, _, call in turn] for _, turn in groupby(calls, key=lambda call: call[1])]
     times: dict[str, dict[str, float]] = {name: {} for name in layers}
-    for (name, way, _), seconds in zip(calls, medians, strict=True):
+    for (name, way, _), seconds in zip(calls, _medians(turns, ROUNDS), strict=True):
         times[name][way] = seconds * 1e3
     for name, layer in layers.items():
         size, held = layer.weight.numel() * layer.weight.element_size(), packed[name]
@@ -409,17 +408,23 @@ def _worth_trying(formats: Sequence[Format], weight: Tensor, rows: int) -> list[
     return [format for format in formats if isinstance(format, (Bitmap, BitmapInt8))]
 
 
-def _medians(calls: Sequence[Any], rounds: int) -> list[float]:
-    """The median seconds of each call, all of them in turn, after a round that is not counted."""
-    times: list[list[float]] = [[] for _ in calls]
+def _medians(turns: Sequence[Sequence[Callable[[], Tensor]]], rounds: int) -> list[float]:
+    """The median seconds of each call of each turn, one turn after another.
+
+    A turn is one way through all layers. Its calls are made a few times, and the last time counts: caches then hold of
+    the weights what they will where the model is called again and again, and no more.
+    """
+    times: list[list[list[float]]] = [[[] for _ in turn] for turn in turns]
     clock = _clock()
-    for turn in range(rounds + 1):
-        for call, kept in zip(calls, times, strict=True):
-            start = clock()
-            call()
-            if turn:
-                kept.append(clock() - start)
-    return [statistics.median(kept) for kept in times]
+    for _ in range(rounds):
+        for turn, kept in zip(turns, times, strict=True):
+            for call in (*turn,) * (PASSES - 1):
+                call()
+            for call, mine in zip(turn, kept, strict=True):
+                start = clock()
+                call()
+                mine.append(clock() - start)
+    return [statistics.median(mine) for kept in times for mine in kept]
 
 
 def _clock() -> Callable[[], float]:

@@ -9,7 +9,8 @@ from secateur.cache.attention import attend
 from secateur.cache.past import Past, Pruning
 
 CLOSE = {torch.float32: 3e-6, torch.bfloat16: 5e-3, torch.float16: 6e-4}
-# batch, heads, queries a head, width, tokens: one, primes, several chunks of scores, tiles by two and one, more queries than share a register
+# batch, heads, queries a head, width, tokens: one, primes, several chunks of scores, tiles by two and one, more queries
+# than share a register
 SHAPES = [
     (2, 3, 3, 64, 700),
     (1, 2, 1, 128, 1100),
