@@ -266,7 +266,8 @@ def _around(chain: ConvChain, held: Sequence[Packed], outputs: Sequence[int]) ->
         readers = [i for i, link in enumerate(chain.links) if link.source == value]
         knows = isinstance(packed.format, GroupCols) and not any(alone[i] for i in (n, *readers))
         if knows and value not in outputs:
-            found[value] = max((wanted[i] for i in readers), default=0)
+            # Or as around what it is made from: then the pixels of both follow one another alike.
+            found[value] = max((wanted[i] for i in readers), default=0) or min(found[chain.links[n].source], wanted[n])
     return found
 
 
