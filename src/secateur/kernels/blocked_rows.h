@@ -37,10 +37,11 @@ void narrowed(Vector from, T* to, int64_t count) {
   for (int64_t i = 0; i < count; i++) narrow(from[i], to + i);
 }
 
+// Columns that lie `wide` floats apart.
 struct Panel {
-  const float* panel;
+  const float* from;
   int64_t wide;
-  const float* operator[](int64_t column) const { return panel + column * wide; }
+  const float* operator[](int64_t column) const { return from + column * wide; }
 };
 
 // Inputs of `count` rows, `wide` floats for each of them.
