@@ -5,7 +5,7 @@
 
 namespace {
 
-enum { AHEAD = 2048, CHAINS = 4 };
+enum { AHEAD = 2048 };
 
 void scalar(const Matmul& call, int64_t item, int64_t row, float) { block_row_f32(&call, item, row); }
 void scalar(const Matmul& call, int64_t item, int64_t row, bf16) { block_row_bf16(&call, item, row); }
@@ -21,32 +21,66 @@ inline __m512 spread(const float* x) {
   return _mm512_permutexvar_ps(_mm512_srli_epi32(lane, R == 8 ? 3 : R == 4 ? 2 : 1), some);
 }
 
+// A row of blocks as it is read.
 template <int R, class T>
-void multiply(const Matmul& call, const Block& weight, int64_t item, int64_t row, const float* x) {
-  const int64_t begin = weight.offsets[item], parts = weight.columns * R / 16;  // registers in a block
-  const T* values = static_cast<const T*>(weight.values) + begin * weight.columns * R;
-  __m512 sum[CHAINS] = {};
-  int chain = 0;
-  for (int64_t block = begin; block < weight.offsets[item + 1]; block++) {
-    const float* in = x + weight.places[block] * weight.columns;
-    for (int64_t part = 0; part < parts; part++, values += 16, in += 16 / R) {
+struct Row {
+  const T* values;
+  const int32_t* places;
+  int64_t left;  // blocks
+  __m512 sum = _mm512_setzero_ps();
+
+  void begin(const Block& weight, int64_t item) {
+    const int64_t block = weight.offsets[item];
+    values = static_cast<const T*>(weight.values) + block * weight.columns * R;
+    places = weight.places + block;
+    left = weight.offsets[item + 1] - block;
+  }
+
+  void block(const Block& weight, const float* x) {
+    const float* in = x + *places++ * weight.columns;
+    for (int64_t part = weight.columns * R / 16; part > 0; part--, values += 16, in += 16 / R) {
       _mm_prefetch(reinterpret_cast<const char*>(values) + AHEAD, _MM_HINT_T0);
-      sum[chain] = _mm512_fmadd_ps(load(values, 0xffff), spread<R>(in), sum[chain]);
-      chain = (chain + 1) % CHAINS;
+      sum = _mm512_fmadd_ps(load(values, 0xffff), spread<R>(in), sum);
     }
   }
-  alignas(64) float all[16];
-  _mm512_store_ps(all, _mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3])));
-  for (int lane = 0; lane < R; lane++) {
-    float result = 0;
-    for (int at = lane; at < 16; at += R) result += all[at];
-    const int64_t output = item * R + lane;
-    if (call.bias) {
-      const __m512 bias = load(static_cast<const T*>(call.bias) + output, 1);
-      result += _mm512_cvtss_f32(bias);
+
+  void finish(const Matmul& call, const Block& weight, int64_t item, int64_t row) const {
+    alignas(64) float all[16];
+    _mm512_store_ps(all, sum);
+    for (int lane = 0; lane < R; lane++) {
+      float result = 0;
+      for (int at = lane; at < 16; at += R) result += all[at];
+      const int64_t output = item * R + lane;
+      if (call.bias) {
+        const __m512 bias = load(static_cast<const T*>(call.bias) + output, 1);
+        result += _mm512_cvtss_f32(bias);
+      }
+      store(static_cast<T*>(call.y) + row * weight.outputs + output, 1, _mm512_set1_ps(result));
     }
-    store(static_cast<T*>(call.y) + row * weight.outputs + output, 1, _mm512_set1_ps(result));
   }
+};
+
+// Some rows of blocks at once, `apart` from one to the next: memory gives more to several streams than to one, and none
+// waits for the sum it adds to.
+template <int ROWS, int R, class T>
+int64_t abreast(const Matmul& call, const Block& weight, int64_t begin, int64_t end, int64_t row, const float* x) {
+  const int64_t apart = (end - begin) / ROWS;
+  for (int64_t item = begin; item < begin + apart; item++) {
+    Row<R, T> items[ROWS];
+    int64_t all = INT64_MAX;  // blocks that all of them have
+    for (int i = 0; i < ROWS; i++) {
+      items[i].begin(weight, item + i * apart);
+      all = items[i].left < all ? items[i].left : all;
+    }
+    for (int64_t block = 0; block < all; block++)
+#pragma GCC unroll 4
+      for (int i = 0; i < ROWS; i++) items[i].block(weight, x);
+    for (int i = 0; i < ROWS; i++) {
+      for (int64_t block = all; block < items[i].left; block++) items[i].block(weight, x);
+      items[i].finish(call, weight, item + i * apart, row);
+    }
+  }
+  return begin + ROWS * apart;
 }
 
 template <int R, class T>
@@ -61,11 +95,10 @@ void rows(const Matmul& call, const Block& weight, int64_t begin, int64_t end) {
       wild |= _mm512_cmpeq_epi32_mask(_mm512_and_si512(_mm512_castps_si512(some), infinite), infinite);
       _mm512_store_ps(x + input, some);
     }
-    for (int64_t item = begin; item < end; item++)
-      if (wild)
-        scalar(call, item, row, T());
-      else
-        multiply<R, T>(call, weight, item, row, x);
+    if (wild)
+      for (int64_t item = begin; item < end; item++) scalar(call, item, row, T());
+    else
+      abreast<1, R, T>(call, weight, abreast<4, R, T>(call, weight, begin, end, row, x), end, row, x);
   }
 }
 

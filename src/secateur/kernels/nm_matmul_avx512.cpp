@@ -34,31 +34,38 @@ inline __m512i places(const uint8_t* at) {
   return _mm512_srlv_epi32(_mm512_mask_set1_epi32(_mm512_set1_epi32(low), 0xff00, high), down);
 }
 
-template <int M, int N, class T>
-void rows(const Matmul& call, const NM& weight, int64_t panel, int64_t row, const float* x, int64_t stride) {
-  const int64_t groups = weight.inputs / M, bytes = M <= 4 ? 4 : 8;
-  const int64_t first_slot = panel * groups * weight.n;
-  const T* values = static_cast<const T*>(weight.values) + first_slot * LANES;
-  const uint8_t* place = weight.places + first_slot * bytes;
-  __m512 sum[2][N];  // two chains
-  for (int n = 0; n < N; n++) sum[0][n] = sum[1][n] = _mm512_setzero_ps();
+// N rows of x times some panels, `apart` from one to the next: memory gives more to several streams than to one.
+template <int M, int N, int PANELS, class T>
+void rows(const Matmul& call, const NM& weight, int64_t panel, int64_t apart, int64_t row, const float* x,
+          int64_t stride) {
+  const int64_t groups = weight.inputs / M, bytes = M <= 4 ? 4 : 8, slots = groups * weight.n, next = apart * slots;
+  const T* values = static_cast<const T*>(weight.values) + panel * slots * LANES;
+  const uint8_t* place = weight.places + panel * slots * bytes;
+  __m512 sum[2][PANELS][N];  // two chains
+  for (int p = 0; p < PANELS; p++)
+    for (int n = 0; n < N; n++) sum[0][p][n] = sum[1][p][n] = _mm512_setzero_ps();
   for (int64_t g = 0; g < groups; g++) {
     __m512 in[N];
     for (int n = 0; n < N; n++) in[n] = group<M>(x + (row + n) * stride + g * M);
-    for (int64_t slot = 0; slot < weight.n; slot++, values += LANES, place += bytes) {
-      _mm_prefetch(reinterpret_cast<const char*>(values) + AHEAD, _MM_HINT_T0);
-      const __m512 w = load(values, 0xffff);
-      const __m512i from = places<M>(place);
-      for (int n = 0; n < N; n++)
-        sum[slot & 1][n] = _mm512_fmadd_ps(w, _mm512_permutexvar_ps(from, in[n]), sum[slot & 1][n]);
-    }
+    for (int64_t slot = 0; slot < weight.n; slot++, values += LANES, place += bytes)
+#pragma GCC unroll 4
+      for (int p = 0; p < PANELS; p++) {
+        const T* const here = values + p * next * LANES;
+        _mm_prefetch(reinterpret_cast<const char*>(here) + AHEAD, _MM_HINT_T0);
+        const __m512 w = load(here, 0xffff);
+        const __m512i from = places<M>(place + p * next * bytes);
+        for (int n = 0; n < N; n++)
+          sum[slot & 1][p][n] = _mm512_fmadd_ps(w, _mm512_permutexvar_ps(from, in[n]), sum[slot & 1][p][n]);
+      }
   }
-  const int64_t at = panel * LANES;
-  const __mmask16 lanes = first(weight.outputs - at);
-  const __m512 bias = call.bias ? load(static_cast<const T*>(call.bias) + at, lanes) : _mm512_setzero_ps();
-  for (int n = 0; n < N; n++)
-    store(static_cast<T*>(call.y) + (row + n) * weight.outputs + at, lanes,
-          _mm512_add_ps(_mm512_add_ps(sum[0][n], sum[1][n]), bias));
+  for (int p = 0; p < PANELS; p++) {
+    const int64_t at = (panel + p * apart) * LANES;
+    const __mmask16 lanes = first(weight.outputs - at);
+    const __m512 bias = call.bias ? load(static_cast<const T*>(call.bias) + at, lanes) : _mm512_setzero_ps();
+    for (int n = 0; n < N; n++)
+      store(static_cast<T*>(call.y) + (row + n) * weight.outputs + at, lanes,
+            _mm512_add_ps(_mm512_add_ps(sum[0][p][n], sum[1][p][n]), bias));
+  }
 }
 
 // Rows [row, row + count) of x, all finite.
@@ -66,9 +73,9 @@ template <int M, class T>
 void finite_rows(const Matmul& call, const NM& weight, int64_t panel, int64_t row, int64_t count, const float* x,
                  int64_t stride) {
   const int64_t end = row + count;
-  for (; row + 4 <= end; row += 4) rows<M, 4, T>(call, weight, panel, row, x, stride);
-  if (end - row >= 2) rows<M, 2, T>(call, weight, panel, row, x, stride), row += 2;
-  if (end - row >= 1) rows<M, 1, T>(call, weight, panel, row, x, stride);
+  for (; row + 4 <= end; row += 4) rows<M, 4, 1, T>(call, weight, panel, 1, row, x, stride);
+  if (end - row >= 2) rows<M, 2, 1, T>(call, weight, panel, 1, row, x, stride), row += 2;
+  if (end - row >= 1) rows<M, 1, 1, T>(call, weight, panel, 1, row, x, stride);
 }
 
 template <int M, class T>
@@ -87,6 +94,11 @@ void panels(const Matmul& call, int64_t begin, int64_t end) {
       _mm512_store_ps(x + row * stride + input, some);
     }
     wild[row] = found;
+  }
+  if (call.rows == 1 && !wild[0]) {
+    const int64_t apart = (end - begin) / 4, behind = begin + apart;
+    for (; begin < behind; begin++) rows<M, 1, 4, T>(call, weight, begin, apart, 0, x, stride);
+    begin += 3 * apart;
   }
   for (int64_t panel = begin; panel < end; panel++)
     for (int64_t row = 0, next = 0; row < call.rows; row = next) {
