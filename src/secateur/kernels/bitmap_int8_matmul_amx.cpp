@@ -6,6 +6,7 @@
 // Four digits hold a row whose smallest number is not further from the largest than their bits reach, eight nearly any
 // other. A row that does not fit into eight, or is not finite, goes through the variant that adds floats.
 #include "bitmap.h"
+#include "streams.h"
 #include "tiles.h"
 #include "wide.h"
 
@@ -152,9 +153,8 @@ void write(const Matmul& call, const BitmapInt8& scaled, int64_t panel, int64_t 
   store(static_cast<T*>(call.y) + row * outputs + at, lanes, _mm512_fmadd_ps(sum, scale, bias));
 }
 
-// One row of x times some panels side by side, `apart` from one to the next: memory gives more to several streams than to
-// one. The instruction takes weights as they are above -128, so 128 times the digits is taken from the sums before they
-// begin.
+// One row of x times some panels side by side, `apart` from one to the next. The instruction takes weights as they are above
+// -128, so 128 times the digits is taken from the sums before they begin.
 template <int PANELS, int DIGITS, class T>
 void one_row(const Matmul& call, const BitmapInt8& scaled, const Digits& x, int64_t panel, int64_t apart,
              int64_t at) {
@@ -198,21 +198,20 @@ void one_row(const Matmul& call, const BitmapInt8& scaled, const Digits& x, int6
   }
 }
 
-template <int PANELS, int DIGITS, class T>
-int64_t abreast(const Matmul& call, const BitmapInt8& scaled, const Digits& x, int64_t begin, int64_t end, int64_t at) {
-  const int64_t apart = (end - begin) / PANELS;
-  for (int64_t panel = begin; panel < begin + apart; panel++)
-    one_row<PANELS, DIGITS, T>(call, scaled, x, panel, apart, at);
-  return begin + PANELS * apart;
-}
-
 template <int DIGITS, class T>
 void each_row(const Matmul& call, const BitmapInt8& scaled, const Digits& x, int64_t begin, int64_t end) {
   for (int64_t at = 0; at < x.rows; at++) {
-    int64_t panel = begin;
-    if constexpr (DIGITS == 4) panel = abreast<4, DIGITS, T>(call, scaled, x, panel, end, at);  // what registers hold
-    panel = abreast<2, DIGITS, T>(call, scaled, x, panel, end, at);
-    abreast<1, DIGITS, T>(call, scaled, x, panel, end, at);
+    int64_t left = begin;
+    if constexpr (DIGITS == 4)  // of eight there are registers for the sums of two panels
+      left = abreast<STREAMS>(left, end, [&](int64_t panel, int64_t apart) {
+        one_row<STREAMS, DIGITS, T>(call, scaled, x, panel, apart, at);
+      });
+    left = abreast<2>(left, end, [&](int64_t panel, int64_t apart) {
+      one_row<2, DIGITS, T>(call, scaled, x, panel, apart, at);
+    });
+    abreast<1>(left, end, [&](int64_t panel, int64_t apart) {
+      one_row<1, DIGITS, T>(call, scaled, x, panel, apart, at);
+    });
   }
 }
 

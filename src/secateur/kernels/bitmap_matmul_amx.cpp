@@ -5,6 +5,7 @@
 // filled, and the weight streams past once, some panels at once. For more rows a few panels are expanded whole and used for
 // all rows.
 #include "bitmap.h"
+#include "streams.h"
 #include "tiles.h"
 #include "wide.h"
 
@@ -124,8 +125,8 @@ void write(const Matmul& call, const Bitmap& weight, const float* sums, int64_t 
 // A tile's number is a part of the instruction: the sums of panel p, of its first 16 rows of x and of the rest.
 #define EACH_PANEL(DO) DO(0, 0, 1) DO(1, 2, 3) DO(2, 1, 1) DO(3, 3, 3)
 
-// Some panels at once, `apart` from one to the next: memory gives more to several streams than to one, and a tile of x is
-// loaded for all. There are four sums, of one half of 32 rows of x, or of two.
+// Some panels at once, `apart` from one to the next; a tile of x is loaded for all. There are four sums, of one half of 32
+// rows of x, or of two.
 template <int HALVES, int PANELS>
 void few_rows(const Matmul& call, const Bitmap& weight, const Ordered& x, int64_t panel, int64_t apart) {
   enum { BUFFERS = PANELS > 1 ? 2 : 4 };  // a tile is loaded when what was stored last is long in the cache
@@ -167,21 +168,19 @@ void few_rows(const Matmul& call, const Bitmap& weight, const Ordered& x, int64_
 #undef TAKE
 }
 
-template <int HALVES, int PANELS>
-int64_t abreast(const Matmul& call, const Bitmap& weight, const Ordered& x, int64_t begin, int64_t end) {
-  const int64_t apart = (end - begin) / PANELS;
-  for (int64_t panel = begin; panel < begin + apart; panel++) few_rows<HALVES, PANELS>(call, weight, x, panel, apart);
-  return begin + PANELS * apart;
-}
-
 template <int HALVES>
 void few_rows(const Matmul& call, const Bitmap& weight, int64_t begin, int64_t end) {
   const int64_t tiles = (weight.inputs + TILE_INPUTS - 1) / TILE_INPUTS;
   const Ordered x(call, weight, static_cast<bf16*>(scratch(2 * tiles * call.rows * TILE_INPUTS)));
   configure(int(call.rows));
-  if constexpr (HALVES == 1) begin = abreast<HALVES, 4>(call, weight, x, begin, end);
-  begin = abreast<HALVES, 2>(call, weight, x, begin, end);
-  abreast<HALVES, 1>(call, weight, x, begin, end);
+  if constexpr (HALVES == 1)
+    begin = abreast<STREAMS>(begin, end, [&](int64_t panel, int64_t apart) {
+      few_rows<HALVES, STREAMS>(call, weight, x, panel, apart);
+    });
+  begin = abreast<2>(begin, end, [&](int64_t panel, int64_t apart) {
+    few_rows<HALVES, 2>(call, weight, x, panel, apart);
+  });
+  abreast<1>(begin, end, [&](int64_t panel, int64_t apart) { few_rows<HALVES, 1>(call, weight, x, panel, apart); });
 }
 
 // 32 rows of x or what is left of them, times two panels (or one), expanded one after the other.

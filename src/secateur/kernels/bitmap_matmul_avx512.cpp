@@ -3,6 +3,7 @@
 // ahead of their use. A step takes at least three cycles (the mask to a mask register, and the two halves of expand),
 // in which one core reads less than it holds up to about 70 % sparsity: until there the memory is the limit.
 #include "bitmap.h"
+#include "streams.h"
 #include "wide.h"
 
 namespace {
@@ -67,8 +68,7 @@ struct Mask<f16> {
   typedef uint32_t Word;
 };
 
-// N rows of x times some panels at once, `apart` from one to the next: memory gives more to several streams than to one,
-// and none has to wait for the sum it adds to; of few rows a panel has two sums in turn.
+// N rows of x times some panels at once, `apart` from one to the next; of few rows a panel has two sums in turn.
 template <int PANELS, int N, class T>
 void rows(const Matmul& call, const Bitmap& weight, int64_t panel, int64_t apart, int64_t row, const float* x,
           int64_t stride) {
@@ -119,20 +119,17 @@ void all_rows(const Matmul& call, const Bitmap& weight, int64_t panel, int64_t a
   if (call.rows - row >= 1) rows<PANELS, 1, T>(call, weight, panel, apart, row, x, stride);
 }
 
-template <int PANELS, class T>
-int64_t abreast(const Matmul& call, const Bitmap& weight, const float* x, int64_t stride, int64_t begin, int64_t end) {
-  const int64_t apart = (end - begin) / PANELS;
-  for (int64_t panel = begin; panel < begin + apart; panel++)
-    all_rows<PANELS, T>(call, weight, panel, apart, x, stride);
-  return begin + PANELS * apart;
-}
-
 template <class T>
 void panels(const Matmul& call, const float* x, int64_t stride, int64_t begin, int64_t end) {
   const Bitmap& weight = *static_cast<const Bitmap*>(call.weight);
-  if (call.rows == 1) begin = abreast<4, T>(call, weight, x, stride, begin, end);
-  begin = abreast<2, T>(call, weight, x, stride, begin, end);
-  abreast<1, T>(call, weight, x, stride, begin, end);
+  if (call.rows == 1)
+    begin = abreast<STREAMS>(begin, end, [&](int64_t panel, int64_t apart) {
+      rows<STREAMS, 1, T>(call, weight, panel, apart, 0, x, stride);
+    });
+  begin = abreast<2>(begin, end, [&](int64_t panel, int64_t apart) {
+    all_rows<2, T>(call, weight, panel, apart, x, stride);
+  });
+  abreast<1>(begin, end, [&](int64_t panel, int64_t apart) { all_rows<1, T>(call, weight, panel, apart, x, stride); });
 }
 
 template <class T>

@@ -2,6 +2,7 @@
 // register, each R times, and what the inputs add to an output is folded together once, at the end.
 #include "block.h"
 #include "eight.h"
+#include "streams.h"
 
 namespace {
 
@@ -23,40 +24,51 @@ inline __m256 spread(const float* x, int half) {
   return _mm256_permutevar8x32_ps(some, _mm256_srli_epi32(lane, R == 4 ? 2 : 1));
 }
 
+// A row of blocks as it is read; a step is a block.
 template <int R, class T>
-void multiply(const Matmul& call, const Block& weight, int64_t item, int64_t row, const float* x) {
-  const int64_t begin = weight.offsets[item], parts = weight.columns * R / 16;  // sixteen values each
-  const T* values = static_cast<const T*>(weight.values) + begin * weight.columns * R;
-  __m256 low[2] = {}, high[2] = {};
-  int chain = 0;
-  for (int64_t block = begin; block < weight.offsets[item + 1]; block++) {
-    const float* in = x + weight.places[block] * weight.columns;
-    for (int64_t part = 0; part < parts; part++, values += 16, in += 16 / R, chain ^= 1) {
+struct Row {
+  const T* values;
+  const int32_t* places;
+  int64_t left;
+  __m256 low = _mm256_setzero_ps(), high = low;
+
+  void begin(int64_t item, const Matmul&, const Block& weight, int64_t, const float*) {
+    const int64_t block = weight.offsets[item];
+    values = static_cast<const T*>(weight.values) + block * weight.columns * R;
+    places = weight.places + block;
+    left = weight.offsets[item + 1] - block;
+  }
+
+  void step(const Matmul&, const Block& weight, int64_t, const float* x) {
+    const float* in = x + *places++ * weight.columns;
+    for (int64_t part = weight.columns * R / 16; part > 0; part--, values += 16, in += 16 / R) {
       _mm_prefetch(reinterpret_cast<const char*>(values) + AHEAD, _MM_HINT_T0);
-      low[chain] = _mm256_fmadd_ps(eight(values), spread<R>(in, 0), low[chain]);
-      high[chain] = _mm256_fmadd_ps(eight(values + 8), spread<R>(in, 1), high[chain]);
+      low = _mm256_fmadd_ps(eight(values), spread<R>(in, 0), low);
+      high = _mm256_fmadd_ps(eight(values + 8), spread<R>(in, 1), high);
     }
   }
-  float all[16], result[16] = {};
-  _mm256_storeu_ps(all, _mm256_add_ps(low[0], low[1]));
-  _mm256_storeu_ps(all + 8, _mm256_add_ps(high[0], high[1]));
-  for (int at = 0; at < 16; at++) result[at % R] += all[at];
-  const int64_t output = item * R;
-  const T* const bias = call.bias ? static_cast<const T*>(call.bias) + output : nullptr;
-  store_lanes(_mm256_loadu_ps(result), _mm256_loadu_ps(result + 8), bias,
-              static_cast<T*>(call.y) + row * weight.outputs + output, R);
-}
+
+  void finish(int64_t item, const Matmul& call, const Block& weight, int64_t row, const float*) const {
+    float all[16], result[16] = {};
+    _mm256_storeu_ps(all, low);
+    _mm256_storeu_ps(all + 8, high);
+    for (int at = 0; at < 16; at++) result[at % R] += all[at];
+    const int64_t output = item * R;
+    const T* const bias = call.bias ? static_cast<const T*>(call.bias) + output : nullptr;
+    store_lanes(_mm256_loadu_ps(result), _mm256_loadu_ps(result + 8), bias,
+                static_cast<T*>(call.y) + row * weight.outputs + output, R);
+  }
+};
 
 template <int R, class T>
 void rows(const Matmul& call, const Block& weight, int64_t begin, int64_t end) {
   float* const x = static_cast<float*>(scratch((weight.inputs + 8) * sizeof(float)));
   for (int64_t row = 0; row < call.rows; row++) {
     const bool wild = widen_row(static_cast<const T*>(call.x) + row * weight.inputs, weight.inputs, x);
-    for (int64_t item = begin; item < end; item++)
-      if (wild)
-        scalar(call, item, row, T());
-      else
-        multiply<R, T>(call, weight, item, row, x);
+    if (wild)
+      for (int64_t item = begin; item < end; item++) scalar(call, item, row, T());
+    else
+      side_by_side<Row<R, T>>(begin, end, call, weight, row, static_cast<const float*>(x));
   }
 }
 

@@ -1,6 +1,7 @@
 // Sixteen values of a block are R outputs by 16 / R inputs: those inputs are spread over the register, each R times, and
 // what the inputs add to an output is folded together once, at the end.
 #include "block.h"
+#include "streams.h"
 #include "wide.h"
 
 namespace {
@@ -21,22 +22,22 @@ inline __m512 spread(const float* x) {
   return _mm512_permutexvar_ps(_mm512_srli_epi32(lane, R == 8 ? 3 : R == 4 ? 2 : 1), some);
 }
 
-// A row of blocks as it is read.
+// A row of blocks as it is read; a step is a block.
 template <int R, class T>
 struct Row {
   const T* values;
   const int32_t* places;
-  int64_t left;  // blocks
+  int64_t left;
   __m512 sum = _mm512_setzero_ps();
 
-  void begin(const Block& weight, int64_t item) {
+  void begin(int64_t item, const Matmul&, const Block& weight, int64_t, const float*) {
     const int64_t block = weight.offsets[item];
     values = static_cast<const T*>(weight.values) + block * weight.columns * R;
     places = weight.places + block;
     left = weight.offsets[item + 1] - block;
   }
 
-  void block(const Block& weight, const float* x) {
+  void step(const Matmul&, const Block& weight, int64_t, const float* x) {
     const float* in = x + *places++ * weight.columns;
     for (int64_t part = weight.columns * R / 16; part > 0; part--, values += 16, in += 16 / R) {
       _mm_prefetch(reinterpret_cast<const char*>(values) + AHEAD, _MM_HINT_T0);
@@ -44,7 +45,7 @@ struct Row {
     }
   }
 
-  void finish(const Matmul& call, const Block& weight, int64_t item, int64_t row) const {
+  void finish(int64_t item, const Matmul& call, const Block& weight, int64_t row, const float*) const {
     alignas(64) float all[16];
     _mm512_store_ps(all, sum);
     for (int lane = 0; lane < R; lane++) {
@@ -59,29 +60,6 @@ struct Row {
     }
   }
 };
-
-// Some rows of blocks at once, `apart` from one to the next: memory gives more to several streams than to one, and none
-// waits for the sum it adds to.
-template <int ROWS, int R, class T>
-int64_t abreast(const Matmul& call, const Block& weight, int64_t begin, int64_t end, int64_t row, const float* x) {
-  const int64_t apart = (end - begin) / ROWS;
-  for (int64_t item = begin; item < begin + apart; item++) {
-    Row<R, T> items[ROWS];
-    int64_t all = INT64_MAX;  // blocks that all of them have
-    for (int i = 0; i < ROWS; i++) {
-      items[i].begin(weight, item + i * apart);
-      all = items[i].left < all ? items[i].left : all;
-    }
-    for (int64_t block = 0; block < all; block++)
-#pragma GCC unroll 4
-      for (int i = 0; i < ROWS; i++) items[i].block(weight, x);
-    for (int i = 0; i < ROWS; i++) {
-      for (int64_t block = all; block < items[i].left; block++) items[i].block(weight, x);
-      items[i].finish(call, weight, item + i * apart, row);
-    }
-  }
-  return begin + ROWS * apart;
-}
 
 template <int R, class T>
 void rows(const Matmul& call, const Block& weight, int64_t begin, int64_t end) {
@@ -98,7 +76,7 @@ void rows(const Matmul& call, const Block& weight, int64_t begin, int64_t end) {
     if (wild)
       for (int64_t item = begin; item < end; item++) scalar(call, item, row, T());
     else
-      abreast<1, R, T>(call, weight, abreast<4, R, T>(call, weight, begin, end, row, x), end, row, x);
+      side_by_side<Row<R, T>>(begin, end, call, weight, row, static_cast<const float*>(x));
   }
 }
 

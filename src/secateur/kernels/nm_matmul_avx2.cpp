@@ -2,6 +2,7 @@
 // to the bottom of theirs, pick from it. What bits above a place do is told in nm_matmul_avx512.cpp.
 #include "eight.h"
 #include "nm.h"
+#include "streams.h"
 
 namespace {
 
@@ -43,30 +44,38 @@ inline __m256i places(const uint8_t* at, int half) {
   return _mm256_srlv_epi32(_mm256_set1_epi32(int(eight_places)), down);
 }
 
-template <int M, int N, class T>
-void rows(const Matmul& call, const NM& weight, int64_t panel, int64_t row, const float* x, int64_t stride) {
-  const int64_t groups = weight.inputs / M, bytes = M <= 4 ? 4 : 8;
-  const int64_t first_slot = panel * groups * weight.n;
-  const T* values = static_cast<const T*>(weight.values) + first_slot * LANES;
-  const uint8_t* place = weight.places + first_slot * bytes;
-  __m256 low[N], high[N];
-  for (int n = 0; n < N; n++) low[n] = high[n] = _mm256_setzero_ps();
+// N rows of x times some panels, `apart` from one to the next.
+template <int M, int N, int PANELS, class T>
+void rows(const Matmul& call, const NM& weight, int64_t panel, int64_t apart, int64_t row, const float* x,
+          int64_t stride) {
+  const int64_t groups = weight.inputs / M, bytes = M <= 4 ? 4 : 8, slots = groups * weight.n, next = apart * slots;
+  const T* values = static_cast<const T*>(weight.values) + panel * slots * LANES;
+  const uint8_t* place = weight.places + panel * slots * bytes;
+  __m256 low[PANELS][N], high[PANELS][N];
+  for (int p = 0; p < PANELS; p++)
+    for (int n = 0; n < N; n++) low[p][n] = high[p][n] = _mm256_setzero_ps();
   for (int64_t g = 0; g < groups; g++)
-    for (int64_t slot = 0; slot < weight.n; slot++, values += LANES, place += bytes) {
-      _mm_prefetch(reinterpret_cast<const char*>(values) + AHEAD, _MM_HINT_T0);
-      const __m256 first = eight(values), second = eight(values + 8);
-      const __m256i here = places<M>(place, 0), there = places<M>(place, 1);
+    for (int64_t slot = 0; slot < weight.n; slot++, values += LANES, place += bytes)
+#pragma GCC unroll 4
+      for (int p = 0; p < PANELS; p++) {
+        const T* const from = values + p * next * LANES;
+        _mm_prefetch(reinterpret_cast<const char*>(from) + AHEAD, _MM_HINT_T0);
+        const __m256 first = eight(from), second = eight(from + 8);
+        const __m256i here = places<M>(place + p * next * bytes, 0), there = places<M>(place + p * next * bytes, 1);
 #pragma GCC unroll 2
-      for (int n = 0; n < N; n++) {
-        const Group<M> in(x + (row + n) * stride + g * M);
-        low[n] = _mm256_fmadd_ps(first, in.pick(here), low[n]);
-        high[n] = _mm256_fmadd_ps(second, in.pick(there), high[n]);
+        for (int n = 0; n < N; n++) {
+          const Group<M> in(x + (row + n) * stride + g * M);
+          low[p][n] = _mm256_fmadd_ps(first, in.pick(here), low[p][n]);
+          high[p][n] = _mm256_fmadd_ps(second, in.pick(there), high[p][n]);
+        }
       }
-    }
-  const int64_t at = panel * LANES;
-  const T* const bias = call.bias ? static_cast<const T*>(call.bias) + at : nullptr;
-  for (int n = 0; n < N; n++)
-    store_lanes(low[n], high[n], bias, static_cast<T*>(call.y) + (row + n) * weight.outputs + at, weight.outputs - at);
+  for (int p = 0; p < PANELS; p++) {
+    const int64_t at = (panel + p * apart) * LANES;
+    const T* const bias = call.bias ? static_cast<const T*>(call.bias) + at : nullptr;
+    for (int n = 0; n < N; n++)
+      store_lanes(low[p][n], high[p][n], bias, static_cast<T*>(call.y) + (row + n) * weight.outputs + at,
+                  weight.outputs - at);
+  }
 }
 
 template <int M, class T>
@@ -78,14 +87,18 @@ void panels(const Matmul& call, int64_t begin, int64_t end) {
   int32_t* const wild = reinterpret_cast<int32_t*>(x + call.rows * inputs);
   for (int64_t row = 0; row < call.rows; row++)
     wild[row] = widen_row(static_cast<const T*>(call.x) + row * inputs, inputs, x + row * inputs);
+  if (call.rows == 1 && !wild[0])
+    begin = abreast<STREAMS>(begin, end, [&](int64_t panel, int64_t apart) {
+      rows<M, 1, STREAMS, T>(call, weight, panel, apart, 0, x, inputs);
+    });
   for (int64_t panel = begin; panel < end; panel++)
     for (int64_t row = 0; row < call.rows; row++) {
       if (wild[row])
         scalar(call, panel, row, T());
       else if (row + 1 < call.rows && !wild[row + 1])
-        rows<M, 2, T>(call, weight, panel, row++, x, inputs);
+        rows<M, 2, 1, T>(call, weight, panel, 1, row++, x, inputs);
       else
-        rows<M, 1, T>(call, weight, panel, row, x, inputs);
+        rows<M, 1, 1, T>(call, weight, panel, 1, row, x, inputs);
     }
 }
 

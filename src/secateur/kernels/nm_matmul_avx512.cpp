@@ -2,6 +2,7 @@
 // pick from it. The bits above a place belong to the next lanes and pick another repetition of the same input, which
 // for groups of 2 and 4 makes no difference; groups of 8 have 4 bits of their own, of which the highest is zero.
 #include "nm.h"
+#include "streams.h"
 #include "wide.h"
 
 namespace {
@@ -34,7 +35,7 @@ inline __m512i places(const uint8_t* at) {
   return _mm512_srlv_epi32(_mm512_mask_set1_epi32(_mm512_set1_epi32(low), 0xff00, high), down);
 }
 
-// N rows of x times some panels, `apart` from one to the next: memory gives more to several streams than to one.
+// N rows of x times some panels, `apart` from one to the next.
 template <int M, int N, int PANELS, class T>
 void rows(const Matmul& call, const NM& weight, int64_t panel, int64_t apart, int64_t row, const float* x,
           int64_t stride) {
@@ -95,11 +96,10 @@ void panels(const Matmul& call, int64_t begin, int64_t end) {
     }
     wild[row] = found;
   }
-  if (call.rows == 1 && !wild[0]) {
-    const int64_t apart = (end - begin) / 4, behind = begin + apart;
-    for (; begin < behind; begin++) rows<M, 1, 4, T>(call, weight, begin, apart, 0, x, stride);
-    begin += 3 * apart;
-  }
+  if (call.rows == 1 && !wild[0])
+    begin = abreast<STREAMS>(begin, end, [&](int64_t panel, int64_t apart) {
+      rows<M, 1, STREAMS, T>(call, weight, panel, apart, 0, x, stride);
+    });
   for (int64_t panel = begin; panel < end; panel++)
     for (int64_t row = 0, next = 0; row < call.rows; row = next) {
       for (next = row; next < call.rows && !wild[next]; next++) {

@@ -1,8 +1,11 @@
 // A step is two gathers of eight inputs each; x, as floats, lies in the first cache.
 #include "eight.h"
 #include "sell.h"
+#include "streams.h"
 
 namespace {
+
+enum { AHEAD = 1024 };
 
 // The inputs of eight lanes, step by step.
 template <class Column>
@@ -25,22 +28,37 @@ struct Inputs<uint8_t> {
   }
 };
 
+// A panel as it is read.
 template <class Column, class T>
-void multiply(const Matmul& call, const Sell& weight, int64_t panel, int64_t row, const float* x) {
-  const T* values = static_cast<const T*>(weight.values);
-  const Column* columns = static_cast<const Column*>(weight.columns);
+struct Panel {
+  const T* values;
+  const Column* columns;
+  int64_t left;
   Inputs<Column> inputs[2];
-  __m256 sum[2] = {};
-  for (int64_t step = weight.offsets[panel]; step < weight.offsets[panel + 1]; step++)
-    for (int half = 0; half < 2; half++) {
-      const int64_t at = step * LANES + 8 * half;
-      const __m256 in = _mm256_i32gather_ps(x, inputs[half].next(columns + at), 4);
-      sum[half] = _mm256_fmadd_ps(eight(values + at), in, sum[half]);
-    }
-  const int64_t at = panel * LANES;
-  const T* const bias = call.bias ? static_cast<const T*>(call.bias) + at : nullptr;
-  store_lanes(sum[0], sum[1], bias, static_cast<T*>(call.y) + row * weight.outputs + at, weight.outputs - at);
-}
+  __m256 low = _mm256_setzero_ps(), high = low;
+
+  void begin(int64_t panel, const Matmul&, const Sell& weight, int64_t, const float*) {
+    const int64_t first = weight.offsets[panel];
+    values = static_cast<const T*>(weight.values) + first * LANES;
+    columns = static_cast<const Column*>(weight.columns) + first * LANES;
+    left = weight.offsets[panel + 1] - first;
+  }
+
+  void step(const Matmul&, const Sell&, int64_t, const float* x) {
+    _mm_prefetch(reinterpret_cast<const char*>(values) + AHEAD, _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(columns) + AHEAD, _MM_HINT_T0);
+    low = _mm256_fmadd_ps(eight(values), _mm256_i32gather_ps(x, inputs[0].next(columns), 4), low);
+    high = _mm256_fmadd_ps(eight(values + 8), _mm256_i32gather_ps(x, inputs[1].next(columns + 8), 4), high);
+    values += LANES;
+    columns += LANES;
+  }
+
+  void finish(int64_t panel, const Matmul& call, const Sell& weight, int64_t row, const float*) const {
+    const int64_t at = panel * LANES;
+    const T* const bias = call.bias ? static_cast<const T*>(call.bias) + at : nullptr;
+    store_lanes(low, high, bias, static_cast<T*>(call.y) + row * weight.outputs + at, weight.outputs - at);
+  }
+};
 
 template <class Column, class T, void (*row_of)(const Matmul*, int64_t, int64_t)>
 void matmul(const void* pointer, int64_t begin, int64_t end) {
@@ -49,11 +67,10 @@ void matmul(const void* pointer, int64_t begin, int64_t end) {
   float* const room = static_cast<float*>(scratch((weight.inputs + 15) / 16 * 64));
   for (int64_t row = 0; row < call.rows; row++) {
     const bool wild = widen_row(static_cast<const T*>(call.x) + row * weight.inputs, weight.inputs, room);
-    for (int64_t panel = begin; panel < end; panel++)
-      if (wild)
-        row_of(&call, panel, row);
-      else
-        multiply<Column, T>(call, weight, panel, row, room);
+    if (wild)
+      for (int64_t panel = begin; panel < end; panel++) row_of(&call, panel, row);
+    else
+      side_by_side<Panel<Column, T>>(begin, end, call, weight, row, static_cast<const float*>(room));
   }
 }
 

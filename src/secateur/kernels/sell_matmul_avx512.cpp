@@ -1,5 +1,6 @@
 // A step is one gather of sixteen inputs and one multiplication; x, as floats, lies in the first cache.
 #include "sell.h"
+#include "streams.h"
 #include "wide.h"
 
 namespace {
@@ -32,58 +33,40 @@ template <class Column, class T>
 struct Panel {
   const T* values;
   const Column* columns;
-  int64_t left;  // steps
+  int64_t left;  // by two
+  bool odd_one;
   Inputs<Column> inputs;
   __m512 even = _mm512_setzero_ps(), odd = even;
 
-  void begin(const Sell& weight, int64_t panel) {
-    const int64_t step = weight.offsets[panel];
-    values = static_cast<const T*>(weight.values) + step * LANES;
-    columns = static_cast<const Column*>(weight.columns) + step * LANES;
-    left = weight.offsets[panel + 1] - step;
+  void begin(int64_t panel, const Matmul&, const Sell& weight, int64_t, const float*) {
+    const int64_t first = weight.offsets[panel], steps = weight.offsets[panel + 1] - first;
+    values = static_cast<const T*>(weight.values) + first * LANES;
+    columns = static_cast<const Column*>(weight.columns) + first * LANES;
+    left = steps / 2;
+    odd_one = steps % 2;
   }
 
-  void step(const float* x, __m512& sum) {
+  void add(const float* x, __m512& sum) {
     _mm_prefetch(reinterpret_cast<const char*>(values) + AHEAD, _MM_HINT_T0);
     sum = _mm512_fmadd_ps(load(values, 0xffff), _mm512_i32gather_ps(inputs.next(columns), x, 4), sum);
     values += LANES;
     columns += LANES;
   }
 
-  void two_steps(const float* x) {
+  void step(const Matmul&, const Sell&, int64_t, const float* x) {
     _mm_prefetch(reinterpret_cast<const char*>(columns) + AHEAD, _MM_HINT_T0);
-    step(x, even);
-    step(x, odd);
+    add(x, even);
+    add(x, odd);
   }
 
-  void finish(const Matmul& call, const Sell& weight, int64_t panel, int64_t row, const float* x, int64_t done) {
-    for (left -= done; left >= 2; left -= 2) two_steps(x);
-    if (left) step(x, even);
+  void finish(int64_t panel, const Matmul& call, const Sell& weight, int64_t row, const float* x) {
+    if (odd_one) add(x, even);
     const int64_t at = panel * LANES;
     const __mmask16 lanes = first(weight.outputs - at);
     const __m512 bias = call.bias ? load(static_cast<const T*>(call.bias) + at, lanes) : _mm512_setzero_ps();
     store(static_cast<T*>(call.y) + row * weight.outputs + at, lanes, _mm512_add_ps(_mm512_add_ps(even, odd), bias));
   }
 };
-
-// Some panels at once, `apart` from one to the next: memory gives more to several streams than to one.
-template <int PANELS, class Column, class T>
-int64_t abreast(const Matmul& call, const Sell& weight, int64_t begin, int64_t end, int64_t row, const float* x) {
-  const int64_t apart = (end - begin) / PANELS;
-  for (int64_t panel = begin; panel < begin + apart; panel++) {
-    Panel<Column, T> panels[PANELS];
-    int64_t both = INT64_MAX;  // steps that all of them have, by twos
-    for (int p = 0; p < PANELS; p++) {
-      panels[p].begin(weight, panel + p * apart);
-      both = panels[p].left / 2 < both ? panels[p].left / 2 : both;
-    }
-    for (int64_t left = both; left > 0; left--)
-#pragma GCC unroll 4
-      for (int p = 0; p < PANELS; p++) panels[p].two_steps(x);
-    for (int p = 0; p < PANELS; p++) panels[p].finish(call, weight, panel + p * apart, row, x, 2 * both);
-  }
-  return begin + PANELS * apart;
-}
 
 // One row of x at a time, over all panels: it stays in the first cache, and the weights of a chunk in the second.
 template <class Column, class T, void (*row_of)(const Matmul*, int64_t, int64_t)>
@@ -104,9 +87,7 @@ void matmul(const void* pointer, int64_t begin, int64_t end) {
       for (int64_t panel = begin; panel < end; panel++) row_of(&call, panel, row);
       continue;
     }
-    int64_t panel = abreast<4, Column, T>(call, weight, begin, end, row, room);
-    panel = abreast<2, Column, T>(call, weight, panel, end, row, room);
-    abreast<1, Column, T>(call, weight, panel, end, row, room);
+    side_by_side<Panel<Column, T>>(begin, end, call, weight, row, static_cast<const float*>(room));
   }
 }
 
