@@ -40,6 +40,19 @@ def test_exactly_those_that_a_stable_sort_would_keep(kind):
                     assert torch.equal(keep_top(score, keep), wanted), f"{level} {shape} {keep}"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scores_of_16_bits_are_ranked_as_they_are_piece_by_piece(dtype):
+    for shape in ((3, 50, 4099), (1, 300001)):
+        score = scores("any", shape).to(dtype).transpose(0, -1).contiguous().transpose(0, -1)
+        wanted = plain(score.float(), shape[-1] // 3)
+        for level in kernels.levels():
+            with kernels.forced(level):
+                assert torch.equal(keep_top(score, shape[-1] // 3), wanted), f"{level} {shape}"
+        score[0, ..., 7] = float("nan")
+        with pytest.raises(PatternError, match="some scores are NaN"):
+            keep_top(score, 5)
+
+
 @pytest.mark.parametrize("width", [4, 16, 50, 40000])
 def test_a_score_that_is_no_number_is_refused(width):
     for place in (0, width - 1):

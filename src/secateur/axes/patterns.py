@@ -43,6 +43,8 @@ class Pattern(Protocol):
         ...
 
 
+RANKED = (torch.float32, torch.float64)  # others are, as float32
+SELECTED = (torch.float32, torch.bfloat16, torch.float16)  # by the kernel, which is given pieces of others
 ITEM = 1 << 12  # scores a thread takes at a time
 AT_ONCE = 1 << 20  # scores ranked together where rows are apart, so that a wide layer needs no copy of itself
 
@@ -57,7 +59,7 @@ def keep_top(score: Tensor, keep: int, within: Tensor | None = None) -> Tensor:
     if not 0 <= keep <= n:
         raise PatternError(f"{keep} of {n} units were to be kept", f"there are {n}", "Ask for 0 up to all of them.")
     value = score.detach()
-    if value.dtype not in (torch.float32, torch.float64):
+    if value.dtype not in RANKED and (within is not None or value.dtype not in SELECTED):
         value = value.float()
     if within is not None:
         if int(within.sum(-1).min()) < keep:
@@ -72,6 +74,8 @@ def keep_top(score: Tensor, keep: int, within: Tensor | None = None) -> Tensor:
     chosen = _compiled(value, drop) if 0 < drop < n else None
     if chosen is not None:
         return chosen
+    if value.dtype not in RANKED:
+        value = value.float()
     if bool(value.isnan().any()):
         raise _not_numbers()
     if drop == 0 or n == 0:
@@ -98,19 +102,24 @@ class Struct(ctypes.Structure):
 
 def _compiled(value: Tensor, drop: int) -> Tensor | None:
     """The choice by the compiled kernel; None where there is none for the dtype, the device or this machine."""
-    if value.dtype is not torch.float32 or value.device.type != "cpu" or not value.numel():
+    if value.dtype not in SELECTED or value.device.type != "cpu" or not value.numel():
         return None
     kernel = kernels.find("select_f32")
     if kernel is None:
         return None
-    value, width = value.contiguous(), value.shape[-1]
-    out, odd, rows = torch.empty_like(value, dtype=torch.bool), ctypes.c_int32(), value.numel() // width
+    width = value.shape[-1]
+    rows = value.contiguous().view(-1, width)
+    out, odd = torch.empty(rows.shape, dtype=torch.bool), ctypes.c_int32()
     together = max(1, ITEM // width)
-    where = (value.data_ptr(), out.data_ptr(), ctypes.addressof(odd))
-    kernels.run(kernel, Struct(*where, rows, width, drop, together), -(-rows // together))
+    # What has to become float32 first does so by pieces that a cache holds: new memory takes longer than the choice.
+    each = len(rows) if value.dtype is torch.float32 else max(1, AT_ONCE // 4 // width)
+    for some, chosen in zip(rows.split(each), out.split(each), strict=True):
+        some = some.float()
+        where = (some.data_ptr(), chosen.data_ptr(), ctypes.addressof(odd))
+        kernels.run(kernel, Struct(*where, len(some), width, drop, together), -(-len(some) // together))
     if odd.value:
         raise _not_numbers()
-    return out
+    return out.view(value.shape)
 
 
 def _top(value: Tensor, drop: int) -> Tensor:

@@ -68,7 +68,22 @@ int64_t count_up_to(const uint32_t* keys, int64_t width, uint32_t most) {
   return count;
 }
 
-// The highest key that goes; of those that equal it, `ties` do.
+// Of so many keys between two, the highest that goes where `drop` do; of those that equal it, `ties` do.
+uint32_t halve(const uint32_t* keys, int64_t width, uint32_t low, uint32_t high, int64_t drop, int64_t* ties) {
+  while (low < high) {
+    const uint32_t middle = low + (high - low) / 2;
+    const int64_t count = count_up_to(keys, width, middle);
+    if (count == drop) {  // all up to here, and nothing else
+      *ties = width;
+      return middle;
+    }
+    if (count > drop) high = middle;
+    else low = middle + 1;
+  }
+  *ties = drop - (low ? count_up_to(keys, width, low - 1) : 0);
+  return low;
+}
+
 uint32_t by_halving(const Select& call, const float* score, int64_t* ties) {
   uint32_t* const keys = static_cast<uint32_t*>(scratch((call.width + 16) * sizeof(uint32_t)));
   __m512i lowest = _mm512_set1_epi32(-1), highest = _mm512_setzero_si512();
@@ -83,19 +98,47 @@ uint32_t by_halving(const Select& call, const float* score, int64_t* ties) {
     highest = _mm512_mask_max_epu32(highest, lanes, highest, k);
   }
   if (odd) *call.odd = 1;
-  uint32_t low = _mm512_reduce_min_epu32(lowest), high = _mm512_reduce_max_epu32(highest);
-  while (low < high) {
-    const uint32_t middle = low + (high - low) / 2;
-    const int64_t count = count_up_to(keys, call.width, middle);
-    if (count == call.drop) {  // all up to here, and nothing else
-      *ties = call.width;
-      return middle;
-    }
-    if (count > call.drop) high = middle;
-    else low = middle + 1;
+  return halve(keys, call.width, _mm512_reduce_min_epu32(lowest), _mm512_reduce_max_epu32(highest), call.drop, ties);
+}
+
+// A long row: the highest digit of the edge by counting all, and the rest of it among those few that have that digit.
+uint32_t by_first_digit(const Select& call, const float* score, int64_t* ties) {
+  enum { BELOW = 21 };
+  int64_t* const count = static_cast<int64_t*>(scratch(4 * DIGITS * sizeof(int64_t)));
+  for (int digit = 0; digit < 4 * DIGITS; digit++) count[digit] = 0;
+  __mmask16 odd = 0;
+  alignas(64) uint32_t digits[16];
+  for (int64_t i = 0; i < call.width; i += 16) {
+    const __mmask16 lanes = lanes_of(call.width - i);
+    const __m512 x = _mm512_maskz_loadu_ps(lanes, score + i);
+    odd |= _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    _mm512_store_si512(digits, _mm512_srli_epi32(keys_of(x), BELOW));
+    const int there = call.width - i < 16 ? int(call.width - i) : 16;
+    for (int lane = 0; lane < there; lane++) count[4 * digits[lane] + (lane & 3)]++;
   }
-  *ties = call.drop - (low ? count_up_to(keys, call.width, low - 1) : 0);
-  return low;
+  if (odd) *call.odd = 1;
+  int64_t left = call.drop, few = 0;
+  uint32_t digit = 0;
+  for (;; digit++) {
+    const int64_t* const four = count + 4 * digit;
+    few = four[0] + four[1] + four[2] + four[3];
+    if (left <= few) break;
+    left -= few;
+  }
+  // Nearly equal scores: to copy them would take as much memory again.
+  if (few > call.width / 4) return digit_by_digit(score, call.width, call.drop, ties, call.odd);
+  uint32_t* const keys = static_cast<uint32_t*>(scratch((few + 32) * sizeof(uint32_t)));
+  const __m512i wanted = _mm512_set1_epi32(int(digit));
+  int64_t found = 0;
+  for (int64_t i = 0; i < call.width; i += 16) {
+    const __mmask16 lanes = lanes_of(call.width - i);
+    const __m512i k = keys_of(_mm512_maskz_loadu_ps(lanes, score + i));
+    const __mmask16 same = _mm512_mask_cmpeq_epi32_mask(lanes, _mm512_srli_epi32(k, BELOW), wanted);
+    _mm512_storeu_si512(keys + found, _mm512_maskz_compress_epi32(same, k));
+    found += __builtin_popcount(same);
+  }
+  const uint32_t low = digit << BELOW;
+  return halve(keys, few, low, low | ((1u << BELOW) - 1), left, ties);
 }
 
 // What stands above the edge stays, and of what equals it all but the first `ties`.
@@ -130,7 +173,7 @@ extern "C" void select_f32_avx512(const void* pointer, int64_t begin, int64_t en
     const float* const mine = score + row * call.width;
     int64_t ties;
     const uint32_t edge = call.width < LONG ? by_halving(call, mine, &ties)
-                                            : digit_by_digit(mine, call.width, call.drop, &ties, call.odd);
+                                            : by_first_digit(call, mine, &ties);
     part(mine, keep + row * call.width, call.width, edge, ties);
   }
 }
