@@ -113,7 +113,7 @@ def _compiled(value: Tensor, drop: int) -> Tensor | None:
     together = max(1, ITEM // width)
     # What has to become float32 first does so by pieces that a cache holds: new memory takes longer than the choice.
     each = len(rows) if value.dtype is torch.float32 else max(1, AT_ONCE // 4 // width)
-    for some, chosen in zip(rows.split(each), out.split(each), strict=True):
+    for some, chosen in zip(torch.split(rows, each), torch.split(out, each), strict=True):
         some = some.float()
         where = (some.data_ptr(), chosen.data_ptr(), ctypes.addressof(odd))
         kernels.run(kernel, Struct(*where, len(some), width, drop, together), -(-len(some) // together))
