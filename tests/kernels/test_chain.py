@@ -13,7 +13,7 @@ from secateur import kernels
 from secateur.chaining import chained
 from secateur.errors import FormatError
 from secateur.formats import DepthTaps, GroupCols
-from secateur.formats.chain import RELU, SHAPES, ConvChain, Link
+from secateur.formats.chain import RELU, SHAPES, ConvChain, Link, _around
 from secateur.formats.conv import ANY, SparseConv2d
 from secateur.models.resnet import resnet20
 
@@ -119,6 +119,23 @@ def test_values_with_zeros_around_them(settings, size, rows):
                         assert torch.equal(chain(x), reference(layers, links, [5], x)[0]), (level, threads)
             finally:
                 torch.set_num_threads(before)
+
+
+def test_a_value_keeps_the_zeros_of_what_it_is_made_from():
+    """Its reader, which skips pixels, lays it out anew: the zeros are for the layer that makes it."""
+    layers = [conv(3, 8, padding=1), conv(8, 8, padding=1, seed=1), conv(8, 6, padding=1, stride=2, seed=2)]
+    layers[1].weight *= torch.rand(layers[1].weight.shape, generator=torch.Generator().manual_seed(3)) < 0.1
+    links = [Link(0, between=RELU), Link(1, 1, between=RELU), Link(2)]
+    packed = [SparseConv2d.of(layer, GroupCols(1)) for layer in layers]
+    chain = ConvChain(packed, links, 1, [3])
+    if kernels.find("group_cols_conv_f32") is not None:
+        assert _around(chain, [layer.packed for layer in packed], [3]) == [0, 1, 1, 0]
+    for level in kernels.levels()[:3]:
+        with kernels.forced(level):
+            chain = ConvChain(packed, links, 1, [3])
+            for seed in (1, 2):
+                x = pictures(3, 11, 14, seed=seed)
+                assert torch.equal(chain(x), reference(layers, links, [3], x)[0]), level
 
 
 def test_what_reads_without_gaps_gets_none():
