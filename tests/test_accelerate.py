@@ -299,6 +299,26 @@ def test_the_break_even_of_a_convolution(monkeypatch):
     assert break_even((10, 3), 70, torch.float32, DepthTaps()) is None
 
 
+class AsksItsLayer(nn.Module):
+    """Takes the dtype of its input from a layer, as vision transformers do."""
+
+    def __init__(self):
+        super().__init__()
+        self.thin = Slow().thin
+
+    def forward(self, x):
+        return self.thin(x.to(self.thin.weight.dtype))
+
+
+def test_a_network_that_asks_a_layer_for_its_dtype(cost, monkeypatch):
+    cost(2.0, 1.0)
+    monkeypatch.setattr(MODULE, "time_pair", lambda *_: (timing(2.0), timing(1.0)))
+    model = AsksItsLayer()
+    found = accelerate(model, X.double())
+    assert found.chosen == {"bitmap": 1}
+    torch.testing.assert_close(found.model(X.double()), model(X.double()))
+
+
 def test_a_real_race_in_another_dtype_gives_back_the_threads():
     before = torch.get_num_threads()
     found = front(Slow(), (X,), dtype=torch.bfloat16, threads=2)

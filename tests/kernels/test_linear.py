@@ -8,8 +8,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from secateur.errors import FormatError
-from secateur.formats import Bitmap, Sell8, Sell16
-from secateur.formats.linear import SparseLinear
+from secateur.formats import Bitmap, DepthTaps, GroupCols, Sell8, Sell16
+from secateur.formats.conv import SparseConv2d
+from secateur.formats.linear import SparseLinear, SparsePointwise
 from secateur.formats.packed import Packed
 
 FORMATS = [Bitmap(), Sell16(), Sell8()]
@@ -27,6 +28,24 @@ def layer(seed=0, keep=0.5, bias=True):
 
 
 X = torch.randn(3, 40, generator=torch.Generator().manual_seed(9))
+
+
+def test_a_network_may_look_at_the_weight_of_a_packed_layer():
+    conv, depthwise, pointwise = nn.Conv2d(8, 12, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 12, 1)
+    packed = [
+        (layer(), SparseLinear.of(layer(), Bitmap())),
+        (conv, SparseConv2d.of(conv, GroupCols(4))),
+        (depthwise, SparseConv2d.of(depthwise, DepthTaps())),
+        (pointwise, SparsePointwise.of(pointwise, Sell8())),
+    ]
+    for dense, sparse in packed:
+        seen = sparse.weight
+        assert (seen.dtype, seen.device, seen.shape) == (torch.float32, torch.device("cpu"), dense.weight.shape)
+        assert isinstance(seen, torch.Tensor)
+        assert torch.equal(seen + 0, dense.weight) and torch.equal(seen.flatten(1)[0], dense.weight.flatten(1)[0])
+        with pytest.raises(FormatError, match="was to change the weight of a packed layer"):
+            seen.mul_(2)
+        assert sparse.packed.format.name in repr(seen) and "weight" not in sparse.state_dict()
 
 
 @each

@@ -15,7 +15,7 @@ from secateur.errors import FormatError
 from secateur.formats.depth_taps import DepthTaps
 from secateur.formats.group_cols import GroupCols
 from secateur.formats.packed import Packed
-from secateur.formats.state import loaded, now, register
+from secateur.formats.state import Unpacked, loaded, now, register
 
 ANY = (-math.inf, math.inf)
 Pair = tuple[int, int]
@@ -166,6 +166,12 @@ class SparseConv2d(nn.Module):
         if current is not self._packed:
             self._hold(current)
         return self._packed
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight [out, in / groups, high, wide], unpacked when something is computed with it."""
+        packed, form = self.packed, _form(self.packed)
+        return Unpacked(packed, (packed.shape[0], packed.shape[1] // form.taps, form.high, form.wide))
 
     def dense(self) -> nn.Conv2d:
         """The dense layer that this one stands for; what holds its outcome between two numbers is not in it."""

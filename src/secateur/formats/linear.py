@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from secateur.errors import FormatError
 from secateur.formats import FORMATS
 from secateur.formats.packed import Format, Packed
-from secateur.formats.state import loaded, now, register
+from secateur.formats.state import Unpacked, loaded, now, register
 
 
 class SparseLinear(nn.Module):
@@ -40,6 +40,11 @@ class SparseLinear(nn.Module):
         if current is not self._packed:
             self._hold(current)
         return self._packed
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight [out, in], unpacked when something is computed with it: for networks that ask for its dtype."""
+        return Unpacked(self.packed, self.packed.shape)
 
     def dense(self) -> nn.Linear:
         """The dense layer that this one stands for."""
@@ -108,6 +113,11 @@ class SparsePointwise(nn.Module):
     def packed(self) -> Packed:
         """The weight, as a matrix."""
         return self.linear.packed
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight [out, in, 1, 1], unpacked when something is computed with it."""
+        return Unpacked(self.packed, (*self.packed.shape, 1, 1))
 
     def dense(self) -> nn.Conv2d:
         """The dense layer that this one stands for."""

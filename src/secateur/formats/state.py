@@ -1,12 +1,52 @@
 """The tensors of a packed weight as the state of a layer: saved, loaded and replaced like any other."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
+from secateur.errors import FormatError
 from secateur.formats import unpack
 from secateur.formats.packed import Packed
+
+
+class Unpacked(Tensor):
+    """The weight of a packed layer, for networks that ask a layer's weight for its dtype, its device or its shape.
+
+    It is unpacked only when something is computed with it, each time anew. Raises FormatError where it is written to.
+    """
+
+    packed: Packed
+
+    @staticmethod
+    def __new__(cls, packed: Packed, shape: Sequence[int]) -> "Unpacked":
+        """A packed weight in the shape that the dense layer has it in."""
+        made: Unpacked = Tensor._make_wrapper_subclass(
+            cls, tuple(shape), dtype=packed.dtype, device=torch.device("cpu")
+        )
+        made.packed = packed
+        return made
+
+    def __repr__(self) -> str:  # type: ignore[override]  # that of a tensor takes an argument
+        return f"{type(self).__name__}({self.packed.format.name}, {list(self.shape)}, {self.dtype})"
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares it as no method of the class
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        def dense(weight: Unpacked) -> Tensor:
+            return weight.packed.dense().reshape(weight.shape)
+
+        if func._schema.is_mutable:  # which would change what is unpacked, and nothing else
+            raise FormatError(
+                f"{func} was to change the weight of a packed layer",
+                "what is packed stays as it is",
+                "Change the weight of `layer.dense()` and pack it again.",
+            )
+        given, named = tree_map_only(cls, dense, (args, kwargs or {}))
+        return func(*given, **named)
 
 
 def register(layer: nn.Module, packed: Packed) -> None:
