@@ -142,7 +142,7 @@ _HELD: WeakValueDictionary[int, Packed] = WeakValueDictionary()
 """The id of the first tensor of a layer -> what the layer made ready for calls, while there is the layer."""
 
 # Not `torch.library.custom_op`, which takes three times as long to call: there are hundreds of calls in a token.
-_OPERATORS: Any = torch.library.Library("secateur", "FRAGMENT")  # type: ignore[no-untyped-call]
+_OPERATORS: Any = torch.library.Library("secateur", "FRAGMENT")  # type: ignore[no-untyped-call]  # torch has no types
 _OPERATORS.define(
     "packed_linear(Tensor x, Tensor? bias, Tensor[] tensors, int[] header) -> Tensor", tags=torch.Tag.pt2_compliant_tag
 )
@@ -166,6 +166,6 @@ def _multiplied(x: Tensor, bias: Tensor | None, tensors: Sequence[Tensor], heade
 _OPERATORS.impl("packed_linear", _multiplied, "CPU")
 
 
-@torch.library.register_fake("secateur::packed_linear")  # type: ignore[untyped-decorator]
+@torch.library.register_fake("secateur::packed_linear")  # type: ignore[untyped-decorator]  # nor here
 def _(x: Tensor, bias: Tensor | None, tensors: Sequence[Tensor], header: Sequence[int]) -> Tensor:
     return x.new_empty(*x.shape[:-1], header[2])

@@ -129,6 +129,7 @@ void write(const Matmul& call, const Bitmap& weight, const float* sums, int64_t 
 // rows of x, or of two.
 template <int HALVES, int PANELS>
 void few_rows(const Matmul& call, const Bitmap& weight, const Ordered& x, int64_t panel, int64_t apart) {
+  static_assert(HALVES * PANELS <= 4, "there are four tiles for sums");
   enum { BUFFERS = PANELS > 1 ? 2 : 4 };  // a tile is loaded when what was stored last is long in the cache
   alignas(64) bf16 buffer[BUFFERS][PANELS][TILE_VALUES];
   alignas(64) float sums[256];

@@ -15,3 +15,22 @@ struct Block {
 extern "C" void block_row_f32(const Matmul* call, int64_t item, int64_t row);
 extern "C" void block_row_bf16(const Matmul* call, int64_t item, int64_t row);
 extern "C" void block_row_f16(const Matmul* call, int64_t item, int64_t row);
+
+namespace {  // each file keeps the copy compiled with its own flags
+
+// A row of blocks of R outputs as variants read it; a step is a block.
+template <int R, class T>
+struct BlockRow {
+  const T* values;
+  const int32_t* places;
+  int64_t left;
+
+  void begin(int64_t item, const Matmul&, const Block& weight, int64_t, const float*) {
+    const int64_t block = weight.offsets[item];
+    values = static_cast<const T*>(weight.values) + block * weight.columns * R;
+    places = weight.places + block;
+    left = weight.offsets[item + 1] - block;
+  }
+};
+
+}  // namespace

@@ -24,20 +24,11 @@ inline __m256 spread(const float* x, int half) {
   return _mm256_permutevar8x32_ps(some, _mm256_srli_epi32(lane, R == 4 ? 2 : 1));
 }
 
-// A row of blocks as it is read; a step is a block.
 template <int R, class T>
-struct Row {
-  const T* values;
-  const int32_t* places;
-  int64_t left;
+struct Row : BlockRow<R, T> {
+  using BlockRow<R, T>::values;
+  using BlockRow<R, T>::places;
   __m256 low = _mm256_setzero_ps(), high = low;
-
-  void begin(int64_t item, const Matmul&, const Block& weight, int64_t, const float*) {
-    const int64_t block = weight.offsets[item];
-    values = static_cast<const T*>(weight.values) + block * weight.columns * R;
-    places = weight.places + block;
-    left = weight.offsets[item + 1] - block;
-  }
 
   void step(const Matmul&, const Block& weight, int64_t, const float* x) {
     const float* in = x + *places++ * weight.columns;

@@ -22,20 +22,11 @@ inline __m512 spread(const float* x) {
   return _mm512_permutexvar_ps(_mm512_srli_epi32(lane, R == 8 ? 3 : R == 4 ? 2 : 1), some);
 }
 
-// A row of blocks as it is read; a step is a block.
 template <int R, class T>
-struct Row {
-  const T* values;
-  const int32_t* places;
-  int64_t left;
+struct Row : BlockRow<R, T> {
+  using BlockRow<R, T>::values;
+  using BlockRow<R, T>::places;
   __m512 sum = _mm512_setzero_ps();
-
-  void begin(int64_t item, const Matmul&, const Block& weight, int64_t, const float*) {
-    const int64_t block = weight.offsets[item];
-    values = static_cast<const T*>(weight.values) + block * weight.columns * R;
-    places = weight.places + block;
-    left = weight.offsets[item + 1] - block;
-  }
 
   void step(const Matmul&, const Block& weight, int64_t, const float* x) {
     const float* in = x + *places++ * weight.columns;

@@ -1,11 +1,12 @@
-// Four parts side by side: memory gives more to several streams than to one.
+// As many parts side by side as kernels read.
 #include <immintrin.h>
 
 #include "memory.h"
+#include "streams.h"
 
 namespace {
 
-enum { STREAMS = 4, PAGE = 4096, AHEAD = 2048 };
+enum { PAGE = 4096, AHEAD = 2048 };
 
 inline __m256i four(const char* from) {
   const __m256i* const at = reinterpret_cast<const __m256i*>(from);
