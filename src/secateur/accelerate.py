@@ -18,7 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils._pytree import tree_leaves
 
 from secateur import kernels
-from secateur.chaining import chained
+from secateur.chaining import chained, chained_within, sharing
 from secateur.errors import SettingError
 from secateur.formats import Bitmap, BitmapInt8, DepthTaps, Format, GroupCols, KBlocked, Sell8
 from secateur.formats import conv as convolutions
@@ -170,7 +170,7 @@ def accelerate(
                 choices.append(choice)
                 if packed is not None:
                     (beside if choice.chosen == "dense" else chosen)[choice.layer] = packed
-        sparse = _in_chains(_with(base, {layers[name]: packed for name, packed in chosen.items()}), batch)
+        sparse = _in_chains(sharing(base, {layers[name]: packed for name, packed in chosen.items()}), batch)
         if beside:
             sparse, choices = _all_chained(base, layers, chosen, beside, choices, sparse, batch)
             chosen |= {c.layer: beside[c.layer] for c in choices if c.layer in beside and c.chosen != "dense"}
@@ -184,19 +184,22 @@ def accelerate(
 
 
 def _in_chains(model: nn.Module, batch: Batch) -> nn.Module:
-    """A model with its packed convolutions in chains; as it is when it does not answer the example the same then.
+    """A model with its packed layers in chains; as it is when it does not answer the example the same then.
 
     A trace does not show all that Python may do, such as to count calls, and nothing would say so later.
     """
-    made = chained(model)
-    if made is model:
-        return model
+    for made in (chained(model), chained_within(model)):
+        if made is not model and _answers_alike(model, made, batch):
+            return made
+    return model
+
+
+def _answers_alike(model: nn.Module, made: nn.Module, batch: Batch) -> bool:
     try:
         one, other = (tree_leaves(batch.through(each)) for each in (model, made))
-        same = len(one) == len(other) and all(_difference(a, b) <= SAME for a, b in zip(one, other, strict=True))
+        return len(one) == len(other) and all(_difference(a, b) <= SAME for a, b in zip(one, other, strict=True))
     except (RuntimeError, TypeError, ValueError):  # what was traced does not take the example as it is given
-        same = False
-    return made if same else model
+        return False
 
 
 def _all_chained(
@@ -212,7 +215,7 @@ def _all_chained(
 
     A layer by itself is timed with the call of it; in a chain there is none, but a dense layer in the middle ends it.
     """
-    longer = _in_chains(_with(base, {layers[name]: packed for name, packed in {**chosen, **beside}.items()}), batch)
+    longer = _in_chains(sharing(base, {layers[name]: packed for name, packed in {**chosen, **beside}.items()}), batch)
     if not any(isinstance(module, ConvChain) for module in longer.modules()):
         return sparse, choices
     now, then = time_pair(sparse, longer, batch)
@@ -505,14 +508,7 @@ def _folded(model: nn.Module) -> nn.Module:
         once = called.count(id(conv)) == called.count(id(norm)) == 1 and not {node.target, after.target} & read
         if once and norm.running_var is not None:
             instead |= {conv: fuse_conv_bn_eval(conv, norm), norm: nn.Identity()}
-    return _with(model, instead) if instead else model
-
-
-def _with(model: nn.Module, instead: Mapping[Any, nn.Module]) -> nn.Module:
-    """A model that shares everything with another but the layers that stand in for its own."""
-    # A copy in which nothing is copied: all parameters, buffers and the layers that go are taken as they are.
-    same: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, {**same, **{id(old): new for old, new in instead.items()}})
+    return sharing(model, instead) if instead else model
 
 
 def _at_once(layers: Mapping[str, Layer]) -> Iterator[dict[str, Layer]]:

@@ -1,55 +1,132 @@
-"""Where a traced model's packed convolutions follow one another, and the chains that they then run as."""
+"""Where a traced model's packed layers follow one another, and the chains that they then run as."""
 
+import copy
+import inspect
 import operator
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from secateur.formats.chain import RELU, ConvChain, Link
+from secateur.formats.chain import ConvChain, Link
 from secateur.formats.conv import ANY, SparseConv2d
+from secateur.formats.linear import SparseLinear
+from secateur.formats.linear_chain import Gate, LinearChain, Product
+from secateur.formats.planned import RELU
 
 _BOUNDS: dict[Any, tuple[float, float]] = {
     **dict.fromkeys((F.relu, torch.relu, torch.relu_, "relu", "relu_", nn.ReLU), RELU),
     **dict.fromkeys((F.relu6, nn.ReLU6), (0.0, 6.0)),
 }
+_PRODUCTS = {operator.mul, torch.mul, "mul"}
 _SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
 _NOTHING = (nn.Identity, nn.Dropout, nn.Dropout2d)  # in a model for inference
 
 
 def chained(model: nn.Module) -> nn.Module:
-    """A model whose packed convolutions run as chains, sums and ReLUs between them included; it shares all with it.
+    """A model whose packed layers run as chains, sums, bounds and gates between them included; it shares all with it.
 
     The model itself where it has none, or cannot be traced: what comes back is a GraphModule otherwise.
     """
-    if not any(isinstance(module, SparseConv2d) for module in model.modules()):
+    kinds = {type(module) for module in model.modules()}
+    # What only multiplies may be called in several ways, of which a trace knows one.
+    if SparseConv2d not in kinds and not (SparseLinear in kinds and _takes_one(model)):
         return model
-    try:
-        graph = _Tracer().trace(model)
-    except Exception:  # whatever a model's own code raises when it meets no numbers
+    traced = _traced(model)
+    if traced is None:
         return model
-    _without_nothing(model, graph)
-    if any(_changes_what_others_read(model, node) for node in graph.nodes):
-        return model  # the order of what happens counts there, and not only what reads what
-    chains = _chains(model, graph)
-    if not chains:
+    graph, made = traced
+    if not made:
         return model
-    root = dict(model.named_modules())
-    made: dict[str, nn.Module] = {}
-    now: dict[fx.Node, fx.Node] = {}  # what chains before have put in place of a node
-    for number, chain in enumerate(chains):
-        name = f"chain_{number}"
-        while name in root:
-            name += "_"
-        made[name] = _put(model, graph, chain, name, now)
-    _in_order(graph)
     found = fx.GraphModule({**_targets(model, graph, made), **made}, graph, type(model).__name__)
     found.training = model.training
     return found
+
+
+def chained_within(model: nn.Module) -> nn.Module:
+    """A model in which modules that are nothing but a chain of packed linear layers are one; it shares all with it.
+
+    For models that cannot be traced, such as language models: of each block of these the gated part can.
+    """
+    instead: dict[nn.Module, nn.Module] = {}
+    for module in model.modules():
+        layers = sum(type(child) is SparseLinear for child in module.children())
+        if module is model or layers < 2 or _has_hooks(module) or not _takes_one(module):
+            continue
+        traced = _traced(module)
+        if (
+            traced is None
+            or len(traced[1]) != 1
+            or [n.op for n in traced[0].nodes] != ["placeholder", "call_module", "output"]
+        ):
+            continue
+        chain = next(iter(traced[1].values()))
+        instead[module] = chain.train(module.training)
+    return sharing(model, instead) if instead else model
+
+
+def sharing(model: nn.Module, instead: Mapping[Any, nn.Module]) -> nn.Module:
+    """A model that shares everything with another but the layers that stand in for its own."""
+    # A copy in which nothing is copied: all parameters, buffers and the layers that go are taken as they are.
+    same: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, {**same, **{id(old): new for old, new in instead.items()}})
+
+
+def _is_all(graph: fx.Graph) -> bool:
+    """Whether one call is all that a graph with a chain does."""
+    nodes = list(graph.nodes)
+    return [node.op for node in nodes] == ["placeholder", "call_module", "output"] and nodes[2].args == (nodes[1],)
+
+
+def _takes_one(module: nn.Module) -> bool:
+    """Whether a module is called with one value, and cannot be with more."""
+    try:
+        given = list(inspect.signature(module.forward).parameters.values())
+    except (TypeError, ValueError):
+        return False
+    return len(given) == 1 and given[0].kind in (given[0].POSITIONAL_ONLY, given[0].POSITIONAL_OR_KEYWORD)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _traced(model: nn.Module) -> tuple[fx.Graph, dict[str, nn.Module]] | None:
+    """The graph of a model, with chains in it, and the chains by their names; None where it cannot be traced."""
+    try:
+        graph = _Tracer().trace(model)
+    except Exception:  # whatever a model's own code raises when it meets no numbers
+        return None
+    _without_nothing(model, graph)
+    if any(_changes_what_others_read(model, node) for node in graph.nodes):
+        return None  # the order of what happens counts there, and not only what reads what
+    root = dict(model.named_modules())
+    made: dict[str, nn.Module] = {}
+    now: dict[fx.Node, fx.Node] = {}  # what chains before have put in place of a node
+
+    def named(chain: nn.Module) -> str:
+        name = f"chain_{len(made)}"
+        while name in root:
+            name += "_"
+        made[name] = chain
+        return name
+
+    steps = _linear(model, graph)
+    for convolutions in _chains(graph, _convolutions(model, graph)):
+        _put(model, graph, convolutions, named, now)
+    for step in steps:
+        step.now(now)
+    for linear in _chains(graph, steps):
+        _put_linear(model, graph, linear, named, now)
+    if made:
+        _in_order(graph)
+    return graph, made
 
 
 class _Tracer(fx.Tracer):
@@ -70,10 +147,81 @@ class _Found:
     around: tuple[int, int] = (0, 0)
     between: tuple[float, float] = ANY
 
+    @property
+    def nodes(self) -> list[fx.Node]:
+        """The convolution, the sum and the bounds."""
+        return _from_to(self.conv, self.last)
+
+    @property
+    def reads(self) -> list[fx.Node]:
+        """What it convolves, and what it adds."""
+        return [self.source] if self.more is None else [self.source, self.more]
+
+    def now(self, instead: Mapping[fx.Node, fx.Node]) -> None:
+        """Reads what stands in place of a node."""
+        self.source = instead.get(self.source, self.source)
+        self.more = None if self.more is None else instead.get(self.more, self.more)
+
 
 @dataclass
-class _Chain:
-    links: list[_Found] = field(default_factory=list)
+class _Step:
+    """One linear layer with the bounds that follow it, or a gate of what such layers give."""
+
+    first: fx.Node
+    source: fx.Node
+    last: fx.Node
+    times: fx.Node | None = None
+    between: tuple[float, float] = ANY
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        """The layer and the bounds, or SiLU and the product with it."""
+        return _from_to(self.first, self.last)
+
+    @property
+    def reads(self) -> list[fx.Node]:
+        """What it multiplies, or what a gate does."""
+        return [self.source] if self.times is None else [self.source, self.times]
+
+    def now(self, instead: Mapping[fx.Node, fx.Node]) -> None:
+        """Reads what stands in place of a node."""
+        self.source = instead.get(self.source, self.source)
+        self.times = None if self.times is None else instead.get(self.times, self.times)
+
+
+_Link = TypeVar("_Link", _Found, _Step)
+
+
+@dataclass
+class _Chain(Generic[_Link]):
+    links: list[_Link]
+
+    @property
+    def inside(self) -> dict[fx.Node, int]:
+        """What each link gives, by its number."""
+        return {link.last: i for i, link in enumerate(self.links)}
+
+    @property
+    def mine(self) -> set[fx.Node]:
+        """All nodes of all links."""
+        return {node for link in self.links for node in link.nodes}
+
+    @property
+    def inputs(self) -> list[fx.Node]:
+        """What comes from outside."""
+        return list(dict.fromkeys(node for link in self.links for node in link.reads if node not in self.inside))
+
+    @property
+    def given(self) -> list[fx.Node]:
+        """What is read outside."""
+        mine = self.mine
+        return [link.last for link in self.links if any(user not in mine for user in link.last.users)]
+
+    @property
+    def number(self) -> dict[fx.Node, int]:
+        """Of each value: the inputs, and then what each link gives."""
+        inputs = self.inputs
+        return {n: i for i, n in enumerate(inputs)} | {n: i + len(inputs) for n, i in self.inside.items()}
 
 
 def _changes_what_others_read(model: nn.Module, node: fx.Node) -> bool:
@@ -102,28 +250,61 @@ def _without_nothing(model: nn.Module, graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _chains(model: nn.Module, graph: fx.Graph) -> list[_Chain]:
+def _chains(graph: fx.Graph, links: Sequence[_Link]) -> list[_Chain[_Link]]:
     """Links in order, one chain as long as nothing that a link reads needs what the chain gives, from outside it."""
     order = {node: i for i, node in enumerate(graph.nodes)}
-    found: list[_Chain] = []
-    links = []
-    for node in list(graph.nodes):
-        if node.op == "call_module" and _what(model, node) is SparseConv2d and len(node.args) == 1:
-            link = _link(model, graph, node, order)
-            links.append(link)
-    links.sort(key=lambda link: order[link.last])
-    chain, inside, after = _Chain(), set[fx.Node](), set[fx.Node]()
-    for link in links:
-        needs = [n for n in (link.source, link.more) if n is not None and n not in inside]
-        if chain.links and any(n in after for n in needs):
+    found: list[_Chain[_Link]] = []
+    chain, after = _Chain[_Link]([]), set[fx.Node]()
+    for link in sorted(links, key=lambda link: order[link.last]):
+        if any(node in after for node in link.reads if node not in chain.inside):
             found.append(chain)
-            chain, inside = _Chain(), set()
+            chain = _Chain[_Link]([])
         chain.links.append(link)
-        inside.add(link.last)
-        mine = {n for each in chain.links for n in _nodes(each)}
-        after = _after(graph, inside, mine)
+        after = _after(graph, set(chain.inside), chain.mine)
     found.append(chain)
-    return [c for c in found if len(c.links) > 1 or any(n.more is not None or n.between != ANY for n in c.links)]
+    return [chain for chain in found if len(chain.mine) > 1]  # a layer alone is called as it is
+
+
+def _convolutions(model: nn.Module, graph: fx.Graph) -> list[_Found]:
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    return [
+        _link(model, graph, node, order)
+        for node in list(graph.nodes)
+        if node.op == "call_module" and _what(model, node) is SparseConv2d and len(node.args) == 1
+    ]
+
+
+def _linear(model: nn.Module, graph: fx.Graph) -> list[_Step]:
+    """Packed linear layers, and gates of what they give."""
+    found: list[_Step] = []
+    for node in graph.nodes:
+        if node.op == "call_module" and _what(model, node) is SparseLinear and len(node.args) == 1 and not node.kwargs:
+            step = _Step(node, node.args[0], node)
+            follows = _only_user(node)
+            bounds = None if follows is None else _BOUNDS.get(_what(model, follows))
+            if follows is not None and bounds is not None:
+                step.between, step.last = bounds, follows
+            found.append(step)
+    given = {step.last for step in found}
+    for node in graph.nodes:
+        if _is_silu(model, node) and node.args[0] in given:
+            step = _Step(node, node.args[0], node)
+            follows = _only_user(node)
+            if follows is not None and _what(model, follows) in _PRODUCTS and len(follows.args) == 2:
+                one, other = follows.args
+                times = other if one is node else one
+                if isinstance(times, fx.Node) and times in given and not follows.kwargs:
+                    step.times, step.last = times, follows
+            found.append(step)
+    return found
+
+
+def _is_silu(model: nn.Module, node: fx.Node) -> bool:
+    if len(node.args) != 1:
+        return False
+    if node.op == "call_module" and _what(model, node) is nn.SiLU:
+        return not model.get_submodule(str(node.target)).inplace and not node.kwargs
+    return node.target is F.silu and node.kwargs in ({}, {"inplace": False})
 
 
 def _link(model: nn.Module, graph: fx.Graph, conv: fx.Node, order: dict[fx.Node, int]) -> _Found:
@@ -232,10 +413,10 @@ def _only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def _nodes(link: _Found) -> list[fx.Node]:
-    """The convolution, the sum and the bounds."""
-    found, node = [link.conv], link.conv
-    while node is not link.last:
+def _from_to(first: fx.Node, last: fx.Node) -> list[fx.Node]:
+    """Nodes of which each is all that reads the one before."""
+    found, node = [first], first
+    while node is not last:
         node = next(iter(node.users))
         found.append(node)
     return found
@@ -250,17 +431,17 @@ def _after(graph: fx.Graph, inside: set[fx.Node], mine: set[fx.Node]) -> set[fx.
     return found
 
 
-def _put(model: nn.Module, graph: fx.Graph, chain: _Chain, name: str, now: dict[fx.Node, fx.Node]) -> ConvChain:
+def _put(
+    model: nn.Module,
+    graph: fx.Graph,
+    chain: _Chain[_Found],
+    named: Callable[[nn.Module], str],
+    now: dict[fx.Node, fx.Node],
+) -> None:
     """A call of a chain in place of its links."""
     for link in chain.links:
-        link.source = now.get(link.source, link.source)
-        link.more = now.get(link.more, link.more) if link.more is not None else None
-    inside = {link.last: i for i, link in enumerate(chain.links)}
-    mine = {node for link in chain.links for node in _nodes(link)}
-    reads = [n for link in chain.links for n in (link.source, link.more) if n is not None and n not in inside]
-    inputs = list(dict.fromkeys(reads))
-    number = {node: i for i, node in enumerate(inputs)} | {n: i + len(inputs) for n, i in inside.items()}
-    given = [link.last for link in chain.links if any(user not in mine for user in link.last.users)]
+        link.now(now)
+    number, given = chain.number, chain.given
     layers = [model.get_submodule(str(link.conv.target)) for link in chain.links]
     links = [
         Link(
@@ -268,28 +449,69 @@ def _put(model: nn.Module, graph: fx.Graph, chain: _Chain, name: str, now: dict[
         )
         for link in chain.links
     ]
-    end = _ending(model, chain.links[-1].last)
+    last = chain.links[-1].last
+    end = _ending(model, last)
     head = None if end is None else end[1]
     given_back = [number[node] for node in given]
-    made = ConvChain(layers, links, len(inputs), given_back, head)  # type: ignore[arg-type]  # found as Module
-    with graph.inserting_after(chain.links[-1].last):
+    made = ConvChain(layers, links, len(chain.inputs), given_back, head)  # type: ignore[arg-type]  # found as Module
+    values = _call(graph, named(made), last, chain.inputs, given)
+    if end is not None:
+        end[0][-1].replace_all_uses_with(values.pop(last))
+        for each in reversed(end[0]):
+            graph.erase_node(each)
+    _instead(graph, chain, values, now)
+
+
+def _put_linear(
+    model: nn.Module,
+    graph: fx.Graph,
+    chain: _Chain[_Step],
+    named: Callable[[nn.Module], str],
+    now: dict[fx.Node, fx.Node],
+) -> None:
+    """The same of linear layers."""
+    for step in chain.links:
+        step.now(now)
+    number, given = chain.number, chain.given
+    layers: list[nn.Module] = []
+    steps: list[Product | Gate] = []
+    for step in chain.links:
+        source, module = number[step.source], _what(model, step.first)
+        if module is SparseLinear:
+            layers.append(model.get_submodule(str(step.first.target)))
+            steps.append(Product(source, step.between))
+        else:
+            steps.append(Gate(source, None if step.times is None else number[step.times]))
+    made = LinearChain(layers, steps, len(chain.inputs), [number[node] for node in given])  # type: ignore[arg-type]
+    _instead(graph, chain, _call(graph, named(made), chain.links[-1].last, chain.inputs, given), now)
+
+
+def _call(
+    graph: fx.Graph, name: str, after: fx.Node, inputs: Sequence[fx.Node], given: Sequence[fx.Node]
+) -> dict[fx.Node, fx.Node]:
+    """A call of a module behind a node, and where each value that it gives back is."""
+    with graph.inserting_after(after):
         call = graph.call_module(name, tuple(inputs))
-    at = call
+    if len(given) == 1:
+        return {given[0]: call}
+    values, at = {}, call
     for i, node in enumerate(given):
-        value = call
-        if len(given) > 1:
-            with graph.inserting_after(at):
-                value = at = graph.call_function(operator.getitem, (call, i))
-        if end is not None and node is chain.links[-1].last:
-            end[0][-1].replace_all_uses_with(value)
-            for each in reversed(end[0]):
-                graph.erase_node(each)
-            continue
+        with graph.inserting_after(at):
+            values[node] = at = graph.call_function(operator.getitem, (call, i))
+    return values
+
+
+def _instead(
+    graph: fx.Graph, chain: _Chain[_Link], values: Mapping[fx.Node, fx.Node], now: dict[fx.Node, fx.Node]
+) -> None:
+    """What a chain gives back in place of what its links gave, which go."""
+    mine = chain.mine
+    nodes = [node for link in chain.links for node in link.nodes]
+    for node, value in values.items():
         now[node] = value
         node.replace_all_uses_with(value, delete_user_cb=lambda user: user not in mine)
-    for node in reversed([n for link in chain.links for n in _nodes(link)]):
+    for node in reversed(nodes):
         graph.erase_node(node)
-    return made
 
 
 def _in_order(graph: fx.Graph) -> None:

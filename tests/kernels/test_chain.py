@@ -13,8 +13,9 @@ from secateur import kernels
 from secateur.chaining import chained
 from secateur.errors import FormatError
 from secateur.formats import DepthTaps, GroupCols
-from secateur.formats.chain import RELU, SHAPES, ConvChain, Link, _around
+from secateur.formats.chain import ConvChain, Link, _around
 from secateur.formats.conv import ANY, SparseConv2d
+from secateur.formats.planned import RELU, SHAPES
 from secateur.models.resnet import resnet20
 
 

@@ -1,12 +1,8 @@
-"""Packed convolutions that follow one another, with the sums and bounds between them, run in one call.
-
-A small layer takes microseconds, and so does a call of it from Python: what a network of them would spend between its
-layers is spent once for all of them here.
-"""
+"""Packed convolutions that follow one another, with the sums and bounds between them, run in one call."""
 
 import ctypes
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,15 +14,13 @@ from secateur import kernels
 from secateur.formats.conv import ANY, Call, Form, SparseConv2d, arranged
 from secateur.formats.group_cols import GroupCols
 from secateur.formats.packed import Packed
+from secateur.formats.planned import Plan, Planned, bounded
 
-RELU = (0.0, math.inf)
 MEAN_LINEAR = "mean_linear_f32"
 BEYOND = 512
 """Floats behind a value that kernels may read, whole vectors at a time."""
 OFTEN = 8
 """Loads of a pixel for each copy of it that a kernel would lay out, from which on that takes less. Measured."""
-SHAPES = 16
-"""Of inputs a chain keeps memory for; with more it begins anew."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +34,7 @@ class Link:
     between: tuple[float, float] = ANY  # what the sum is held between: (0, inf) is ReLU
 
 
-class ConvChain(nn.Module):
+class ConvChain(Planned["_Plan"]):
     """Layers of packed convolutions, each with what it reads, and what is added to it: for inference, on the CPU.
 
     With a head, a dense linear layer, its product with the means of the channels of the last value that would be given
@@ -59,8 +53,6 @@ class ConvChain(nn.Module):
         super().__init__()
         self.layers, self.head = nn.ModuleList(layers), head
         self.links, self.inputs, self.outputs = tuple(links), inputs, tuple(outputs)
-        # By shapes of inputs, those not in use: a call takes one out, so that threads do not share what it writes to.
-        self._plans: dict[tuple[Any, ...], list[_Plan]] = {}
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         """The outcome of inputs [pictures, channels, high, wide], in a tuple where several values are given back.
@@ -72,7 +64,7 @@ class ConvChain(nn.Module):
             found = self._one_by_one(inputs)
         else:
             found = plan.run(inputs)
-            self._keep(plan)
+            self.keep(plan)
             if self.head is not None and plan.head is None:
                 found = self._headed(list(found))
         return found if len(found) > 1 else found[0]
@@ -81,9 +73,6 @@ class ConvChain(nn.Module):
         """Numbers of inputs and outputs."""
         return f"inputs={self.inputs}, outputs={len(self.outputs)}"
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_plans": {}}
-
     def _one_by_one(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         values = list(inputs)
         for layer, link in zip(self.layers, self.links, strict=True):
@@ -91,9 +80,7 @@ class ConvChain(nn.Module):
             if link.more is not None:
                 more = values[link.more][..., :: link.step, :: link.step]
                 y = y + (more if link.around == (0, 0) else F.pad(more, (0, 0, 0, 0, *link.around)))
-            if link.between != ANY:  # with the gradients of ReLU and ReLU6 where a bound is met, which are not clamp's
-                y = F.relu(y) if link.between == RELU else F.hardtanh(y, *link.between)
-            values.append(y)
+            values.append(bounded(y, link.between))
         return self._headed([values[i] for i in self.outputs])
 
     def _headed(self, found: list[Tensor]) -> tuple[Tensor, ...]:
@@ -108,51 +95,26 @@ class ConvChain(nn.Module):
             return None
         head = self.head is not None and not (learns and any(p.requires_grad for p in self.head.parameters()))
         key = (torch.get_num_threads(), head, *(x.shape for x in inputs))
-        plan = self._kept(key) or _Plan(self, key, inputs)
-        if plan.possible:
-            return plan
-        self._keep(plan)
-        return None
-
-    def _kept(self, key: tuple[Any, ...]) -> "_Plan | None":
-        """One that no other thread has, and whose weights are as they were."""
-        kept = self._plans.get(key, [])
-        while True:
-            try:
-                plan = kept.pop()
-            except IndexError:  # asking first would leave another thread time to take it
-                return None
-            if plan.holds():
-                return plan
-
-    def _keep(self, plan: "_Plan") -> None:
-        if plan.key not in self._plans and len(self._plans) >= SHAPES:
-            self._plans.clear()
-        self._plans.setdefault(plan.key, []).append(plan)
+        return self.taken(key, lambda: _Plan(self, key, inputs))
 
 
 def _fits(x: Tensor) -> bool:
     return x.dtype is torch.float32 and x.is_cpu and x.dim() == 4 and x.is_contiguous()
 
 
-class _Plan:
+class _Plan(Plan):
     """The structs of all convolutions for inputs of some shape, and the memory between them."""
 
     def __init__(self, chain: ConvChain, key: tuple[Any, ...], inputs: Sequence[Tensor]) -> None:
-        self.key = key
+        super().__init__(key)
         threads, self.head = key[0], chain.head if key[1] else None
         layers: list[SparseConv2d] = list(chain.layers)  # type: ignore[arg-type]  # a ModuleList says Module
         held = [layer.packed for layer in layers]
-        for packed in held:
+        for layer, packed in zip(layers, held, strict=True):
             packed.unchanged()
-        self._watched: list[tuple[Mapping[str, Tensor | None], str, Tensor, int | None]] = [
-            (layer._buffers, name, tensor, None if tensor.is_inference() else tensor._version)
-            for layer, packed in zip(layers, held, strict=True)
-            for name, tensor in packed.tensors.items()
-        ]
+            self.watch(layer._buffers, list(packed.tensors))
         names = [packed.format.convolves for packed in held if isinstance(packed.format, Form)]
-        self._kernels = {name: kernels.find(name) for name in (*names, *([] if self.head is None else [MEAN_LINEAR]))}
-        self.possible = all(kernel is not None for kernel in self._kernels.values())
+        self.need([*names, *([] if self.head is None else [MEAN_LINEAR])])
         if not self.possible:
             return
         last = {i: n for n, link in enumerate(chain.links) for i in (link.source, link.more) if i is not None}
@@ -183,7 +145,7 @@ class _Plan:
             self.possible = bool(math.prod(shape)) and sums and call.low <= call.high
             if not self.possible:
                 return
-            kernel = self._kernels[name]
+            kernel = self.kernels[name]
             assert kernel is not None, "asked above"
             steps.append((kernel, call, shape[0] * call.chunks * call.parts))
             given, wanted = len(values) in outputs, (around[len(values)], shape)
@@ -200,7 +162,7 @@ class _Plan:
         self._shapes = [tuple(values[i].shape) for i in outputs]
         anew = [*places[: len(inputs)], *(places[i] for i in outputs)]
         if self.head is not None:
-            ending, kernel = _ending(self.head, values[chain.outputs[-1]]), self._kernels[MEAN_LINEAR]
+            ending, kernel = _ending(self.head, values[chain.outputs[-1]]), self.kernels[MEAN_LINEAR]
             assert kernel is not None, "asked above"
             self.possible = ending is not None
             if ending is None:
@@ -208,19 +170,9 @@ class _Plan:
             steps.append((kernel, ending, ending.pictures))
             self._shapes.append((ending.pictures, ending.outputs))
             anew.append([_at(ending, "y")])
-            self._watched += [
-                (self.head._parameters, name, p, None if p.is_inference() else p._version)
-                for name, p in self.head.named_parameters()
-            ]
+            self.point(self.head._parameters, list(self.head._parameters))
         self._held = [call for _, call, _ in steps], between  # what pointers point to
         self._steps = kernels.Steps(steps, [(at, which) for which, each in enumerate(anew) for at in each])
-
-    def holds(self) -> bool:
-        """Whether the weights are those it was made for, as they were."""
-        for held, name, tensor, version in self._watched:
-            if held.get(name) is not tensor or (version is not None and tensor._version != version):
-                return False
-        return all(kernels.find(name) is kernel for name, kernel in self._kernels.items())
 
     def run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """All convolutions, in order."""

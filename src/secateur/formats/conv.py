@@ -1,7 +1,6 @@
 """A convolution that holds its weight packed, and the operator through which torch.compile and torch.export see it."""
 
 import ctypes
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,6 +17,8 @@ from secateur.formats.packed import Packed
 from secateur.formats.state import Unpacked, loaded, now, register
 
 ANY = (-math.inf, math.inf)
+SHAPES = 16
+"""Of pictures a packed weight keeps its cuts for; with more it begins anew."""
 Pair = tuple[int, int]
 Form = GroupCols | DepthTaps
 """The formats that hold a convolution."""
@@ -56,20 +57,29 @@ def convolve(
     dense weight, which is then kept. Raises FormatError for a weight that was packed from a matrix, for another dtype,
     shape or device, and when the tensors were changed after packing.
     """
-    struct, shape = arranged(packed, x, stride, padding, dilation, torch.get_num_threads())
+    # A small layer takes a few microseconds, so what is asked here is asked in the cheapest way.
+    asked = x.shape, stride, padding, dilation, torch.get_num_threads()
+    cut = packed.cuts.get(asked) if x.dtype is torch.float32 and x.is_cpu else None
+    if cut is None:
+        struct, shape = arranged(packed, x, stride, padding, dilation, torch.get_num_threads())
+        struct.weight = ctypes.addressof(packed.prepared.weight)
+        if len(packed.cuts) >= SHAPES:
+            packed.cuts.clear()
+        cut = packed.cuts[asked] = struct, shape, shape[0] * struct.chunks * struct.parts if math.prod(shape) else 0
+    struct, shape, items = cut
     packed.unchanged()
-    call = packed.prepared
-    form = _form(packed)
-    kernel = kernels.find(form.convolves)
+    kernel = kernels.find(packed.format.convolves)  # type: ignore[attr-defined]  # or it would not have been cut
     if kernel is None or (x.requires_grad and torch.is_grad_enabled()):
+        form = _form(packed)
         weight = packed.plain.view(shape[1], -1, struct.taps_high, struct.taps_wide)
-        y = F.conv2d(x, weight, call.bias, stride, padding, dilation, form.groups(packed.shape))
+        y = F.conv2d(x, weight, packed.prepared.bias, stride, padding, dilation, form.groups(packed.shape))
         return y if between == ANY else y.clamp(*between)
-    x = x.contiguous()
+    if not x.is_contiguous():
+        x = x.contiguous()
     y = x.new_empty(shape)
-    struct.weight, struct.x, struct.y = ctypes.addressof(call.weight), x.data_ptr(), y.data_ptr()
-    struct.low, struct.high = between
-    kernels.run(kernel, struct, len(x) * struct.chunks * struct.parts if y.numel() else 0)
+    call = Call.from_buffer_copy(struct)  # of its own, since threads may call at once
+    call.x, call.y, (call.low, call.high) = x.data_ptr(), y.data_ptr(), between
+    kernels.run(kernel, call, items)
     return y
 
 
@@ -88,32 +98,17 @@ def arranged(
             f"it takes torch.float32 [pictures, {form.inputs(packed.shape)}, high, wide] on the CPU",
             "Convert what is given, or pack the layer again.",
         )
-    struct, shape = _cut(form, packed.shape, tuple(x.shape), stride, padding, dilation, threads)
-    return Call.from_buffer_copy(struct), shape  # of its own, since threads may call at once
-
-
-@functools.lru_cache(maxsize=4096)
-def _cut(
-    form: Form,
-    weight: tuple[int, int],
-    size: tuple[int, ...],
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    threads: int,
-) -> tuple[Call, tuple[int, int, int, int]]:
-    """What `arranged` says of a weight and a picture of some size: kept, since small layers take microseconds."""
-    out = out_size(form, size[2:], stride, padding, dilation)
+    out = out_size(form, x.shape[2:], stride, padding, dilation)
     of_pixels = isinstance(form, GroupCols) and form.taps == 1 and stride == (1, 1) and padding == (0, 0)
     high, wide = (out[0] * out[1], 1) if of_pixels else out
-    chunk, parts = form.cut(weight, (high, wide), size[0], threads)
+    chunk, parts = form.cut(packed.shape, (high, wide), x.shape[0], threads)
     chunks = max(1, -(-high // chunk))
     chunk = -(-high // chunks)  # as even as can be
-    sizes = (*size, *out, form.high, form.wide, *stride, *padding, *dilation, chunk, chunks, parts)
+    sizes = (*x.shape, *out, form.high, form.wide, *stride, *padding, *dilation, chunk, chunks, parts)
     call = Call(None, None, None, *sizes)
-    call.x_row, call.x_plane = size[3], size[2] * size[3]
+    call.x_row, call.x_plane = x.shape[3], x.shape[2] * x.shape[3]
     call.y_row, call.y_plane = call.more_row, call.more_plane = out[1], out[0] * out[1]
-    return call, (size[0], weight[0], *out)
+    return call, (x.shape[0], packed.shape[0], *out)
 
 
 def out_size(form: Form, size: Sequence[int], stride: Pair, padding: Pair, dilation: Pair) -> Pair:

@@ -33,7 +33,7 @@ class Struct(ctypes.Structure):
 def blocked(
     weight: Tensor, keep: Tensor, depth: int, rows: int = 1, index: torch.dtype = torch.uint8
 ) -> dict[str, Tensor]:
-    """What is kept of a matrix [out, in] in blocks of so many inputs, at most 256: the tensors of `KBlocked`.
+    """What is kept of a matrix [out, in] in blocks of inputs that `index` can count: the tensors of `KBlocked`.
 
     With `rows` groups of so many outputs share their columns, values are [steps, groups side by side, rows], and an
     output that is none has zeros.

@@ -4,7 +4,7 @@ import ctypes
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -132,16 +132,20 @@ class Packed:
         if kernel is None or ((x.requires_grad or _learns(bias)) and torch.is_grad_enabled()):
             y = F.linear(x, self.plain, bias)
             return y if call.bias is None else y + call.bias
-        # Of other widths torch's product of 16 bits reads past the end of a row, and an infinity there spoils the row.
-        fits = self.shape[1] % 32 == 0 and x.numel() >= call.many * self.shape[1]
-        if call.expand is not None and fits and kernels.level() == "amx":
-            expand = kernels.find(call.expand)
-            if expand is not None:
-                return F.linear(x, self.written(expand, torch.empty(self.shape, dtype=self.dtype)), bias)
+        expand = self.writes(x.numel())
+        if expand is not None:
+            return F.linear(x, self.written(expand, torch.empty(self.shape, dtype=self.dtype)), bias)
         x = x.contiguous()  # and so as many rows as there are, whatever its axes
         y = x.new_empty(*x.shape[:-1], self.shape[0])
         kernels.matmul(kernel, call.weight, x, y, bias, call.items)
         return y
+
+    def writes(self, numbers: int) -> kernels.Kernel | None:
+        """What writes the dense weight out, where torch's product with it is faster for so many numbers of x."""
+        call = self.prepared
+        # Of other widths torch's product of 16 bits reads past the end of a row, and an infinity there spoils the row.
+        fits = self.shape[1] % 32 == 0 and numbers >= call.many * self.shape[1]
+        return kernels.find(call.expand) if call.expand is not None and fits and kernels.level() == "amx" else None
 
     def written(self, kernel: kernels.Kernel, into: Tensor) -> Tensor:
         """The dense weight, as a kernel writes it into a matrix of its shape and dtype: not kept."""
@@ -163,6 +167,11 @@ class Packed:
     def prepared(self) -> Call:
         """What its kernels are called with, made once."""
         return self.format.call(self)
+
+    @cached_property
+    def cuts(self) -> dict[Any, Any]:
+        """How `formats.conv` cuts the work into items, by the shape of what is convolved and how."""
+        return {}
 
     @cached_property
     def plain(self) -> Tensor:

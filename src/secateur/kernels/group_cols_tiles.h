@@ -16,6 +16,7 @@ enum { TABLE = 1 };  // with one tap too: what compiles it makes more of a load 
 #else
 enum { TABLE = 0 };
 #endif
+enum { OFTEN = 8 };  // outputs of a group, for which what is loaded of x need not be in the first cache
 
 // Where the columns of a block lie, from the first pixel of a tile; without a table, as a Panel, where they are as far apart.
 struct AtPlaces {
@@ -35,21 +36,24 @@ inline Convolution as_rows(const Convolution& call) {
   return found;
 }
 
-// What one block adds, over all tiles of so many pixels.
+// What one block adds, over all tiles of so many pixels. Where an input that is loaded serves many outputs, groups go over
+// all tiles in turn, so that what they keep is read once; where it serves one, all groups go over what is near.
 template <int N, class Inputs>
 void add_tiles(const KBlocked& weight, int64_t block, const ConvolutionItem& item, int64_t pixels, Inputs inputs,
                Tile tile) {
   enum { V = most(N), A = abreast(N) };
-  const int64_t begin = item.begin / A, end = (item.end + A - 1) / A;
+  const int64_t first = item.begin / A, last = (item.end + A - 1) / A;
   float* const sums = tile.sums;
   const float *const more = tile.more, *const planes = inputs.from;
-  for (int64_t pixel = 0; pixel < pixels; pixel += V * LANES) {
-    tile.count = least(V * LANES, pixels - pixel);
-    tile.sums = sums + pixel;
-    tile.more = more ? more + pixel : nullptr;
-    inputs.from = planes + pixel;
-    add_some<float, uint16_t, N, V>(weight, block, begin, end, inputs, tile);
-  }
+  const int64_t wide = V * LANES, stretch = N < OFTEN ? last - first : 1;
+  for (int64_t begin = first; begin < last; begin += stretch)
+    for (int64_t pixel = 0; pixel < pixels; pixel += wide) {
+      tile.count = least(wide, pixels - pixel);
+      tile.sums = sums + pixel;
+      tile.more = more ? more + pixel : nullptr;
+      inputs.from = planes + pixel;
+      add_some<float, uint16_t, N, V>(weight, block, begin, begin + stretch, inputs, tile);
+    }
 }
 
 template <class Inputs>

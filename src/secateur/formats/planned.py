@@ -1,0 +1,109 @@
+"""Modules that run many kernels in one call, and the plans they keep for inputs of the same shapes.
+
+A small layer takes microseconds, and so does a call of it from Python, ten times as many where a large weight has just
+gone through the caches: what a network would spend between its layers is spent once for all of them here.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Generic, TypeVar
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from secateur import kernels
+from secateur.formats.conv import ANY
+
+RELU = (0.0, float("inf"))
+SHAPES = 16
+"""Of inputs a module keeps plans for; with more it begins anew."""
+
+
+class Plan:
+    """What runs inputs of some shapes in one call, as long as the tensors it was made for are as they were."""
+
+    def __init__(self, key: tuple[Any, ...]) -> None:
+        """A plan for what has the same key; `possible` says whether there is one."""
+        self.key = key
+        self.possible = True
+        self.kernels: dict[str, kernels.Kernel | None] = {}
+        self._watched: list[tuple[Mapping[str, Tensor | None], str, Tensor, int | None]] = []
+        self._pointed: list[tuple[Mapping[str, Tensor | None], str, Tensor | None, int]] = []
+
+    def watch(self, buffers: Mapping[str, Tensor | None], names: Sequence[str]) -> None:
+        """Tensors of a packed weight, by their names where a module holds them."""
+        for name in names:
+            tensor = buffers[name]
+            assert tensor is not None, "a buffer of a packed layer"
+            # Tensors of inference mode count no versions, and cannot be changed outside it.
+            self._watched.append((buffers, name, tensor, None if tensor.is_inference() else tensor._version))
+
+    def point(self, parameters: Mapping[str, Tensor | None], names: Sequence[str]) -> None:
+        """Parameters, if there are any of these names, that what runs points to, whatever their numbers become."""
+        for name in names:
+            tensor = parameters[name]
+            self._pointed.append((parameters, name, tensor, 0 if tensor is None else tensor.data_ptr()))
+
+    def need(self, names: Sequence[str]) -> None:
+        """Kernels by name; the plan is not possible without one."""
+        self.kernels |= {name: kernels.find(name) for name in names}
+        self.possible = self.possible and all(kernel is not None for kernel in self.kernels.values())
+
+    def holds(self) -> bool:
+        """Whether the tensors are those it was made for, as they were."""
+        for held, name, tensor, version in self._watched:
+            if held.get(name) is not tensor or (version is not None and tensor._version != version):
+                return False
+        for held, name, there, pointer in self._pointed:
+            if held.get(name) is not there or (there is not None and there.data_ptr() != pointer):
+                return False
+        return all(kernels.find(name) is kernel for name, kernel in self.kernels.items())
+
+    def run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """What is given back for inputs. Two threads must not do so at once."""
+        raise NotImplementedError
+
+
+P = TypeVar("P", bound=Plan)
+
+
+class Planned(nn.Module, Generic[P]):
+    """A module that keeps its plans by key, those not in use: a call takes one out, so that threads share none."""
+
+    def __init__(self) -> None:
+        """Nothing is kept yet."""
+        super().__init__()
+        self._plans: dict[tuple[Any, ...], list[P]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_plans": {}}
+
+    def taken(self, key: tuple[Any, ...], make: Callable[[], P]) -> P | None:
+        """A plan that holds and no other thread has, made where none is kept; None where it is not possible."""
+        plan = self._kept(key) or make()
+        if plan.possible:
+            return plan
+        self.keep(plan)
+        return None
+
+    def keep(self, plan: P) -> None:
+        """A plan that was taken."""
+        if plan.key not in self._plans and len(self._plans) >= SHAPES:
+            self._plans.clear()
+        self._plans.setdefault(plan.key, []).append(plan)
+
+    def _kept(self, key: tuple[Any, ...]) -> P | None:
+        plans = self._plans.get(key, [])
+        while True:
+            try:
+                plan = plans.pop()
+            except IndexError:  # asking first would leave another thread time to take it
+                return None
+            if plan.holds():
+                return plan
+
+
+def bounded(y: Tensor, between: tuple[float, float]) -> Tensor:
+    """A value held between bounds, with the gradients of ReLU and ReLU6 where one is met, which are not clamp's."""
+    if between == ANY:
+        return y
+    return F.relu(y) if between == RELU else F.hardtanh(y, *between)
