@@ -386,7 +386,7 @@ def test_without_kernels_torch_computes_the_same(monkeypatch):
     torch.testing.assert_close(matrix.matmul(rows), product)
 
 
-def test_compile_and_export_see_one_operator():
+def test_compile_and_export_see_one_operator(monkeypatch):
     conv = layer(padding=1, stride=2)
     model = nn.Sequential(SparseConv2d.of(conv, GroupCols(4)), nn.ReLU())
     wanted = conv(X).relu()
@@ -397,6 +397,13 @@ def test_compile_and_export_see_one_operator():
         found = [node.target for node in exported.graph.nodes if "secateur" in str(node.target)]
         assert found == [torch.ops.secateur.packed_conv2d.default]
         torch.testing.assert_close(exported.module()(torch.cat([X, X])), torch.cat([wanted, wanted]))
+    laid = []
+    call = GroupCols.call
+    monkeypatch.setattr(GroupCols, "call", lambda self, packed: laid.append(packed) or call(self, packed))
+    for ran in (exported.module(), compiled):
+        for _ in range(3):
+            ran(X)
+    assert len(laid) <= 2, "what is laid out for kernels is kept from call to call"
     form = model[0].packed.format
     torch.library.opcheck(
         torch.ops.secateur.packed_conv2d.default,

@@ -1,6 +1,8 @@
 """The packed linear layer: state, safetensors, compile, export, and what it refuses."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -125,7 +127,7 @@ def test_compile_and_export_see_one_operator(format):
 def test_an_operator_takes_what_its_layer_made_ready_and_no_other(format, monkeypatch):
     sparse, other = SparseLinear.of(layer(0), format), SparseLinear.of(layer(1), format)
     made = []
-    monkeypatch.setattr("secateur.formats.linear.Packed", lambda *given: made.append(given) or Packed(*given))
+    monkeypatch.setattr("secateur.formats.state.Packed", lambda *given: made.append(given) or Packed(*given))
 
     def called(one, tensors):
         return torch.ops.secateur.packed_linear(X, one.bias, tensors, one._header)
@@ -134,7 +136,22 @@ def test_an_operator_takes_what_its_layer_made_ready_and_no_other(format, monkey
     with torch.no_grad():
         assert torch.equal(called(sparse, tensors), sparse(X)) and not made
         mixed = [tensors[0].clone(), *tensors[1:]]  # a layer that nobody holds
-        assert torch.equal(called(sparse, mixed), sparse(X)) and len(made) == 1
+        for _ in range(2):
+            assert torch.equal(called(sparse, mixed), sparse(X)) and len(made) == 1, "the first tensor keeps it"
+        equal = [tensors[0], *(t.clone() for t in tensors[1:])]  # as a compiled graph has it
+        for _ in range(2):
+            assert torch.equal(called(sparse, equal), sparse(X)) and len(made) == 2, "kept beside that of the layer"
+        for _ in range(9):
+            called(sparse, [tensors[0], *(t.clone() for t in tensors[1:])])
+        assert len(sparse.packed.beside) <= 5
+        mixed[1].mul_(1)
+        with pytest.raises(FormatError, match="changed after packing"):
+            called(sparse, mixed)
+        gone = weakref.ref(mixed[0])
+        del mixed
+        made.clear()
+        gc.collect()
+        assert gone() is None
         assert torch.equal(called(other, others), other(X))
         again = copy.deepcopy(sparse)
         assert torch.equal(called(again, [getattr(again, name) for name in format.names]), sparse(X))

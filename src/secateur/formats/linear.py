@@ -2,15 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
 from secateur.errors import FormatError
-from secateur.formats import FORMATS
 from secateur.formats.packed import Format, Packed
-from secateur.formats.state import Unpacked, loaded, now, register
+from secateur.formats.state import Unpacked, loaded, made_of, now, register
 
 
 class SparseLinear(nn.Module):
@@ -79,7 +77,6 @@ class SparseLinear(nn.Module):
                 f"Give one of {packed.dtype} [{outputs}].",
             )
         self._packed = packed
-        _HELD[id(packed.tensors[packed.format.names[0]])] = packed
         self._header = packed.header.tolist()
         register(self, packed)
 
@@ -138,9 +135,6 @@ def why_no_linear(conv: nn.Conv2d) -> str | None:
     return None if alone and conv.groups == 1 else "it looks at more than one pixel of all channels, or leaves some out"
 
 
-_HELD: WeakValueDictionary[int, Packed] = WeakValueDictionary()
-"""The id of the first tensor of a layer -> what the layer made ready for calls, while there is the layer."""
-
 # Not `torch.library.custom_op`, which takes three times as long to call: there are hundreds of calls in a token.
 _OPERATORS: Any = torch.library.Library("secateur", "FRAGMENT")  # type: ignore[no-untyped-call]  # torch has no types
 _OPERATORS.define(
@@ -155,12 +149,7 @@ def packed_linear(x: Tensor, bias: Tensor | None, tensors: Sequence[Tensor], hea
 
 
 def _multiplied(x: Tensor, bias: Tensor | None, tensors: Sequence[Tensor], header: Sequence[int]) -> Tensor:
-    held = _HELD.get(id(tensors[0]))
-    if held is None or any(held.tensors[name] is not t for name, t in zip(held.format.names, tensors, strict=True)):
-        code, _, outputs, inputs, *settings = header
-        kind = FORMATS[code](*settings)
-        held = Packed(kind, (outputs, inputs), dict(zip(kind.names, tensors, strict=True)))
-    return held.matmul(x, bias)
+    return made_of(tensors, header).matmul(x, bias)
 
 
 _OPERATORS.impl("packed_linear", _multiplied, "CPU")

@@ -169,6 +169,11 @@ class Packed:
         return self.format.call(self)
 
     @cached_property
+    def beside(self) -> list["Packed"]:
+        """Others that share its first tensor (`formats.state.made_of`)."""
+        return []
+
+    @cached_property
     def cuts(self) -> dict[Any, Any]:
         """How `formats.conv` cuts the work into items, by the shape of what is convolved and how."""
         return {}

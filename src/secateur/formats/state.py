@@ -2,14 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from secateur.errors import FormatError
-from secateur.formats import unpack
+from secateur.formats import FORMATS, unpack
 from secateur.formats.packed import Packed
+
+_HELD: WeakValueDictionary[int, Packed] = WeakValueDictionary()
+"""The id of the first tensor of a layer -> what the layer made ready for calls, while there is the layer."""
+MOST = 4  # packed weights that are kept for one first tensor
 
 
 class Unpacked(Tensor):
@@ -53,6 +58,31 @@ def register(layer: nn.Module, packed: Packed) -> None:
     """Make buffers of a layer of the tensors and the header of a packed weight."""
     for name, tensor in {"header": packed.header, **packed.tensors}.items():
         layer.register_buffer(name, tensor)
+    _HELD[id(packed.tensors[packed.format.names[0]])] = packed
+
+
+def made_of(tensors: Sequence[Tensor], header: Sequence[int]) -> Packed:
+    """The packed weight that tensors make in the order of their names, with what was made ready for it before.
+
+    It is that of the layer which holds them, or kept beside it: a compiled graph puts one tensor in place of several
+    equal ones. Where there is no layer, as in a graph that was loaded, the first tensor keeps it.
+    """
+    first, said = tensors[0], tuple(header[2:])
+    held = _HELD.get(id(first))
+    kept = getattr(first, "_secateur_packed", []) if held is None else [held, *held.beside]
+    for packed in kept:
+        same = all(packed.tensors[name] is t for name, t in zip(packed.format.names, tensors, strict=True))
+        if same and said == (*packed.shape, *packed.format.settings):
+            return packed
+    code, _, outputs, inputs, *settings = header
+    kind = FORMATS[code](*settings)
+    made = Packed(kind, (outputs, inputs), dict(zip(kind.names, tensors, strict=True)))
+    if held is not None:
+        held.beside[MOST:] = []
+        held.beside.insert(0, made)
+    else:
+        first._secateur_packed = [made]  # type: ignore[attr-defined]  # tensors take any
+    return made
 
 
 def now(layer: nn.Module, packed: Packed) -> Packed:
