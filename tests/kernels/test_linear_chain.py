@@ -14,7 +14,17 @@ from secateur.chaining import chained, chained_within
 from secateur.errors import FormatError
 from secateur.formats import NM, Bitmap, BitmapInt8, Block, GroupCols, KBlocked, Sell8, Sell16
 from secateur.formats.linear import SparseLinear
-from secateur.formats.linear_chain import HELD, LITTLE, SILU, SPAN, Activate, Gate, LinearChain, Product
+from secateur.formats.linear_chain import (
+    HELD,
+    LITTLE,
+    SILU,
+    SPAN,
+    Activate,
+    Gate,
+    LinearChain,
+    Product,
+    packed_chain,
+)
 from secateur.formats.packed import VALUES
 from secateur.formats.planned import RELU
 
@@ -205,10 +215,48 @@ def test_gradients_flow_and_a_copy_is_its_own():
     assert chain._plans and copy.deepcopy(chain)._plans == {}
 
 
-def test_a_compiled_chain_is_its_layers():
-    chain, x = perceptron(), whole(2, 48)
+@pytest.mark.parametrize("format", [Bitmap(), GroupCols(4)], ids=lambda format: format.name)
+def test_compile_and_export_see_one_operator(format, monkeypatch):
+    chain, x = perceptron(format), whole(2, 48)
+    both = LinearChain(list(chain.layers), STEPS, 1, [6, 2])
+    laid = []
+    call = type(format).call
+    monkeypatch.setattr(type(format), "call", lambda self, packed: laid.append(packed) or call(self, packed))
     with torch.no_grad():
-        torch.testing.assert_close(torch.compile(chain, backend="eager", fullgraph=True)(x), chain(x))
+        for one in (chain, both):
+            wanted = one(x) if one is both else (one(x),)
+            compiled = torch.compile(one, backend="aot_eager", fullgraph=True)
+            exported = torch.export.export(one, (x,), dynamic_shapes=((({0: torch.export.Dim("rows")}),),))
+            found = [node.target for node in exported.graph.nodes if "secateur" in str(node.target)]
+            assert found == [torch.ops.secateur.packed_chain.default]
+            before = len(laid)
+            for ran in (compiled, exported.module()):
+                for rows in (x, torch.cat([x, x]), x):
+                    got = ran(rows)
+                    for y, want in zip(got if one is both else (got,), wanted, strict=True):
+                        torch.testing.assert_close(y[:2], want)
+            assert len(laid) <= before + 2 * len(chain.layers), "what is laid out for kernels is kept from call to call"
+    torch.library.opcheck(
+        torch.ops.secateur.packed_chain.default, ([x], *both._as_given()), test_utils=("test_schema", "test_faketensor")
+    )
+
+
+def test_an_operator_makes_a_chain_of_what_nobody_holds():
+    chain, x = perceptron(), whole(2, 48)
+    tensors, biases, *numbers = chain._as_given()
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(packed_chain([x], tensors, biases, *numbers)[0], chain(x))
+        held = chain.layers[0].packed
+        assert len(held.chains) == 1
+        mine = [t.clone() for t in tensors]
+        torch.testing.assert_close(packed_chain([x], mine, biases, *numbers)[0], chain(x))
+        assert len(held.chains) == 1
+        for _ in range(9):
+            packed_chain([x], tensors, [None if b is None else b.clone() for b in biases], *numbers)
+        assert len(held.chains) <= 5
+        other = [None if b is None else b + 1 for b in biases]
+        assert not torch.allclose(packed_chain([x], tensors, other, *numbers)[0], chain(x))
 
 
 class Gated(nn.Module):

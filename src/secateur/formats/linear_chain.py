@@ -2,6 +2,7 @@
 
 import ctypes
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,16 +12,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from secateur import kernels
+from secateur.formats import FORMATS
 from secateur.formats.conv import ANY
 from secateur.formats.linear import SparseLinear
 from secateur.formats.packed import VALUES
 from secateur.formats.planned import Plan, Planned, bounded
+from secateur.formats.state import made_of
 
 ALIGNED = 64
 """Bytes between values in memory are a multiple of it."""
 LITTLE = 2**16
 """Bytes of values between the steps that a plan keeps; more is taken for each call."""
 HELD, SILU, SPAN = 0, 1, 8192  # of kernels/activate.h
+PRODUCT, GATE = 0, 1  # steps, as an operator takes them
+MOST = 4  # chains that are kept for a first layer
 
 
 @dataclass(frozen=True)
@@ -52,23 +57,40 @@ class LinearChain(Planned["_Plan"]):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.steps, self.inputs, self.outputs = tuple(steps), inputs, tuple(outputs)
+        # As an operator takes them: a product by its source, a gate by both of its values, with -1 where there is one.
+        self._numbers = [n for step in steps for n in _numbers(step)]
+        self._bounds = [b for step in steps for b in (step.between if isinstance(step, Product) else ANY)]
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         """The outcome of inputs [..., inputs of their layers], in a tuple where several values are given back.
 
         Raises FormatError as the layers do.
         """
-        plan = None if torch.compiler.is_compiling() else self._plan(inputs)
+        if torch.compiler.is_compiling():
+            given = self._as_given()
+            return given_back(packed_chain(inputs, *given))
+        return given_back(self.run(inputs))
+
+    def run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The values that are given back, as `forward` does where nothing is compiled."""
+        plan = self._plan(inputs)
         if plan is None:
-            found = self._one_by_one(inputs)
-        else:
-            found = plan.run(inputs)
-            self.keep(plan)
-        return found if len(found) > 1 else found[0]
+            return self._one_by_one(inputs)
+        found = plan.run(inputs)
+        self.keep(plan)
+        return found
 
     def extra_repr(self) -> str:
         """Numbers of inputs and outputs."""
         return f"inputs={self.inputs}, outputs={len(self.outputs)}"
+
+    def _as_given(self) -> tuple[Any, ...]:
+        """What `packed_chain` takes after the inputs."""
+        layers: list[SparseLinear] = list(self.layers)  # type: ignore[arg-type]  # a ModuleList says Module
+        tensors = [getattr(layer, name) for layer in layers for name in layer._packed.format.names]
+        biases = [layer.bias for layer in layers]
+        headers = [number for layer in layers for number in (len(layer._header), *layer._header)]
+        return tensors, biases, headers, self._numbers, self._bounds, list(self.outputs)
 
     def _one_by_one(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         values, layers = list(inputs), iter(self.layers)
@@ -92,6 +114,107 @@ class LinearChain(Planned["_Plan"]):
             return None
         key = (torch.get_num_threads(), *(x.dtype for x in inputs), *(x.shape for x in inputs))
         return self.taken(key, lambda: _Plan(self, key, inputs))
+
+
+def given_back(found: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
+    """A value alone, or several in a tuple."""
+    return tuple(found) if len(found) > 1 else found[0]
+
+
+def _numbers(step: Product | Gate) -> tuple[int, int, int]:
+    if isinstance(step, Product):
+        return PRODUCT, step.source, -1
+    return GATE, step.source, -1 if step.times is None else step.times
+
+
+def _steps(numbers: Sequence[int], bounds: Sequence[float]) -> list[Product | Gate]:
+    """What `_numbers` was made from."""
+    found: list[Product | Gate] = []
+    for i, (kind, source, times) in enumerate(zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True)):
+        between = bounds[2 * i], bounds[2 * i + 1]
+        found.append(Product(source, between) if kind == PRODUCT else Gate(source, None if times < 0 else times))
+    return found
+
+
+_OPERATORS: Any = torch.library.Library("secateur", "FRAGMENT")  # type: ignore[no-untyped-call]  # torch has no types
+_OPERATORS.define(
+    "packed_chain(Tensor[] inputs, Tensor[] tensors, Tensor?[] biases, int[] headers, int[] steps, float[] bounds, "
+    "int[] outputs) -> Tensor[]",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+def packed_chain(
+    inputs: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    headers: Sequence[int],
+    steps: Sequence[int],
+    bounds: Sequence[float],
+    outputs: Sequence[int],
+) -> Sequence[Tensor]:
+    """What a chain gives back, its layers being given by the tensors of their formats, their biases and their headers.
+
+    A header comes after its length. A step is three numbers, as `_numbers` has it, and two bounds.
+    """
+    found: Sequence[Tensor] = torch.ops.secateur.packed_chain.default(
+        inputs, tensors, biases, headers, steps, bounds, outputs
+    )
+    return found
+
+
+def _run(
+    inputs: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    headers: Sequence[int],
+    steps: Sequence[int],
+    bounds: Sequence[float],
+    outputs: Sequence[int],
+) -> list[Tensor]:
+    each = _headers(headers)
+    first = made_of(tensors[: len(FORMATS[each[0][0]].names)], each[0])
+    numbers = [headers, steps, bounds, outputs]
+    for chain, given, beside, said in first.chains:
+        if said == numbers and all(map(operator.is_, given, tensors)) and all(map(operator.is_, beside, biases)):
+            return list(chain.run(inputs))
+    layers, at = [], 0
+    for header, bias in zip(each, biases, strict=True):
+        names = FORMATS[header[0]].names
+        layers.append(SparseLinear(made_of(tensors[at : at + len(names)], header), bias))
+        at += len(names)
+    chain = LinearChain(layers, _steps(steps, bounds), len(inputs), outputs)
+    first.chains[MOST:] = []
+    first.chains.insert(0, (chain, list(tensors), list(biases), numbers))
+    return list(chain.run(inputs))
+
+
+def _headers(flat: Sequence[int]) -> list[list[int]]:
+    found, at = [], 0
+    while at < len(flat):
+        found.append(list(flat[at + 1 : at + 1 + flat[at]]))
+        at += 1 + flat[at]
+    return found
+
+
+_OPERATORS.impl("packed_chain", _run, "CPU")
+
+
+@torch.library.register_fake("secateur::packed_chain")  # type: ignore[untyped-decorator]  # nor here
+def _(
+    inputs: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    headers: Sequence[int],
+    steps: Sequence[int],
+    bounds: Sequence[float],
+    outputs: Sequence[int],
+) -> list[Tensor]:
+    each, shapes = iter(_headers(headers)), [tuple(x.shape) for x in inputs]
+    for step in _steps(steps, bounds):
+        shape = shapes[step.source]
+        shapes.append((*shape[:-1], next(each)[2]) if isinstance(step, Product) else shape)
+    return [inputs[0].new_empty(shapes[i]) for i in outputs]
 
 
 class Matmul(ctypes.Structure):

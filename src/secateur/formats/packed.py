@@ -174,6 +174,11 @@ class Packed:
         return []
 
     @cached_property
+    def chains(self) -> list[Any]:
+        """Chains that begin with it, by what an operator was given for them (`formats.linear_chain`)."""
+        return []
+
+    @cached_property
     def cuts(self) -> dict[Any, Any]:
         """How `formats.conv` cuts the work into items, by the shape of what is convolved and how."""
         return {}
