@@ -127,7 +127,8 @@ def accelerate(
     layout of the model and back to it, and those that look at one pixel as a product.
 
     Where the model can be traced, batch norms go into the convolutions before them, whether those are packed or not,
-    and packed convolutions that follow one another run as one `ConvChain`, in what is then a GraphModule.
+    and packed layers that follow one another run as one `ConvChain` or `LinearChain`, in what is then a GraphModule, or
+    the chain itself. Of other models, modules that are nothing but packed linear layers do.
 
     The example has the batch and the number of tokens that the model will be used with: one token for decoding, a
     window for reading prompts. Layers are timed one after the other, as the model calls them, so that weights come from

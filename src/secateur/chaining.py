@@ -30,7 +30,8 @@ _NOTHING = (nn.Identity, nn.Dropout, nn.Dropout2d)  # in a model for inference
 def chained(model: nn.Module) -> nn.Module:
     """A model whose packed layers run as chains, sums, bounds and gates between them included; it shares all with it.
 
-    The model itself where it has none, or cannot be traced: what comes back is a GraphModule otherwise.
+    The model itself where it has none, or cannot be traced: what comes back is a GraphModule otherwise, or the chain
+    where that is all there is.
     """
     kinds = {type(module) for module in model.modules()}
     # What only multiplies may be called in several ways, of which a trace knows one.
@@ -42,6 +43,8 @@ def chained(model: nn.Module) -> nn.Module:
     graph, made = traced
     if not made:
         return model
+    if _is_all(graph):
+        return _alone(graph, made, model)
     found = fx.GraphModule({**_targets(model, graph, made), **made}, graph, type(model).__name__)
     found.training = model.training
     return found
@@ -77,9 +80,17 @@ def sharing(model: nn.Module, instead: Mapping[Any, nn.Module]) -> nn.Module:
 
 
 def _is_all(graph: fx.Graph) -> bool:
-    """Whether one call is all that a graph with a chain does."""
+    """Whether one call of one value is all that a graph with a chain does."""
     nodes = list(graph.nodes)
-    return [node.op for node in nodes] == ["placeholder", "call_module", "output"] and nodes[2].args == (nodes[1],)
+    alone = [node.op for node in nodes] == ["placeholder", "call_module", "output"]
+    return alone and (nodes[1].args, nodes[2].args) == ((nodes[0],), (nodes[1],)) and not nodes[0].args
+
+
+def _alone(graph: fx.Graph, made: Mapping[str, ConvChain | LinearChain], model: nn.Module) -> nn.Module:
+    """The chain that is all of a model, called as it was."""
+    chain = next(iter(made.values()))
+    chain.names = (str(next(iter(graph.nodes)).target),)
+    return chain.train(model.training)
 
 
 def _takes_one(module: nn.Module) -> bool:
@@ -97,7 +108,7 @@ def _has_hooks(module: nn.Module) -> bool:
     )
 
 
-def _traced(model: nn.Module) -> tuple[fx.Graph, dict[str, nn.Module]] | None:
+def _traced(model: nn.Module) -> tuple[fx.Graph, dict[str, ConvChain | LinearChain]] | None:
     """The graph of a model, with chains in it, and the chains by their names; None where it cannot be traced."""
     try:
         graph = _Tracer().trace(model)
@@ -107,10 +118,10 @@ def _traced(model: nn.Module) -> tuple[fx.Graph, dict[str, nn.Module]] | None:
     if any(_changes_what_others_read(model, node) for node in graph.nodes):
         return None  # the order of what happens counts there, and not only what reads what
     root = dict(model.named_modules())
-    made: dict[str, nn.Module] = {}
+    made: dict[str, ConvChain | LinearChain] = {}
     now: dict[fx.Node, fx.Node] = {}  # what chains before have put in place of a node
 
-    def named(chain: nn.Module) -> str:
+    def named(chain: ConvChain | LinearChain) -> str:
         name = f"chain_{len(made)}"
         while name in root:
             name += "_"
@@ -435,7 +446,7 @@ def _put(
     model: nn.Module,
     graph: fx.Graph,
     chain: _Chain[_Found],
-    named: Callable[[nn.Module], str],
+    named: Callable[[ConvChain | LinearChain], str],
     now: dict[fx.Node, fx.Node],
 ) -> None:
     """A call of a chain in place of its links."""
@@ -466,7 +477,7 @@ def _put_linear(
     model: nn.Module,
     graph: fx.Graph,
     chain: _Chain[_Step],
-    named: Callable[[nn.Module], str],
+    named: Callable[[ConvChain | LinearChain], str],
     now: dict[fx.Node, fx.Node],
 ) -> None:
     """The same of linear layers."""
@@ -534,7 +545,7 @@ def _in_order(graph: fx.Graph) -> None:
         left = later
 
 
-def _targets(model: nn.Module, graph: fx.Graph, made: dict[str, nn.Module]) -> dict[str, Any]:
+def _targets(model: nn.Module, graph: fx.Graph, made: Mapping[str, nn.Module]) -> dict[str, Any]:
     """What the nodes of a graph name of a model."""
     found: dict[str, Any] = {}
     for node in graph.nodes:

@@ -54,11 +54,13 @@ class ConvChain(Planned["_Plan"]):
         self.layers, self.head = nn.ModuleList(layers), head
         self.links, self.inputs, self.outputs = tuple(links), inputs, tuple(outputs)
 
-    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor | tuple[Tensor, ...]:
         """The outcome of inputs [pictures, channels, high, wide], in a tuple where several values are given back.
 
         Raises FormatError as the layers do.
         """
+        if named:
+            inputs = self.in_order(inputs, named)
         plan = None if torch.compiler.is_compiling() else self._plan(inputs)
         if plan is None:
             found = self._one_by_one(inputs)
@@ -89,17 +91,16 @@ class ConvChain(Planned["_Plan"]):
     def _plan(self, inputs: Sequence[Tensor]) -> "_Plan | None":
         """What runs these inputs in one call, or None where a layer has to be asked by itself."""
         learns = torch.is_grad_enabled()
-        if learns and any(x.requires_grad for x in inputs):
-            return None
-        if not all(map(_fits, inputs)):
-            return None
-        head = self.head is not None and not (learns and any(p.requires_grad for p in self.head.parameters()))
+        for x in inputs:
+            if x.dtype is not torch.float32 or not x.is_cpu or x.dim() != 4 or not x.is_contiguous():
+                return None
+            if learns and x.requires_grad:
+                return None
+        head = self.head is not None
+        if learns and self.head is not None:
+            head = not any(p.requires_grad for p in self.head.parameters())
         key = (torch.get_num_threads(), head, *(x.shape for x in inputs))
         return self.taken(key, lambda: _Plan(self, key, inputs))
-
-
-def _fits(x: Tensor) -> bool:
-    return x.dtype is torch.float32 and x.is_cpu and x.dim() == 4 and x.is_contiguous()
 
 
 class _Plan(Plan):

@@ -61,14 +61,15 @@ class LinearChain(Planned["_Plan"]):
         self._numbers = [n for step in steps for n in _numbers(step)]
         self._bounds = [b for step in steps for b in (step.between if isinstance(step, Product) else ANY)]
 
-    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor | tuple[Tensor, ...]:
         """The outcome of inputs [..., inputs of their layers], in a tuple where several values are given back.
 
         Raises FormatError as the layers do.
         """
+        if named:
+            inputs = self.in_order(inputs, named)
         if torch.compiler.is_compiling():
-            given = self._as_given()
-            return given_back(packed_chain(inputs, *given))
+            return given_back(packed_chain(inputs, *self._as_given()))
         return given_back(self.run(inputs))
 
     def run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:

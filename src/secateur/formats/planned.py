@@ -70,12 +70,22 @@ class Planned(nn.Module, Generic[P]):
     """A module that keeps its plans by key, those not in use: a call takes one out, so that threads share none."""
 
     def __init__(self) -> None:
-        """Nothing is kept yet."""
+        """Nothing is kept yet, and inputs have no names."""
         super().__init__()
+        self.names: tuple[str, ...] = ()  # by which inputs may be given too
         self._plans: dict[tuple[Any, ...], list[P]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_plans": {}}
+
+    def in_order(self, inputs: tuple[Tensor, ...], named: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """Inputs of which some are given by name. Raises TypeError, as functions do, for other names."""
+        left = self.names[len(inputs) :]
+        if set(left) != set(named):
+            raise TypeError(
+                f"{type(self).__name__} takes {', '.join(self.names) or 'no names'}, not {', '.join(named)}"
+            )
+        return (*inputs, *(named[name] for name in left))
 
     def taken(self, key: tuple[Any, ...], make: Callable[[], P]) -> P | None:
         """A plan that holds and no other thread has, made where none is kept; None where it is not possible."""
