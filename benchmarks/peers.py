@@ -336,7 +336,8 @@ def page(found: dict[str, Any]) -> str:
         "# Other run-times at the same weights",
         "",
         "Written by `python benchmarks/peers.py`. One example at a time and one thread; milliseconds are medians of "
-        f"processor time, over rounds in which all took turns. A turn is {CALLS} calls, and then as many as take "
+        "processor time, over rounds in which all took turns, torch in inference mode. "
+        f"A turn is {CALLS} calls, and then as many as take "
         f"{1e3 * LONG:.0f} ms, which count: what serves one model finds of its weights what caches hold. The first few "
         "find there what all others left, and are told apart. `off` is the largest difference of an answer from that "
         "of the model in float32, over the largest number there. What a run-time gains from zeros it gains by itself: "

@@ -189,7 +189,8 @@ def _in_chains(model: nn.Module, batch: Batch) -> nn.Module:
 
     A trace does not show all that Python may do, such as to count calls, and nothing would say so later.
     """
-    for made in (chained(model), chained_within(model)):
+    for way in (chained, chained_within):
+        made = way(model)
         if made is not model and _answers_alike(model, made, batch):
             return made
     return model

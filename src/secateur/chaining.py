@@ -61,14 +61,8 @@ def chained_within(model: nn.Module) -> nn.Module:
         if module is model or layers < 2 or _has_hooks(module) or not _takes_one(module):
             continue
         traced = _traced(module)
-        if (
-            traced is None
-            or len(traced[1]) != 1
-            or [n.op for n in traced[0].nodes] != ["placeholder", "call_module", "output"]
-        ):
-            continue
-        chain = next(iter(traced[1].values()))
-        instead[module] = chain.train(module.training)
+        if traced is not None and traced[1] and _is_all(traced[0]):
+            instead[module] = _alone(*traced, module)
     return sharing(model, instead) if instead else model
 
 
@@ -493,7 +487,8 @@ def _put_linear(
             steps.append(Product(source, step.between))
         else:
             steps.append(Gate(source, None if step.times is None else number[step.times]))
-    made = LinearChain(layers, steps, len(chain.inputs), [number[node] for node in given])  # type: ignore[arg-type]
+    given_back = [number[node] for node in given]
+    made = LinearChain(layers, steps, len(chain.inputs), given_back)  # type: ignore[arg-type]  # found as Module
     _instead(graph, chain, _call(graph, named(made), chain.links[-1].last, chain.inputs, given), now)
 
 

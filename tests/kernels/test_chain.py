@@ -14,8 +14,8 @@ from secateur.chaining import chained
 from secateur.errors import FormatError
 from secateur.formats import DepthTaps, GroupCols
 from secateur.formats.chain import ConvChain, Link, _around
-from secateur.formats.conv import ANY, SparseConv2d
-from secateur.formats.planned import RELU, SHAPES
+from secateur.formats.conv import ANY, SHAPES, SparseConv2d
+from secateur.formats.planned import RELU
 from secateur.models.resnet import resnet20
 
 

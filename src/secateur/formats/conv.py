@@ -18,7 +18,7 @@ from secateur.formats.state import Unpacked, loaded, made_of, now, register
 
 ANY = (-math.inf, math.inf)
 SHAPES = 16
-"""Of pictures a packed weight keeps its cuts for; with more it begins anew."""
+"""Of inputs something is kept for: cuts of a packed weight, plans of a chain; with more it begins anew."""
 Pair = tuple[int, int]
 Form = GroupCols | DepthTaps
 """The formats that hold a convolution."""

@@ -20,7 +20,8 @@ DEPTHS = {1: 144, 2: 144, 4: 288, 8: 288, 16: 288}
 is loaded serves four outputs and more, near. Measured."""
 
 DEEP = {8: 1024, 16: 1024}
-"""The same of matrices and of kernels with one tap, of which nothing is laid out: sums wait less often. Measured."""
+"""The same of matrices and of kernels with one tap, of which nothing is laid out: sums wait less often, as
+kernels take such groups over all tiles in turn (OFTEN in kernels/group_cols_tiles.h). Measured."""
 
 MOST_TAPS = 2**16 - 1
 """Of a kernel: a column of a block, and be it of one channel, is a number of 16 bits."""

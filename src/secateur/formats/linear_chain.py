@@ -17,7 +17,7 @@ from secateur.formats.conv import ANY
 from secateur.formats.linear import SparseLinear
 from secateur.formats.packed import VALUES
 from secateur.formats.planned import Plan, Planned, bounded
-from secateur.formats.state import made_of
+from secateur.formats.state import MOST, made_of
 
 ALIGNED = 64
 """Bytes between values in memory are a multiple of it."""
@@ -25,7 +25,6 @@ LITTLE = 2**16
 """Bytes of values between the steps that a plan keeps; more is taken for each call."""
 HELD, SILU, SPAN = 0, 1, 8192  # of kernels/activate.h
 PRODUCT, GATE = 0, 1  # steps, as an operator takes them
-MOST = 4  # chains that are kept for a first layer
 
 
 @dataclass(frozen=True)
@@ -165,17 +164,11 @@ def packed_chain(
 
 
 def _run(
-    inputs: Sequence[Tensor],
-    tensors: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    headers: Sequence[int],
-    steps: Sequence[int],
-    bounds: Sequence[float],
-    outputs: Sequence[int],
+    inputs: Sequence[Tensor], tensors: Sequence[Tensor], biases: Sequence[Tensor | None], *numbers: Sequence[Any]
 ) -> list[Tensor]:
+    headers, steps, bounds, outputs = numbers
     each = _headers(headers)
     first = made_of(tensors[: len(FORMATS[each[0][0]].names)], each[0])
-    numbers = [headers, steps, bounds, outputs]
     for chain, given, beside, said in first.chains:
         if said == numbers and all(map(operator.is_, given, tensors)) and all(map(operator.is_, beside, biases)):
             return list(chain.run(inputs))
@@ -185,8 +178,8 @@ def _run(
         layers.append(SparseLinear(made_of(tensors[at : at + len(names)], header), bias))
         at += len(names)
     chain = LinearChain(layers, _steps(steps, bounds), len(inputs), outputs)
-    first.chains[MOST:] = []
     first.chains.insert(0, (chain, list(tensors), list(biases), numbers))
+    first.chains[MOST:] = []
     return list(chain.run(inputs))
 
 
@@ -203,14 +196,9 @@ _OPERATORS.impl("packed_chain", _run, "CPU")
 
 @torch.library.register_fake("secateur::packed_chain")  # type: ignore[untyped-decorator]  # nor here
 def _(
-    inputs: Sequence[Tensor],
-    tensors: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    headers: Sequence[int],
-    steps: Sequence[int],
-    bounds: Sequence[float],
-    outputs: Sequence[int],
+    inputs: Sequence[Tensor], tensors: Sequence[Tensor], biases: Sequence[Tensor | None], *numbers: Sequence[Any]
 ) -> list[Tensor]:
+    headers, steps, bounds, outputs = numbers
     each, shapes = iter(_headers(headers)), [tuple(x.shape) for x in inputs]
     for step in _steps(steps, bounds):
         shape = shapes[step.source]

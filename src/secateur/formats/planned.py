@@ -4,6 +4,7 @@ A small layer takes microseconds, and so does a call of it from Python, ten time
 gone through the caches: what a network would spend between its layers is spent once for all of them here.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -11,14 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from secateur import kernels
-from secateur.formats.conv import ANY
+from secateur.formats.conv import ANY, SHAPES
 
 RELU = (0.0, float("inf"))
-SHAPES = 16
-"""Of inputs a module keeps plans for; with more it begins anew."""
 
 
-class Plan:
+class Plan(ABC):
     """What runs inputs of some shapes in one call, as long as the tensors it was made for are as they were."""
 
     def __init__(self, key: tuple[Any, ...]) -> None:
@@ -58,9 +57,9 @@ class Plan:
                 return False
         return all(kernels.find(name) is kernel for name, kernel in self.kernels.items())
 
+    @abstractmethod
     def run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """What is given back for inputs. Two threads must not do so at once."""
-        raise NotImplementedError
 
 
 P = TypeVar("P", bound=Plan)

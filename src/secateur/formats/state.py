@@ -14,7 +14,7 @@ from secateur.formats.packed import Packed
 
 _HELD: WeakValueDictionary[int, Packed] = WeakValueDictionary()
 """The id of the first tensor of a layer -> what the layer made ready for calls, while there is the layer."""
-MOST = 4  # packed weights that are kept for one first tensor
+MOST = 4  # packed weights that are kept for one first tensor, and chains that begin with one
 
 
 class Unpacked(Tensor):
@@ -58,7 +58,11 @@ def register(layer: nn.Module, packed: Packed) -> None:
     """Make buffers of a layer of the tensors and the header of a packed weight."""
     for name, tensor in {"header": packed.header, **packed.tensors}.items():
         layer.register_buffer(name, tensor)
-    _HELD[id(packed.tensors[packed.format.names[0]])] = packed
+    first = packed.tensors[packed.format.names[0]]
+    held = _HELD.get(id(first))
+    # One that was made beside it shares the first tensor, and is found through it.
+    if held is None or all(tensor is packed.tensors.get(name) for name, tensor in held.tensors.items()):
+        _HELD[id(first)] = packed
 
 
 def made_of(tensors: Sequence[Tensor], header: Sequence[int]) -> Packed:
@@ -67,19 +71,20 @@ def made_of(tensors: Sequence[Tensor], header: Sequence[int]) -> Packed:
     It is that of the layer which holds them, or kept beside it: a compiled graph puts one tensor in place of several
     equal ones. Where there is no layer, as in a graph that was loaded, the first tensor keeps it.
     """
-    first, said = tensors[0], tuple(header[2:])
+    first, said = tensors[0], (header[0], *header[2:])
     held = _HELD.get(id(first))
     kept = getattr(first, "_secateur_packed", []) if held is None else [held, *held.beside]
     for packed in kept:
-        same = all(packed.tensors[name] is t for name, t in zip(packed.format.names, tensors, strict=True))
-        if same and said == (*packed.shape, *packed.format.settings):
+        form = packed.format
+        same = said == (form.code, *packed.shape, *form.settings)
+        if same and all(packed.tensors[name] is t for name, t in zip(form.names, tensors, strict=True)):
             return packed
     code, _, outputs, inputs, *settings = header
     kind = FORMATS[code](*settings)
     made = Packed(kind, (outputs, inputs), dict(zip(kind.names, tensors, strict=True)))
     if held is not None:
-        held.beside[MOST:] = []
         held.beside.insert(0, made)
+        held.beside[MOST:] = []
     else:
         first._secateur_packed = [made]  # type: ignore[attr-defined]  # tensors take any
     return made
