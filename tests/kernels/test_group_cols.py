@@ -115,6 +115,10 @@ CONVOLUTIONS = [
     (13, 6, (3, 1), (30, 32), (1, 1), (4, 0), (1, 1)),
     (4, 3, (3, 3), (8, 8), (1, 1), (200, 1), (1, 1)),
     (4, 3, (3, 3), (16, 16), (2, 2), (500, 1), (1, 1)),
+    # Chunks of which the last is smaller, and a block laid out that 16 bits cannot say the places of.
+    (9, 17, (3, 3), (51, 30), (1, 1), (1, 1), (1, 1)),
+    (17, 30, (1, 1), (41, 50), (1, 1), (0, 0), (1, 1)),
+    (6, 20, (3, 3), (4, 500), (1, 1), (1, 1), (1, 1)),
 ]
 
 
@@ -132,6 +136,15 @@ def test_every_variant_convolves(at, rows):
             with kernels.forced(level):
                 assert torch.equal(convolve(packed, x, *pairs), wanted), f"{level} {sparsity}"
                 assert torch.equal(convolve(packed, x, *pairs, (0, 6)), wanted.clamp(0, 6)), f"{level} {sparsity}"
+
+
+def test_places_found_for_one_variant_are_not_those_of_another():
+    weight, mask, bias = case((24, 33, 3, 3), 0.6)
+    packed, x = GroupCols(1).pack(weight, mask, bias), whole_numbers((1, 33, 30, 23), 3)
+    wanted = F.conv2d(x, weight * mask, bias)
+    for level in (*reversed(kernels.levels()[:3]), *kernels.levels()[:3]):
+        with kernels.forced(level):
+            assert torch.equal(convolve(packed, x), wanted), level
 
 
 @pytest.mark.parametrize("rows", ROWS)

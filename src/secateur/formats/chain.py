@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from secateur import kernels
-from secateur.formats.conv import ANY, Call, Form, SparseConv2d, arranged
+from secateur.formats.conv import ANY, Call, Form, SparseConv2d, arranged, point
 from secateur.formats.group_cols import GroupCols
 from secateur.formats.packed import Packed
 from secateur.formats.planned import Plan, Planned, bounded
@@ -130,11 +130,11 @@ class _Plan(Plan):
         for n, (layer, link, packed, name) in enumerate(zip(layers, chain.links, held, names, strict=True)):
             slides = layer.stride, layer.padding, layer.dilation
             call, shape = arranged(packed, values[link.source], *slides, threads)
-            call.weight = ctypes.addressof(packed.prepared.weight)
             call.low, call.high = _both(layer.between, link.between)
             if around[link.source]:
                 call.x_row, call.x_plane = _apart(values[link.source])
                 call.x_around = around[link.source] if _zeros(layer, packed) else 0
+            point(call, packed)
             places[link.source].append(_at(call, "x"))
             places[len(values)].append(_at(call, "y"))
             if link.more is not None:

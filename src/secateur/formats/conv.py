@@ -17,6 +17,8 @@ from secateur.formats.packed import Packed
 from secateur.formats.state import Unpacked, loaded, made_of, now, register
 
 ANY = (-math.inf, math.inf)
+PLACES = "group_cols_places_f32"
+"""The kernel that finds, once for inputs of a shape, where each column lies in what the others lay out of them."""
 SHAPES = 16
 """Of inputs something is kept for: cuts of a packed weight, plans of a chain; with more it begins anew."""
 Pair = tuple[int, int]
@@ -40,6 +42,7 @@ class Call(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("more_step", "more_first", "more_channels", "more_height", "more_width")),
         *((name, ctypes.c_int64) for name in ("x_row", "x_plane", "y_row", "y_plane", "more_row", "more_plane")),
         ("x_around", ctypes.c_int64),
+        ("places", ctypes.c_void_p),
     )
 
 
@@ -59,16 +62,17 @@ def convolve(
     """
     # A small layer takes a few microseconds, so what is asked here is asked in the cheapest way.
     asked = x.shape, stride, padding, dilation, torch.get_num_threads()
+    kernel = kernels.find(getattr(packed.format, "convolves", ""))
     cut = packed.cuts.get(asked) if x.dtype is torch.float32 and x.is_cpu else None
-    if cut is None:
+    if cut is None or cut[0] is not kernel:  # each lays x out in its own way
         struct, shape = arranged(packed, x, stride, padding, dilation, torch.get_num_threads())
-        struct.weight = ctypes.addressof(packed.prepared.weight)
+        point(struct, packed)
         if len(packed.cuts) >= SHAPES:
             packed.cuts.clear()
-        cut = packed.cuts[asked] = struct, shape, shape[0] * struct.chunks * struct.parts if math.prod(shape) else 0
-    struct, shape, items = cut
+        items = shape[0] * struct.chunks * struct.parts if math.prod(shape) else 0
+        cut = packed.cuts[asked] = kernel, struct, shape, items
+    _, struct, shape, items = cut
     packed.unchanged()
-    kernel = kernels.find(packed.format.convolves)  # type: ignore[attr-defined]  # or it would not have been cut
     if kernel is None or (x.requires_grad and torch.is_grad_enabled()):
         form = _form(packed)
         weight = packed.plain.view(shape[1], -1, struct.taps_high, struct.taps_wide)
@@ -109,6 +113,17 @@ def arranged(
     call.x_row, call.x_plane = x.shape[3], x.shape[2] * x.shape[3]
     call.y_row, call.y_plane = call.more_row, call.more_plane = out[1], out[0] * out[1]
     return call, (x.shape[0], packed.shape[0], *out)
+
+
+def point(call: Call, packed: Packed) -> None:
+    """Let the work of a convolution point to the weight, and to where its columns lie in x as arranged."""
+    weight, form = packed.prepared.weight, packed.format
+    call.weight = ctypes.addressof(weight)
+    kernel = kernels.find(PLACES) if isinstance(form, GroupCols) else None
+    if kernel is not None:
+        call.found = torch.empty_like(weight.laid["columns"])  # kept as long as the struct
+        call.places = call.found.data_ptr()
+        kernels.run(kernel, call, weight.laid["rows"].shape[0])
 
 
 def out_size(form: Form, size: Sequence[int], stride: Pair, padding: Pair, dilation: Pair) -> Pair:

@@ -41,8 +41,16 @@ struct Tile {
   float* spare;          // where sums go of outputs that are none: V vectors
 };
 
+// Columns that lie side by side, read as one: a processor loads two or three times at once, and x needs that.
+template <class Column, int S>
+struct Side {
+  uint64_t all = 0;
+  explicit Side(const Column* from) { __builtin_memcpy(&all, from, S * sizeof(Column)); }
+  Column operator[](int s) const { return Column(all >> (s * 8 * sizeof(Column))); }
+};
+
 // What groups of N in bunches [begin, end) of a block add to the sums of a tile. `inputs[column]` is where V vectors of a
-// column of the block lie. A function of its own: in one with all others registers are not given out well.
+// column of the block lie; AS_ONE says whether columns are read as one. A function of its own: in one with all others registers are not given out well.
 template <class T, class Column, int N, int V, class Inputs>
 __attribute__((noinline)) void add_blocked(const KBlocked& weight, int64_t block, int64_t begin, int64_t end,
                                            const Inputs& inputs, const Tile& tile) {
@@ -73,10 +81,11 @@ __attribute__((noinline)) void add_blocked(const KBlocked& weight, int64_t block
                       : whole || v < V - 1 ? load(at[i] + v * LANES)
                                              : load_some(at[i] + v * LANES, rest);
       }
-      for (int64_t left = steps; left > 0; left--, columns += A, values += A * N)
+      for (int64_t left = steps; left > 0; left--, columns += A, values += A * N) {
+        const Side<Column, S> side(columns);
 #pragma GCC unroll 4
         for (int s = 0; s < S; s++) {
-          const float* from = inputs[columns[s]];
+          const float* from = inputs[Inputs::AS_ONE ? side[s] : columns[s]];
 #ifdef __x86_64__
           __asm__("" : "+r"(from));  // in a register: an instruction with an index is taken apart
 #endif
@@ -90,6 +99,7 @@ __attribute__((noinline)) void add_blocked(const KBlocked& weight, int64_t block
             for (int v = 0; v < V; v++) sum[s * R + r][v] += (R > 1 ? x[v] : load(from + v * LANES)) * value;
           }
         }
+      }
       if (tile.last) {
         const Vector low = all(tile.low), high = all(tile.high);
 #pragma GCC unroll 8

@@ -22,6 +22,7 @@ struct Convolution {
   // zeros: so many columns and rows of x, which a kernel that slides by one pixel and sees no further reads in place. What
   // a kernel writes between the rows of y it clears again.
   int64_t x_around;
+  uint16_t* places;  // for each column of the weight where it lies in what is read of x, as its format has it, or null
 };
 
 struct ConvolutionItem {

@@ -4,6 +4,8 @@
 
 extern "C" void group_cols_conv_f32_avx2(const void* call, int64_t begin, int64_t end) { convolve(call, begin, end); }
 
+extern "C" void group_cols_places_f32_avx2(const void* call, int64_t begin, int64_t end) { place(call, begin, end); }
+
 extern "C" void group_cols_matmul_f32_avx2(const void* call, int64_t begin, int64_t end) {
   multiply(call, begin, end);
 }

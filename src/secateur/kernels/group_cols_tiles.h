@@ -18,20 +18,29 @@ enum { TABLE = 0 };
 #endif
 enum { OFTEN = 8 };  // outputs of a group, for which what is loaded of x need not be in the first cache
 
-// Where the columns of a block lie, from the first pixel of a tile; without a table, as a Panel, where they are as far apart.
+// Where the columns of a block lie, from the first pixel of a tile: with a table of them, without one where they are as far
+// apart (a Panel), or where what stands in the place of columns says so, which loads least.
 struct AtPlaces {
+  enum { AS_ONE = 1 };
   const float* from;
   const int32_t* places;
   const float* operator[](uint16_t column) const { return from + places[column]; }
 };
 
-// With one tap, no stride and no padding an item is a run of pixels, and one row of them.
+struct Placed {
+  enum { AS_ONE = 1 };
+  const float* from;
+  const float* operator[](uint16_t place) const { return from + place; }
+};
+
+// With one tap, no stride and no padding an item is a run of pixels, and one row of them: here as wide as a whole item.
 inline Convolution as_rows(const Convolution& call) {
   Convolution found = call;
   if (of_pixels(&call)) {
-    found.height = found.out_height = 1;
-    found.width = found.out_width = call.height * call.width;
-    found.x_row = found.y_row = found.more_row = found.width;
+    const int64_t pixels = call.height * call.width;
+    found.height = found.out_height = found.chunk = 1;
+    found.x_row = found.y_row = found.more_row = pixels;
+    found.width = found.out_width = least(call.chunk, pixels);
   }
   return found;
 }
@@ -122,21 +131,10 @@ inline void clear_between(const Convolution& call, int64_t rows, float* y) {
   }
 }
 
-// An item. Returns whether all it saw is finite; if not y is to be computed again.
-bool convolve_item(const Convolution& given, const ConvolutionItem& item) {
+// How an item lays out what it sees, alike for all items; copies of nothing say that it reads x where it lies.
+inline Shifted seen_by(const Convolution& given, const Convolution& call, const ConvolutionItem& item) {
   const GroupCols& weight = *group_cols_of(&given);
   const KBlocked& blocked = *weight.blocked;
-  Convolution call = as_rows(given);
-  ConvolutionItem here = item;
-  if (item.end == weight.groups) here.end = blocked.padded;
-  int64_t skipped = 0;  // pixels of the one row
-  if (of_pixels(&given)) {
-    skipped = item.chunk * call.chunk;
-    call.out_width = call.width = least(call.chunk, call.out_width - skipped);
-    call.chunk = 1;
-    here.chunk = 0;
-  }
-  const int64_t taps = call.taps_high * call.taps_wide, each = blocked.depth / taps;  // channels in a block
   const int64_t blocks = (blocked.inputs + blocked.depth - 1) / blocked.depth;
   const int64_t abreast = weight.rows < ABREAST ? ABREAST / weight.rows : 1;
   const int64_t uses = blocked.offsets[blocks * blocked.padded / abreast] * abreast;
@@ -144,8 +142,33 @@ bool convolve_item(const Convolution& given, const ConvolutionItem& item) {
   // one another out of the cache.
   const bool vectors = of_pixels(&given) && call.out_width % LANES == 0;
   const bool few_loads = vectors && (weight.rows >= 4 || call.x_plane / LANES % 4 || uses < 8 * call.channels);
-  const bool in_place = few_loads || lies_so(call);
-  const Shifted layout = in_place ? as_it_lies(call, here) : shifted_of(call, here, uses);
+  return few_loads || lies_so(call) ? as_it_lies(call, item) : shifted_of(call, item, uses);
+}
+
+// Whether places of columns, of so many channels, from that of the first tap on, are numbers of 16 bits.
+inline bool fits(const Convolution& call, const Shifted& layout, int64_t channels) {
+  const int64_t last = call.taps_high * call.taps_wide - 1;
+  const int64_t reach = layout.copy ? layout.channel : shifted_place(call, layout, last) - shifted_place(call, layout, 0) + 1;
+  return (channels - 1) * layout.channel + reach <= UINT16_MAX + 1;
+}
+
+// An item. Returns whether all it saw is finite; if not y is to be computed again.
+bool convolve_item(const Convolution& given, const ConvolutionItem& item) {
+  const GroupCols& weight = *group_cols_of(&given);
+  const KBlocked& blocked = *weight.blocked;
+  Convolution call = as_rows(given);
+  ConvolutionItem here = item;
+  if (item.end == weight.groups) here.end = blocked.padded;
+  if (of_pixels(&given)) here.chunk = 0;
+  const Shifted layout = seen_by(given, call, here);
+  int64_t skipped = 0;  // pixels of the one row
+  if (of_pixels(&given)) {
+    skipped = item.chunk * given.chunk;
+    call.out_width = call.width = least(given.chunk, call.x_row - skipped);
+  }
+  const int64_t taps = call.taps_high * call.taps_wide, each = blocked.depth / taps;  // channels in a block
+  const int64_t blocks = (blocked.inputs + blocked.depth - 1) / blocked.depth;
+  const bool in_place = !layout.copy, placed = call.places && fits(call, layout, each);
   const int64_t first = item.begin * weight.rows, last = least(here.end * weight.rows, weight.outputs);
   const int64_t pixels = (layout.rows - 1) * layout.pitch + call.out_width;
   const bool alike = !call.more || more_alike(&given);
@@ -158,7 +181,7 @@ bool convolve_item(const Convolution& given, const ConvolutionItem& item) {
   float* const planes = static_cast<float*>(scratch(floats * sizeof(float) + blocked.depth * sizeof(int32_t)));
   float* const spare = planes + laid;
   int32_t* const places = reinterpret_cast<int32_t*>(planes + floats);
-  for (int64_t tap = 0; tap < taps; tap++) {
+  for (int64_t tap = 0; tap < taps && !placed; tap++) {
     const int64_t place = shifted_place(call, layout, tap);
     for (int64_t c = 0; c < each; c++) places[c * taps + tap] = int32_t(c * layout.channel + place);
   }
@@ -170,6 +193,8 @@ bool convolve_item(const Convolution& given, const ConvolutionItem& item) {
     call.high = __builtin_inff();
   }
   const Within bounds = within(given);
+  KBlocked at_places = blocked;
+  at_places.columns = call.places;
   Vector wild = {};
   Tile tile = {first, weight.outputs, one_run ? y : spare + SPARE, one_run ? call.y_plane : pitch, 0, weight.biases,
                false, one_run ? more : nullptr, call.low, call.high, spare};
@@ -185,7 +210,9 @@ bool convolve_item(const Convolution& given, const ConvolutionItem& item) {
     }
     tile.last = one_run && block == blocks - 1;
     const float* const from = in_place ? x + layout.first * call.x_row : planes;
-    if (taps == 1 && !TABLE)
+    if (placed)
+      add_tiles_of(weight.rows, at_places, block, here, pixels, Placed{from + shifted_place(call, layout, 0)}, tile);
+    else if (taps == 1 && !TABLE)
       add_tiles_of(weight.rows, blocked, block, here, pixels, Panel{from + places[0], layout.channel}, tile);
     else
       add_tiles_of(weight.rows, blocked, block, here, pixels, AtPlaces{from, places}, tile);
@@ -205,6 +232,24 @@ bool convolve_item(const Convolution& given, const ConvolutionItem& item) {
   const Convolution& call = *static_cast<const Convolution*>(pointer);
   for (int64_t item = begin; item < end; item++)
     if (!convolve_item(call, group_cols_item(&call, item))) group_cols_item_f32(&call, item);
+}
+
+// Fills `places` for blocks [begin, end), where they fit.
+[[maybe_unused]] void place(const void* pointer, int64_t begin, int64_t end) {
+  const Convolution& given = *static_cast<const Convolution*>(pointer);
+  const Convolution call = as_rows(given);
+  const GroupCols& weight = *group_cols_of(&given);
+  const KBlocked& blocked = *weight.blocked;
+  const int64_t taps = call.taps_high * call.taps_wide, abreast = weight.rows < ABREAST ? ABREAST / weight.rows : 1;
+  const Shifted layout = seen_by(given, call, group_cols_item(&given, 0));
+  if (!fits(call, layout, blocked.depth / taps)) return;
+  const uint16_t* const columns = static_cast<const uint16_t*>(blocked.columns);
+  const int64_t* const offsets = blocked.offsets;
+  for (int64_t i = offsets[begin * blocked.padded / abreast] * abreast;
+       i < offsets[end * blocked.padded / abreast] * abreast; i++) {
+    const int64_t below = shifted_place(call, layout, columns[i] % taps) - shifted_place(call, layout, 0);
+    call.places[i] = uint16_t(columns[i] / taps * layout.channel + below);
+  }
 }
 
 // x W^T + bias, for units [begin, end).

@@ -19,7 +19,9 @@ inline int64_t rows_below(const Convolution& call, int64_t tap_high) { return ta
 
 inline Shifted shifted_at(const Convolution& call, int64_t first, int64_t rows, int64_t pitch) {
   const int64_t reach = (call.taps_high - 1) * call.apart_high, high = rows + reach / call.stride_high;
-  const int64_t phases = least(call.stride_high, reach + 1), copy = up(high * pitch + LANES, LANES);
+  // Copies as far apart as those of a whole chunk, so that places are the same in all of them.
+  const int64_t whole = least(call.chunk, call.out_height) + reach / call.stride_high;
+  const int64_t phases = least(call.stride_high, reach + 1), copy = up(whole * pitch + LANES, LANES);
   // Channels an odd number of lines apart, so that they do not push one another out of the cache.
   return {first, rows, phases, pitch, high, copy, up(phases * call.taps_wide * copy, 2 * LANES) + LANES};
 }
