@@ -76,7 +76,7 @@ def test_state_of_another_version_is_refused(format):
     sparse = SparseLinear.of(layer(), format)
     state = {name: value.clone() for name, value in sparse.state_dict().items()}
     state["header"][1] = 77
-    with pytest.raises(FormatError, match=f"{format.name} is of version 1 here"):
+    with pytest.raises(FormatError, match=f"{format.name} is of version {format.version} here"):
         sparse.load_state_dict(state)
 
 

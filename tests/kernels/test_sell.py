@@ -15,11 +15,49 @@ def test_distances_by_hand():
     assert packed.tensors["offsets"].tolist() == [0, 5]
     assert packed.tensors["columns"][:, :3].tolist() == [[0, 7, 0], [255, 0, 0], [45, 0, 0], [255, 0, 0], [44, 0, 0]]
     assert packed.tensors["values"][:, :3].tolist() == [[1, 4, 0], [0, 0, 0], [2, 0, 0], [0, 0, 0], [3, 0, 0]]
+    assert packed.tensors["rows"].tolist() == [list(range(16))]
     assert torch.equal(packed.dense(), weight)
     x = torch.arange(600.0).unsqueeze(0)
     for level in kernels.levels():
         with kernels.forced(level):
             assert packed.matmul(x).tolist() == [[600.0 + 3 * 599, 28.0]]
+
+
+@pytest.mark.parametrize("format", [Sell8(), Sell16()])
+def test_outputs_are_sorted_by_how_many_weights_they_keep(format):
+    kept = torch.tensor([1, 3, 0, 9, *[2] * 14])
+    weight = torch.where(torch.arange(12) < kept.unsqueeze(1), torch.arange(1.0, 13), torch.zeros(()))
+    packed = format.pack(weight)
+    first, last = packed.tensors["rows"].tolist()
+    assert first == [3, 1, *range(4, 18)]  # the fullest, then in the order they had
+    assert last == [0, 2, *range(18, 32)]  # what is no output comes last
+    assert packed.tensors["offsets"].tolist() == [0, 9, 10]  # 9 and 9 steps without
+    assert torch.equal(packed.dense(), weight)
+    x, bias = torch.arange(12.0).unsqueeze(0), torch.arange(18.0)
+    for level in kernels.levels():
+        with kernels.forced(level):
+            assert torch.equal(packed.matmul(x, bias), x @ weight.T + bias)
+
+
+@pytest.mark.parametrize("format", [Sell8(), Sell16()])
+@pytest.mark.parametrize(
+    ("at", "row", "said"),
+    [((0, 0), 1, "each output of 2 panels once"), ((0, 0), 32, "each output"), ((1, 0), 31, "each output")],
+)
+def test_rows_that_are_not_every_output_are_refused(format, at, row, said):
+    packed = format.pack(torch.eye(18))
+    rows = packed.tensors["rows"].clone()
+    rows[at] = row
+    with pytest.raises(FormatError, match=said):
+        unpack({"header": packed.header, **packed.tensors, "rows": rows})
+
+
+def test_rows_that_name_what_is_no_output_before_its_end_are_refused():
+    packed = Sell8().pack(torch.eye(18))
+    rows = packed.tensors["rows"].flatten().clone()
+    rows[[3, 20]] = rows[[20, 3]]
+    with pytest.raises(FormatError, match="something that is no output before its outputs"):
+        unpack({"header": packed.header, **packed.tensors, "rows": rows.view(2, 16)})
 
 
 @pytest.mark.parametrize("gap", [254, 255, 256, 509, 510, 511])

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from secateur.formats.bitmap import LANES
+from secateur.formats.k_blocked import CHUNK
 from secateur.formats.packed import VALUES, Call, Packed, broken, kept, pointer, refuse, unsuited
 
 MOST_INPUTS = 2**15 - 1
-NAMES = ("columns", "values", "offsets")
+NAMES = ("columns", "values", "offsets", "rows")
 FURTHEST = 255
 """That a distance of 8 bits reaches."""
 
@@ -25,6 +26,7 @@ class Struct(ctypes.Structure):
         ("columns", ctypes.c_void_p),
         ("values", ctypes.c_void_p),
         ("offsets", ctypes.c_void_p),
+        ("rows", ctypes.c_void_p),
     )
 
 
@@ -32,21 +34,25 @@ class Struct(ctypes.Structure):
 class Sell16:
     """Sliced ELLPACK: a value and the number of its input for each weight that is kept.
 
-    Sixteen outputs make a panel, as long as its fullest output; the others are filled up with zeros for input 0.
+    Outputs are sorted, 256 at a time, by how many weights they keep. Sixteen that follow one another make a panel, as
+    long as its fullest output; the others are filled up with zeros for input 0.
 
     columns [steps, 16], int16 and values [steps, 16]: a step of a panel holds one weight of each of its outputs
     offsets [panels + 1], int64: the step at which a panel begins, and the number of steps at the end
+    rows [panels, 16], int32: which output stands where; outputs are rounded up to a multiple of sixteen
 
     4 bytes a kept weight at 16 bits, where a bitmap takes 2 and a bit for every weight: smaller above 94 % sparsity,
     and faster before that, as nothing is read or done for weights that are not there.
 
     Source: Monakov, Lokhmotov and Avetisyan, "Automatically tuning sparse matrix-vector multiplication for GPU
-    architectures", HiPEAC 2010.
+    architectures", HiPEAC 2010; sorted as in Kreutzer, Hager, Wellein, Fehske and Bishop, "A unified sparse matrix data
+    format for efficient general sparse matrix-vector multiplication on modern processors with wide SIMD units", SIAM
+    Journal on Scientific Computing 36(5), 2014, arXiv:1307.6209.
     """
 
     names: ClassVar[tuple[str, ...]] = NAMES
     code: ClassVar[int] = 2
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2  # outputs are sorted
 
     @property
     def name(self) -> str:
@@ -108,7 +114,7 @@ class Sell8:
 
     names: ClassVar[tuple[str, ...]] = NAMES
     code: ClassVar[int] = 9
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2  # outputs are sorted
 
     @property
     def name(self) -> str:
@@ -161,15 +167,21 @@ def sliced(outputs: int, rows: Tensor, columns: Tensor, values: Tensor) -> dict[
     """The tensors of entries that come row by row: their outputs [n], columns [n] and values [n]."""
     panels = -(-outputs // LANES)
     counts = torch.bincount(rows, minlength=panels * LANES)
+    # By chunk, then by count, most first; stable, so that the same weight is packed alike everywhere, and what is no
+    # output, which keeps nothing, comes last.
+    chunk = torch.arange(panels * LANES) // CHUNK
+    order = (chunk * (int(counts.max()) + 1) - counts).argsort(stable=True)
+    stands = order.argsort()[rows]  # where the output of each entry stands
     offsets = torch.zeros(panels + 1, dtype=torch.int64)
-    offsets[1:] = counts.view(panels, LANES).amax(1).cumsum(0)
+    offsets[1:] = counts[order].view(panels, LANES).amax(1).cumsum(0)
     place = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows]
-    at = (offsets[rows // LANES] + place) * LANES + rows % LANES
+    at = (offsets[stands // LANES] + place) * LANES + stands % LANES
     size = int(offsets[-1]) * LANES
     return {
         "columns": columns.new_zeros(size).index_copy_(0, at, columns).view(-1, LANES),
         "values": values.new_zeros(size).index_copy_(0, at, values).view(-1, LANES),
         "offsets": offsets,
+        "rows": order.to(torch.int32).view(panels, LANES),
     }
 
 
@@ -183,8 +195,7 @@ def inputs_of(packed: Packed) -> Tensor:
 def spread(packed: Packed, inputs: Tensor) -> Tensor:
     """The dense weight of which each step and lane belongs to one of the inputs [steps, 16]."""
     values, offsets = packed.tensors["values"], packed.tensors["offsets"]
-    panels = torch.repeat_interleave(torch.arange(len(offsets) - 1), offsets.diff())  # [steps]
-    rows = panels.unsqueeze(1) * LANES + torch.arange(LANES)  # [steps, lanes]
+    rows = packed.tensors["rows"].long().repeat_interleave(offsets.diff(), 0)  # [steps, lanes]
     real = rows < packed.shape[0]
     made = values.new_zeros(packed.shape)
     # Added, not set: what fills up is zero, and must not overwrite the weight of its input.
@@ -192,16 +203,22 @@ def spread(packed: Packed, inputs: Tensor) -> Tensor:
 
 
 def check_slices(packed: Packed, kind: torch.dtype) -> None:
-    """Raise FormatError unless the shapes of columns, values and offsets agree."""
-    columns, values, offsets = (packed.tensors[name] for name in NAMES)
+    """Raise FormatError unless the shapes of columns, values and offsets agree, and rows name each output once."""
+    columns, values, offsets, rows = (packed.tensors[name] for name in NAMES)
     panels = -(-packed.shape[0] // LANES)
-    if columns.dtype is not kind or offsets.dtype is not torch.int64:
-        raise broken(packed, f"its columns are {columns.dtype} and its offsets {offsets.dtype}")
+    found = columns.dtype, offsets.dtype, rows.dtype
+    if found != (kind, torch.int64, torch.int32):
+        raise broken(packed, f"its columns are {found[0]}, its offsets {found[1]} and its rows {found[2]}")
     if values.dim() != 2 or values.shape[1] != LANES or columns.shape != values.shape:
         raise broken(packed, f"its columns are {list(columns.shape)} and its values {list(values.shape)}")
     bounds = offsets.shape == (panels + 1,) and int(offsets[0]) == 0 and int(offsets[-1]) == len(values)
     if not bounds or bool((offsets.diff() < 0).any()):
         raise broken(packed, f"its offsets do not lead through {panels} panels of {len(values)} steps")
+    named = rows.flatten()
+    if rows.shape != (panels, LANES) or not torch.equal(named.sort().values, torch.arange(panels * LANES).int()):
+        raise broken(packed, f"its rows do not name each output of {panels} panels once")
+    if bool((named[: packed.shape[0]] >= packed.shape[0]).any()):
+        raise broken(packed, "its rows name something that is no output before its outputs")
 
 
 def called(packed: Packed, kernel: str) -> Call:

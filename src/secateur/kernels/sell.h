@@ -1,7 +1,8 @@
 // Sliced ELLPACK: the kept weights of sixteen outputs, side by side, each with the number of its input.
 //
 // A panel is sixteen outputs, its lanes, and as many steps as its fullest lane has weights; a step holds one weight of
-// each lane. What fills up a lane is a zero for input 0. With columns of 16 bits that is the number of an input; with 8
+// each lane. Outputs are sorted by how many weights they keep, so that lanes are about as full, and come in an order of
+// their own; what is no output comes last. What fills up a lane is a zero for input 0. With columns of 16 bits that is the number of an input; with 8
 // bits it is how far the input lies behind that of the step before, in the same lane, the first behind input 0: a zero
 // bridges what is further, and what fills up a lane stays where it is.
 //
@@ -17,6 +18,7 @@ struct Sell {
   const void* columns;     // [steps, 16], int16_t or uint8_t
   const void* values;      // [steps, 16]
   const int64_t* offsets;  // [panels + 1]: the step at which a panel begins
+  const int32_t* rows;     // [panels, 16]: the output of a lane
 };
 
 // The input that a lane has come to.

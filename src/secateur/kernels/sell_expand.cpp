@@ -14,14 +14,17 @@ void expand(const void* pointer, int64_t begin, int64_t end) {
   const Column* columns = static_cast<const Column*>(weight.columns);
   for (int64_t panel = begin; panel < end; panel++) {
     const int64_t first = panel * LANES, left = weight.outputs - first, lanes = left < LANES ? left : LANES;
-    bf16* dense = static_cast<bf16*>(call.dense) + first * weight.inputs;
-    memset(dense, 0, size_t(lanes * weight.inputs) * sizeof(bf16));
+    bf16* dense[LANES];
+    for (int64_t lane = 0; lane < lanes; lane++) {
+      dense[lane] = static_cast<bf16*>(call.dense) + weight.rows[first + lane] * weight.inputs;
+      memset(dense[lane], 0, size_t(weight.inputs) * sizeof(bf16));
+    }
     int64_t input[LANES] = {};
     for (int64_t step = weight.offsets[panel]; step < weight.offsets[panel + 1]; step++)
       for (int64_t lane = 0; lane < lanes; lane++) {
         input[lane] = moved(input[lane], columns[step * LANES + lane]);
         // What fills up a lane is a zero for an input that may have a weight, which must not change.
-        dense[lane * weight.inputs + input[lane]] |= values[step * LANES + lane];
+        dense[lane][input[lane]] |= values[step * LANES + lane];
       }
   }
 }

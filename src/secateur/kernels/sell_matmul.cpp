@@ -12,7 +12,7 @@ void multiply(const Matmul& call, int64_t panel, int64_t row) {
   const T* x = static_cast<const T*>(call.x) + row * weight.inputs;
   const int64_t wild = ::wild(x, weight.inputs);
   for (int lane = 0; lane < LANES; lane++) {
-    const int64_t output = panel * LANES + lane;
+    const int64_t output = weight.rows[panel * LANES + lane];
     if (output >= weight.outputs) break;
     Sum sum;
     int64_t input = 0;

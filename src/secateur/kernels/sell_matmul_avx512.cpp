@@ -61,10 +61,13 @@ struct Panel {
 
   void finish(int64_t panel, const Matmul& call, const Sell& weight, int64_t row, const float* x) {
     if (odd_one) add(x, even);
-    const int64_t at = panel * LANES;
-    const __mmask16 lanes = first(weight.outputs - at);
-    const __m512 bias = call.bias ? load(static_cast<const T*>(call.bias) + at, lanes) : _mm512_setzero_ps();
-    store(static_cast<T*>(call.y) + row * weight.outputs + at, lanes, _mm512_add_ps(_mm512_add_ps(even, odd), bias));
+    const int32_t* const rows = weight.rows + panel * LANES;
+    const T* const bias = static_cast<const T*>(call.bias);
+    T* const y = static_cast<T*>(call.y) + row * weight.outputs;
+    alignas(64) float all[LANES];
+    _mm512_store_ps(all, _mm512_add_ps(even, odd));
+    for (int64_t lane = 0; lane < LANES && rows[lane] < weight.outputs; lane++)
+      narrow(all[lane] + (bias ? widen(bias[rows[lane]]) : 0.0f), y + rows[lane]);
   }
 };
 
