@@ -1,4 +1,5 @@
-// Tokens go by in chunks whose scores fit in the first cache, with the softmax kept up to date as they do. A word of
+// Tokens go by in chunks whose scores fit in the first cache, with the softmax kept up to date as they do. A chunk is as long
+// as that allows, since memory is slow to begin with what lies elsewhere, keys or values. A word of
 // key bits expands into 32 tokens of one channel, so that a score is a lane and nothing is added across a register; a
 // word of value bits into 32 channels of one token. What is expanded serves all the queries of a head.
 #include "bitmap_kv.h"
@@ -6,7 +7,12 @@
 
 namespace {
 
-enum { CHUNK = 512, AHEAD = 2048, MOST = 4 };  // tokens; bytes; queries of a head that share what is expanded
+enum {
+  SCORES = 4096,  // of a chunk, of all queries
+  BEHIND = 16,    // floats that may be read and written behind them
+  AHEAD = 2048,   // bytes
+  MOST = 4        // queries of a head that share what is expanded
+};
 
 // 32 elements in two registers of 16 lanes. `lanes` of 16-bit types: the even ones and the odd ones for bf16, where
 // both are one instruction away, the first and the last sixteen otherwise.
@@ -107,11 +113,14 @@ inline float weigh(float* score, int64_t count, float scaling, const float* bias
 
 template <int G, class T>
 struct Head {
-  enum { ABREAST = G <= 2 ? 2 : 1 };  // tiles, for which there are registers
+  enum {
+    ABREAST = G == 1 ? 4 : G == 2 ? 2 : 1,  // tiles, for which there are registers
+    CHUNK = SCORES / G / TILE * TILE        // tokens
+  };
   const BitmapKV& call;
   const int64_t item, words;
   float* const query;   // [G, words * 32]
-  float* const score;   // [G, CHUNK + 16]
+  float* const score;   // [G, CHUNK + BEHIND]
   __m512* const sum;    // [G, words] pairs
   So so[G];
 
@@ -143,7 +152,7 @@ struct Head {
       for (int p = 0; p < P; p++)
         for (int g = 0; g < G; g++) {
           const Pair in_order = ordered(s[p][g], T());
-          float* const to = score + g * (CHUNK + 16) + (tile + p * apart) * TILE;
+          float* const to = score + g * (CHUNK + BEHIND) + (tile + p * apart) * TILE;
           _mm512_storeu_ps(to, in_order.a);
           _mm512_storeu_ps(to + 16, in_order.b);
         }
@@ -176,7 +185,7 @@ struct Head {
                   _mm512_fmadd_ps(k.b, _mm512_loadu_ps(q + 16), s[g].b)};
         }
       }
-      for (int g = 0; g < G; g++) score[g * (CHUNK + 16) + token] = _mm512_reduce_add_ps(_mm512_add_ps(s[g].a, s[g].b));
+      for (int g = 0; g < G; g++) score[g * (CHUNK + BEHIND) + token] = _mm512_reduce_add_ps(_mm512_add_ps(s[g].a, s[g].b));
     }
   }
 
@@ -184,14 +193,14 @@ struct Head {
     const int64_t tokens = call.tiles * TILE + call.tail;
     const float* const bias = call.bias ? call.bias + item / call.heads * tokens + from : nullptr;
     for (int g = 0; g < G; g++) {
-      const __m512 before = _mm512_set1_ps(weigh(score + g * (CHUNK + 16), count, call.scaling, bias, so + g));
+      const __m512 before = _mm512_set1_ps(weigh(score + g * (CHUNK + BEHIND), count, call.scaling, bias, so + g));
       for (int64_t i = 0; i < 2 * words; i++) sum[g * 2 * words + i] = _mm512_mul_ps(sum[g * 2 * words + i], before);
     }
   }
 
   inline void add(int64_t word, Pair value, int64_t token, __m512* into, int64_t stride) {
     for (int g = 0; g < G; g++) {
-      const __m512 weight = _mm512_set1_ps(score[g * (CHUNK + 16) + token]);
+      const __m512 weight = _mm512_set1_ps(score[g * (CHUNK + BEHIND) + token]);
       into[g * stride + 2 * word] = _mm512_fmadd_ps(value.a, weight, into[g * stride + 2 * word]);
       into[g * stride + 2 * word + 1] = _mm512_fmadd_ps(value.b, weight, into[g * stride + 2 * word + 1]);
     }
@@ -299,7 +308,7 @@ template <class T>
 void attend(const void* pointer, int64_t begin, int64_t end) {
   const BitmapKV& call = *static_cast<const BitmapKV*>(pointer);
   const int64_t words = (call.width + 31) / 32;
-  float* const sum = static_cast<float*>(scratch(MOST * (words * 64 + CHUNK + 16) * sizeof(float)));
+  float* const sum = static_cast<float*>(scratch((MOST * (words * 64 + BEHIND) + SCORES) * sizeof(float)));
   float* const query = sum + MOST * words * 32;
   float* const score = query + MOST * words * 32;
   for (int64_t item = begin; item < end; item++)
