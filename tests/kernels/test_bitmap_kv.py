@@ -9,11 +9,14 @@ from secateur.cache.attention import attend
 from secateur.cache.past import Past, Pruning
 
 CLOSE = {torch.float32: 3e-6, torch.bfloat16: 5e-3, torch.float16: 6e-4}
-# batch, heads, queries a head, width, tokens: one, primes, several chunks of scores, tiles by two and one, more queries
-# than share a register
+# batch, heads, queries a head, width, tokens: one, primes, several chunks of scores, tiles by four, two and one, more
+# queries than share a register
 SHAPES = [
-    (2, 3, 3, 64, 700),
-    (1, 2, 1, 128, 1100),
+    (2, 3, 3, 64, 1500),
+    (1, 2, 1, 32, 4700),
+    (1, 1, 1, 128, 230),
+    (1, 1, 2, 64, 2300),
+    (1, 1, 4, 40, 1300),
     (1, 2, 4, 128, 90),
     (2, 2, 2, 8, 70),
     (1, 2, 2, 128, 180),
@@ -22,7 +25,7 @@ SHAPES = [
 ]
 
 
-def case(shape, dtype, sparsity=0.7, choice=PerToken()):  # noqa: B008
+def case(shape, dtype, sparsity=0.7, choice=PerToken(), window=5):  # noqa: B008
     """A past with tokens packed and a window, and the query of the next token."""
     batch, heads, group, width, tokens = shape
     made = torch.Generator().manual_seed(0)
@@ -30,7 +33,7 @@ def case(shape, dtype, sparsity=0.7, choice=PerToken()):  # noqa: B008
     def noise(*shape):
         return torch.randn(shape, generator=made).to(dtype)
 
-    past = Past(Pruning(sparsity, 0.5, window=5, values=choice))
+    past = Past(Pruning(sparsity, 0.5, window=window, values=choice))
     past.append_(noise(batch, heads, tokens, width), noise(batch, heads, tokens, width))
     past.settle_(noise(batch, heads * group, tokens, width))
     past.append_(noise(batch, heads, 1, width), noise(batch, heads, 1, width))
@@ -56,6 +59,15 @@ def test_every_variant_attends(shape, dtype):
                     got = attend(query, past, seen, shape[3] ** -0.5)
                 error = (got.double() - wanted).abs().max() / wanted.abs().max()
                 assert error < CLOSE[dtype], f"{level}, {choice}"
+
+
+def test_newest_tokens_of_several_chunks():
+    past, query, mask = case((1, 1, 1, 32, 4500), torch.float32, window=4300)
+    wanted = exact(past, query, mask)
+    for level in kernels.levels():
+        with kernels.forced(level):
+            got = attend(query, past, mask, 32**-0.5)
+        assert (got.double() - wanted).abs().max() / wanted.abs().max() < CLOSE[torch.float32], level
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.99])
