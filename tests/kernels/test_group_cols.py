@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from secateur import kernels
 from secateur.errors import FormatError, SettingError
-from secateur.formats import GroupCols, KBlocked, group_cols, unpack
+from secateur.formats import GroupCols, KBlocked, group_cols, k_blocked, unpack
 from secateur.formats.conv import SparseConv2d, arranged, convolve
 
 ROWS = (1, 2, 4, 8, 16)
@@ -136,6 +136,24 @@ def test_every_variant_convolves(at, rows):
             with kernels.forced(level):
                 assert torch.equal(convolve(packed, x, *pairs), wanted), f"{level} {sparsity}"
                 assert torch.equal(convolve(packed, x, *pairs, (0, 6)), wanted.clamp(0, 6)), f"{level} {sparsity}"
+
+
+def test_single_outputs_that_share_columns_stand_side_by_side():
+    made = torch.Generator().manual_seed(0)
+    alike = torch.rand(8, 60, generator=made) > 0.4
+    mask = alike.repeat(2, 1)[torch.randperm(16, generator=made)]  # each twice
+    packed = KBlocked().pack(torch.randn(16, 60, generator=made), mask)
+    first, second = mask[packed.tensors["rows"][0].long()].view(8, 2, 60).unbind(1)
+    assert torch.equal(first, second)
+    # Then every step has an input for two outputs, and what fills up the shorter pair is alike too.
+    assert torch.equal(k_blocked.shared(packed.tensors), packed.tensors["offsets"].diff().int())
+
+
+def test_where_pairs_no_longer_share_columns():
+    columns = torch.tensor([[1, 1, 2, 2], [4, 4, 2, 3], [5, 5, 6, 6], [0, 1, 2, 2]], dtype=torch.uint8)
+    laid = {"columns": columns, "offsets": torch.tensor([0, 2, 3, 3, 4])}
+    assert k_blocked.shared(laid).tolist() == [1, 1, 0, 0]
+    assert k_blocked.shared({"columns": columns[:0], "offsets": torch.zeros(3, dtype=torch.int64)}).tolist() == [0, 0]
 
 
 def test_places_found_for_one_variant_are_not_those_of_another():

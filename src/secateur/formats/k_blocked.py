@@ -1,6 +1,7 @@
 """Single weights for products with many rows: blocks of inputs that stay near, four outputs side by side."""
 
 import ctypes
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,6 +13,10 @@ from secateur.errors import SettingError
 from secateur.formats.packed import VALUES, Call, Packed, broken, kept, pointer, refuse, unsuited
 
 ABREAST, CHUNK = 4, 256  # of kernels/k_blocked.h: outputs side by side, and outputs that are sorted together
+WINDOW = 16
+"""Outputs that change places so that two side by side share many columns."""
+PAIRED = 20
+"""Columns of a block that outputs keep on average, from which on that pays. Measured."""
 DEPTHS = 128, 256
 
 
@@ -27,6 +32,7 @@ class Struct(ctypes.Structure):
         ("values", ctypes.c_void_p),
         ("rows", ctypes.c_void_p),
         ("offsets", ctypes.c_void_p),
+        ("shared", ctypes.c_void_p),
     )
 
 
@@ -36,7 +42,8 @@ def blocked(
     """What is kept of a matrix [out, in] in blocks of inputs that `index` can count: the tensors of `KBlocked`.
 
     With `rows` groups of so many outputs share their columns, values are [steps, groups side by side, rows], and an
-    output that is none has zeros.
+    output that is none has zeros. Single outputs that keep many columns stand in pairs, and what both pairs of a four
+    share comes first (`shared` says how much that is), for kernels that load it once for two.
     """
     (outputs, inputs), abreast = weight.shape, max(1, ABREAST // rows)
     blocks, groups = -(-inputs // depth), -(-outputs // rows)
@@ -44,24 +51,27 @@ def blocked(
     fill = 0, blocks * depth - inputs, 0, groups * rows - outputs
     there = F.pad(keep, fill).view(groups, rows, -1).any(1)  # [groups, inputs]
     values = F.pad(weight.masked_fill(~keep, 0), fill).view(groups, rows, -1)
-    counts = torch.zeros(blocks, padded, dtype=torch.int64)
-    counts[:, :groups] = there.view(groups, blocks, depth).sum(2).T
+    kept = F.pad(there, (0, 0, 0, padded - groups)).view(padded, blocks, depth).transpose(0, 1)
+    counts = kept.sum(2)  # [blocks, padded]
     # By chunk, then by count, most first; stable, so that the same weight is packed alike everywhere.
     chunk = torch.arange(padded) // (CHUNK // rows)
     order = (chunk * (depth + 1) + depth - counts).argsort(dim=1, stable=True)
+    pairs = abreast == ABREAST and int(counts.sum()) >= PAIRED * counts.numel()
+    if pairs:
+        order = paired(kept, order)
+    kept = kept.gather(1, order.unsqueeze(2).expand_as(kept))  # as they stand
+    # Of each column among those of its group.
+    places = shared_first(kept) if pairs else kept.cumsum(2, dtype=torch.int32) - 1
     offsets = torch.zeros(blocks * padded // abreast + 1, dtype=torch.int64)
-    offsets[1:] = counts.gather(1, order).view(-1, abreast).amax(1).cumsum(0)
-    place = order.argsort(1)  # [blocks, padded]: where a group stands
-    group, column = there.nonzero(as_tuple=True)
-    block = column // depth
-    of_group = counts[:, :groups].T.flatten()  # columns follow one another by group, and then by block
-    before = (of_group.cumsum(0) - of_group)[group * blocks + block]
-    stands = block * padded + place[block, group]
-    at = (offsets[stands // abreast] + torch.arange(len(group)) - before) * abreast + stands % abreast
+    offsets[1:] = kept.sum(2).view(-1, abreast).amax(1).cumsum(0)
+    block, stand, column = kept.nonzero(as_tuple=True)
+    bunch = (block * padded + stand) // abreast
+    at = (offsets[bunch] + places[block, stand, column]) * abreast + stand % abreast
     steps = int(offsets[-1])
-    made = weight.new_zeros(steps * abreast, rows).index_copy_(0, at, values[group, :, column])
+    made = weight.new_zeros(steps * abreast, rows)
+    made.index_copy_(0, at, values[order[block, stand], :, block * depth + column])
     columns = torch.zeros(steps * abreast, dtype=index)
-    columns.index_copy_(0, at, (column % depth).to(index))
+    columns.index_copy_(0, at, column.to(index))
     return {
         "columns": columns.view(steps, abreast),
         "values": made.view(steps, abreast * rows),
@@ -70,12 +80,66 @@ def blocked(
     }
 
 
+def paired(kept: Tensor, order: Tensor) -> Tensor:
+    """The order [blocks, padded] of outputs so that two that follow one another share many of their columns.
+
+    They change places only within sixteen, which keep about as many. Greedy: the two that share most come together
+    first, less by how many one keeps more, since what fills up the other has to be multiplied too.
+    """
+    blocks, padded = order.shape
+    whole = padded // WINDOW * WINDOW
+    windows = order[:, :whole].reshape(-1, WINDOW)  # [blocks * windows, 16]
+    block = torch.arange(len(windows)) // max(1, whole // WINDOW)
+    of = kept[block.unsqueeze(1), windows].float()
+    count = of.sum(2)
+    common = of @ of.transpose(1, 2) - (count.unsqueeze(1) - count.unsqueeze(2)).abs()
+    taken = float("-inf")
+    common.diagonal(dim1=1, dim2=2).fill_(taken)
+    pairs, each = [], torch.arange(len(windows))
+    for _ in range(WINDOW // 2):
+        best = common.flatten(1).argmax(1)
+        pairs.append(torch.stack([best // WINDOW, best % WINDOW], 1))
+        for one in pairs[-1].unbind(1):
+            common[each, one, :] = common[each, :, one] = taken
+    found = torch.stack(pairs, 1)  # [blocks * windows, 8, 2]
+    fullest = count.gather(1, found.flatten(1)).view(found.shape).amax(2)
+    by_count = fullest.argsort(dim=1, descending=True, stable=True)
+    found = found.gather(1, by_count.unsqueeze(2).expand_as(found))
+    made = order.clone()
+    made[:, :whole] = windows.gather(1, found.flatten(1)).view(blocks, whole)
+    return made
+
+
+def shared_first(kept: Tensor) -> Tensor:
+    """Places of columns [blocks, padded, depth] so that what both pairs of a four share comes first, as much."""
+    blocks, padded, depth = kept.shape
+    both = kept.view(blocks, padded // 2, 2, depth).all(2)
+    which = both.cumsum(2, dtype=torch.int32)
+    count = both.sum(2).view(blocks, -1, 2).amin(2)  # of a four
+    front = both & (which <= count.repeat_interleave(2, 1).unsqueeze(2))
+    front, which = (t.repeat_interleave(2, 1) for t in (front, which))
+    rest = (kept & ~front).cumsum(2, dtype=torch.int32) + count.repeat_interleave(4, 1).unsqueeze(2)
+    return torch.where(front, which, rest.to(torch.int32)) - 1
+
+
+def shared(laid: Mapping[str, Tensor]) -> Tensor:
+    """With how many steps each four begins in which the first two columns are one, and the last two, int32."""
+    columns, offsets = laid["columns"], laid["offsets"]
+    apart = ((columns[:, 0] != columns[:, 1]) | (columns[:, 2] != columns[:, 3])).long()
+    # A step is one of them while none since its four began is apart.
+    before = F.pad(apart.cumsum(0), (1, 0))
+    first = before[offsets[:-1]].repeat_interleave(offsets.diff())
+    together = F.pad((before[1:] == first).cumsum(0), (1, 0))
+    return (together[offsets[1:]] - together[offsets[:-1]]).to(torch.int32)
+
+
 @dataclass(frozen=True)
 class KBlocked:
     """A value and a byte for each weight that is kept, in blocks of `depth` inputs: for 16 rows and more, in float32.
 
     In each block the outputs are sorted, 256 at a time, by how many of its weights they keep, and four that follow one
-    another go side by side, filled up with zeros for the first input of the block. 256 inputs to a block are for very
+    another go side by side, filled up with zeros for the first input of the block; the first two and the last two are
+    such that share many inputs, and begin with these. 256 inputs to a block are for very
     high sparsity, where each output keeps few of them.
 
     columns [steps, 4], uint8 and values [steps, 4]: a step of a four holds one weight of each of its outputs
@@ -158,6 +222,8 @@ class KBlocked:
         padded = self._padded(outputs)
         given = (pointer(packed.tensors[name]) for name in self.names)
         struct = Struct(outputs, inputs, self.depth, padded, *given)
+        struct.kept = shared(packed.tensors)
+        struct.shared = pointer(struct.kept)
         return Call(f"k_blocked_matmul_{VALUES[packed.dtype]}", struct, -(-padded // CHUNK))
 
     def _blocks(self, inputs: int) -> int:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from secateur.errors import KernelError, SettingError, did_you_mean
 
-VERSION = 5
+VERSION = 6
 """What secateur_version() of the library must say: raised with every change to a struct that Python fills in."""
 
 LEVELS = ("base", "avx2", "avx512", "amx", "neon")

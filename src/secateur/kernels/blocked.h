@@ -81,7 +81,30 @@ __attribute__((noinline)) void add_blocked(const KBlocked& weight, int64_t block
                       : whole || v < V - 1 ? load(at[i] + v * LANES)
                                              : load_some(at[i] + v * LANES, rest);
       }
-      for (int64_t left = steps; left > 0; left--, columns += A, values += A * N) {
+      int64_t left = steps;
+      if constexpr (N == 1 && S == 4) {  // an input that is loaded serves two outputs
+        int64_t pairs = weight.shared ? weight.shared[block * bunches + bunch] : 0;
+        for (left -= pairs; pairs > 0; pairs--, columns += A, values += A) {
+          const Side<Column, S> side(columns);
+#pragma GCC unroll 2
+          for (int s = 0; s < S; s += 2) {
+            const float* from = inputs[Inputs::AS_ONE ? side[s] : columns[s]];
+#ifdef __x86_64__
+            __asm__("" : "+r"(from));
+#endif
+            Vector x[V];
+#pragma GCC unroll 8
+            for (int v = 0; v < V; v++) x[v] = load(from + v * LANES);
+#pragma GCC unroll 2
+            for (int i = s; i < s + 2; i++) {
+              const Vector value = all(widen(values[i]));
+#pragma GCC unroll 8
+              for (int v = 0; v < V; v++) sum[i][v] += x[v] * value;
+            }
+          }
+        }
+      }
+      for (; left > 0; left--, columns += A, values += A * N) {
         const Side<Column, S> side(columns);
 #pragma GCC unroll 4
         for (int s = 0; s < S; s++) {

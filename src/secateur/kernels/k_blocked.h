@@ -20,6 +20,8 @@ struct KBlocked {
   const void* values;              // [steps, 4]
   const int32_t* rows;             // [blocks, padded]: the outputs in the order of a block
   const int64_t* offsets;          // [blocks * padded / 4 + 1]: the step at which a four begins
+  // [blocks * padded / 4]: with how many steps it begins in which the first two columns are one, and the last two; or null.
+  const int32_t* shared;
 };
 
 // One chunk for one row of x, whatever is in it.

@@ -83,7 +83,7 @@ Level detect() { return base; }
 }  // namespace
 
 // Raised when a struct that Python fills in changes: a library of other sources is then refused.
-SECATEUR_API int secateur_version() { return 5; }
+SECATEUR_API int secateur_version() { return 6; }
 
 // The highest level that this processor and its system can run.
 SECATEUR_API int secateur_machine() {
