@@ -11,19 +11,21 @@ struct Shifted {
   int64_t phases;         // of rows, by the stride
   int64_t pitch, high;    // floats from a row of a copy to the next, and its rows
   int64_t copy, channel;  // floats of one copy, and of all of a channel
+  int64_t half;           // from all copies of a channel to the same once more, moved by half a vector; 0 without
 };
 
 inline int64_t up(int64_t count, int64_t to) { return (count + to - 1) / to * to; }
 
 inline int64_t rows_below(const Convolution& call, int64_t tap_high) { return tap_high * call.apart_high / call.stride_high; }
 
-inline Shifted shifted_at(const Convolution& call, int64_t first, int64_t rows, int64_t pitch) {
+inline Shifted shifted_at(const Convolution& call, int64_t first, int64_t rows, int64_t pitch, bool twice) {
   const int64_t reach = (call.taps_high - 1) * call.apart_high, high = rows + reach / call.stride_high;
   // Copies as far apart as those of a whole chunk, so that places are the same in all of them.
   const int64_t whole = least(call.chunk, call.out_height) + reach / call.stride_high;
   const int64_t phases = least(call.stride_high, reach + 1), copy = up(whole * pitch + LANES, LANES);
+  const int64_t copies = phases * call.taps_wide * copy, all = twice ? 2 * copies : copies;
   // Channels an odd number of lines apart, so that they do not push one another out of the cache.
-  return {first, rows, phases, pitch, high, copy, up(phases * call.taps_wide * copy, 2 * LANES) + LANES};
+  return {first, rows, phases, pitch, high, copy, up(all, 2 * LANES) + LANES, twice ? copies : 0};
 }
 
 // Whether x is read where it lies: with zeros where a kernel that slides by one pixel sees beyond it.
@@ -35,20 +37,26 @@ inline bool lies_so(const Convolution& call) {
 // One copy, whose first column is that of the padding.
 inline Shifted as_it_lies(const Convolution& call, const ConvolutionItem& item) {
   const int64_t first = item.chunk * call.chunk, rows = least(call.chunk, call.out_height - first);
-  return {first, rows, 1, call.x_row, rows, 0, call.x_plane};
+  return {first, rows, 1, call.x_row, rows, 0, call.x_plane, 0};
 }
 
-// Rows lie one after the other, or a whole number of vectors apart, whichever takes less time: `uses` is how often a pixel
-// of the layout is multiplied. To copy a vector takes about three times as long as to multiply one, or twice as long as one
-// that begins anywhere.
+// Rows lie one after the other, once or with all copies moved by half a vector beside them, or a whole number of vectors
+// apart, whichever takes least time: `uses` is how often a pixel of the layout is multiplied. To copy a vector takes about
+// three times as long as to multiply one, or twice as long as one that begins anywhere; to copy what is copied once more
+// three times that, and of wide pictures it never pays.
 inline Shifted shifted_of(const Convolution& call, const ConvolutionItem& item, int64_t uses) {
   const int64_t first = item.chunk * call.chunk, rows = least(call.chunk, call.out_height - first);
   const int64_t width = call.out_width, wider = up(width, LANES), copies = call.taps_wide * call.channels;
-  int64_t split = 0;  // rows of the kernel that begin anywhere
-  for (int64_t tap = 0; tap < call.taps_high; tap++) split += rows_below(call, tap) * width % LANES != 0;
-  const int64_t close = width * (2 * uses * call.taps_high + uses * split + 6 * copies * call.taps_high);
-  const int64_t apart = wider * (2 * uses * call.taps_high + 6 * copies * call.taps_high);
-  return shifted_at(call, first, rows, close <= apart ? width : wider);
+  int64_t split = 0, quarter = 0;  // rows of the kernel that begin anywhere, and not in the middle of a vector either
+  for (int64_t tap = 0; tap < call.taps_high; tap++) {
+    split += rows_below(call, tap) * width % LANES != 0;
+    quarter += rows_below(call, tap) * width % (LANES / 2) != 0;
+  }
+  const int64_t each = 2 * uses * call.taps_high, copied = 6 * copies * call.taps_high;
+  const int64_t close = width * (each + uses * split + copied), apart = wider * (each + copied);
+  const int64_t once = least(close, apart), twice = width * (each + uses * quarter + 4 * copied);
+  if (width <= 2 * LANES && twice < once) return shifted_at(call, first, rows, width, true);
+  return shifted_at(call, first, rows, close <= apart ? width : wider, false);
 }
 
 // Where in the copies of its channel a tap finds what the first pixel sees.
@@ -58,7 +66,9 @@ inline int64_t shifted_place(const Convolution& call, const Shifted& layout, int
     return below * layout.pitch + tap % call.taps_wide * call.apart_wide - call.pad_wide;
   }
   const int64_t tap_high = tap / call.taps_wide, phase = tap_high * call.apart_high % call.stride_high;
-  return (phase * call.taps_wide + tap % call.taps_wide) * layout.copy + rows_below(call, tap_high) * layout.pitch;
+  const int64_t below = rows_below(call, tap_high) * layout.pitch;
+  const int64_t moved = layout.half && below % LANES == LANES / 2 ? layout.half - LANES / 2 : 0;
+  return (phase * call.taps_wide + tap % call.taps_wide) * layout.copy + below + moved;
 }
 
 // Where a picture ends: nothing is read beyond.
@@ -272,8 +282,8 @@ inline void shift_none(const Convolution& call, const Shifted& layout, const flo
   wild += seen[0] + seen[1];
 }
 
-// All copies of a channel. Adds NaN to `wild` where something that is seen is not finite.
-inline void lay_out_shifted(const Convolution& call, const Shifted& layout, const Within& bounds, const float* channel,
+// The copies of a channel. Adds NaN to `wild` where something that is seen is not finite.
+inline void lay_out_once(const Convolution& call, const Shifted& layout, const Within& bounds, const float* channel,
                             float* to, Vector& wild) {
   if (call.taps_wide == 1 && call.stride_wide == 1 && call.pad_wide == 0)
     return shift_none(call, layout, channel, to, wild);
@@ -292,6 +302,13 @@ inline void lay_out_shifted(const Convolution& call, const Shifted& layout, cons
 #endif
   see(call, layout, channel, wild);
   shift_channel(call, layout, bounds, channel, to);
+}
+
+// And all of them once more, moved by half a vector, where rows of the kernel see pixels that begin in the middle of one.
+inline void lay_out_shifted(const Convolution& call, const Shifted& layout, const Within& bounds, const float* channel,
+                            float* to, Vector& wild) {
+  lay_out_once(call, layout, bounds, channel, to, wild);
+  for (int64_t i = 0; i < layout.half; i += LANES) store(to + layout.half + i, load(to + LANES / 2 + i));
 }
 
 }  // namespace
