@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from secateur import kernels
 from secateur.formats import NM, Bitmap, BitmapInt8, Block, DepthTaps, GroupCols, Sell8, Sell16
-from secateur.formats.conv import arranged
+from secateur.formats.conv import PLACES, arranged
 
 COMPILER = "aarch64-linux-gnu-g++"
 ELSEWHERE = ("_avx2", "_avx512", "_amx")
@@ -90,7 +90,7 @@ def test_every_format_multiplies(program, format, dtype):
         y = x.new_full((rows, 36), 77)
         ready = packed.prepared
         call = Matmul(ctypes.addressof(ready.weight), x.data_ptr(), y.data_ptr(), bias.data_ptr(), rows)
-        beside = (ready.weight.inner,) if isinstance(format, GroupCols) else ()
+        beside = (ready.weight.inner, *ready.weight.inner.kept) if isinstance(format, GroupCols) else ()
         held = (ready.weight, *beside, *packed.tensors.values(), *getattr(ready.weight, "kept", ()), x, y, bias)
         got, level = answered(program, ready.kernel, call, ready.items, held, y)
         wanted = (x.double() @ (weight * mask).double().T + bias.double()).to(dtype)
@@ -111,8 +111,12 @@ def test_every_format_convolves(program, format, size, stride):
     y, held = torch.full(shape, 77.0), packed.prepared.weight
     call.weight, call.x, call.y = ctypes.addressof(held), x.data_ptr(), y.data_ptr()
     call.low, call.high = 0, float("inf")
-    inner = (held.inner,) if isinstance(format, GroupCols) else ()
+    inner = (held.inner, *held.inner.kept) if isinstance(format, GroupCols) else ()
     things = (held, *inner, *packed.tensors.values(), *held.kept, x, y)
+    if isinstance(format, GroupCols):
+        places = torch.zeros_like(held.laid["columns"])
+        call.places, things = places.data_ptr(), (*things, places)
+        places.copy_(answered(program, PLACES, call, len(held.laid["rows"]), things, places)[0])
     got, level = answered(program, format.convolves, call, 2 * call.chunks * call.parts, things, y)
     bias = packed.format.bias(packed).double()
     wanted = F.conv2d(x.double(), (weight * mask).double(), bias, stride, 1, 1, groups).relu().float()

@@ -243,9 +243,8 @@ class GroupCols:
         depth = -(-channels // blocks) * self.taps  # as even as can be
         laid = blocked(matrix.view(outputs, -1), keep.view(outputs, -1), depth, self.rows, torch.int16)
         inner = k_blocked.Struct(outputs, columns, depth, laid["rows"].shape[1], *map(pointer, laid.values()))
-        if self.rows == 1:
-            inner.kept = k_blocked.shared(laid)
-            inner.shared = pointer(inner.kept)
+        inner.kept = (k_blocked.shared(laid),) if self.rows == 1 else ()
+        inner.shared = pointer(inner.kept[0]) if inner.kept else None
         made = Struct(
             outputs,
             columns,

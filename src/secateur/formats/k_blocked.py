@@ -222,8 +222,8 @@ class KBlocked:
         padded = self._padded(outputs)
         given = (pointer(packed.tensors[name]) for name in self.names)
         struct = Struct(outputs, inputs, self.depth, padded, *given)
-        struct.kept = shared(packed.tensors)
-        struct.shared = pointer(struct.kept)
+        struct.kept = (shared(packed.tensors),)
+        struct.shared = pointer(struct.kept[0])
         return Call(f"k_blocked_matmul_{VALUES[packed.dtype]}", struct, -(-padded // CHUNK))
 
     def _blocks(self, inputs: int) -> int:
