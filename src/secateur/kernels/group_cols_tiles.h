@@ -136,8 +136,8 @@ inline Shifted seen_by(const Convolution& given, const Convolution& call, const 
   const GroupCols& weight = *group_cols_of(&given);
   const KBlocked& blocked = *weight.blocked;
   const int64_t blocks = (blocked.inputs + blocked.depth - 1) / blocked.depth;
-  const int64_t abreast = weight.rows < ABREAST ? ABREAST / weight.rows : 1;
-  const int64_t uses = blocked.offsets[blocks * blocked.padded / abreast] * abreast;
+  const int64_t beside = abreast(int(weight.rows));
+  const int64_t uses = blocked.offsets[blocks * blocked.padded / beside] * beside;
   // Whole vectors of pixels stay where they are, unless each is loaded often and channels are so far apart that they push
   // one another out of the cache.
   const bool vectors = of_pixels(&given) && call.out_width % LANES == 0;
@@ -240,14 +240,15 @@ bool convolve_item(const Convolution& given, const ConvolutionItem& item) {
   const Convolution call = as_rows(given);
   const GroupCols& weight = *group_cols_of(&given);
   const KBlocked& blocked = *weight.blocked;
-  const int64_t taps = call.taps_high * call.taps_wide, abreast = weight.rows < ABREAST ? ABREAST / weight.rows : 1;
+  const int64_t taps = call.taps_high * call.taps_wide, beside = abreast(int(weight.rows));
   const Shifted layout = seen_by(given, call, group_cols_item(&given, 0));
   if (!fits(call, layout, blocked.depth / taps)) return;
+  const int64_t first = shifted_place(call, layout, 0);
   const uint16_t* const columns = static_cast<const uint16_t*>(blocked.columns);
   const int64_t* const offsets = blocked.offsets;
-  for (int64_t i = offsets[begin * blocked.padded / abreast] * abreast;
-       i < offsets[end * blocked.padded / abreast] * abreast; i++) {
-    const int64_t below = shifted_place(call, layout, columns[i] % taps) - shifted_place(call, layout, 0);
+  for (int64_t i = offsets[begin * blocked.padded / beside] * beside;
+       i < offsets[end * blocked.padded / beside] * beside; i++) {
+    const int64_t below = shifted_place(call, layout, columns[i] % taps) - first;
     call.places[i] = uint16_t(columns[i] / taps * layout.channel + below);
   }
 }

@@ -54,14 +54,10 @@ struct Panel {
   }
 
   void finish(int64_t panel, const Matmul& call, const Sell& weight, int64_t row, const float*) const {
-    const int32_t* const rows = weight.rows + panel * LANES;
-    const T* const bias = static_cast<const T*>(call.bias);
-    T* const y = static_cast<T*>(call.y) + row * weight.outputs;
     float all[LANES];
     _mm256_storeu_ps(all, low);
     _mm256_storeu_ps(all + 8, high);
-    for (int64_t lane = 0; lane < LANES && rows[lane] < weight.outputs; lane++)
-      narrow(all[lane] + (bias ? widen(bias[rows[lane]]) : 0.0f), y + rows[lane]);
+    put<T>(all, panel, call, weight, row);
   }
 };
 

@@ -61,13 +61,9 @@ struct Panel {
 
   void finish(int64_t panel, const Matmul& call, const Sell& weight, int64_t row, const float* x) {
     if (odd_one) add(x, even);
-    const int32_t* const rows = weight.rows + panel * LANES;
-    const T* const bias = static_cast<const T*>(call.bias);
-    T* const y = static_cast<T*>(call.y) + row * weight.outputs;
     alignas(64) float all[LANES];
     _mm512_store_ps(all, _mm512_add_ps(even, odd));
-    for (int64_t lane = 0; lane < LANES && rows[lane] < weight.outputs; lane++)
-      narrow(all[lane] + (bias ? widen(bias[rows[lane]]) : 0.0f), y + rows[lane]);
+    put<T>(all, panel, call, weight, row);
   }
 };
 

@@ -284,7 +284,7 @@ inline void shift_none(const Convolution& call, const Shifted& layout, const flo
 
 // The copies of a channel. Adds NaN to `wild` where something that is seen is not finite.
 inline void lay_out_once(const Convolution& call, const Shifted& layout, const Within& bounds, const float* channel,
-                            float* to, Vector& wild) {
+                         float* to, Vector& wild) {
   if (call.taps_wide == 1 && call.stride_wide == 1 && call.pad_wide == 0)
     return shift_none(call, layout, channel, to, wild);
 #if LANES == 16
