@@ -22,6 +22,11 @@ constexpr int most(int n) { return n < 8 ? 4 : 3; }
 constexpr int at_once(int) { return 1; }
 constexpr int together(int n) { return n > 8 ? 8 : n; }
 constexpr int most(int n) { return n < 4 ? 8 : n < 8 ? 6 : 3; }
+#elif defined(__wasm__)
+// Engines load all vectors of x before they multiply any, and have fifteen registers: seven of x, seven sums, a weight.
+constexpr int at_once(int) { return 1; }
+constexpr int together(int n) { return n > 4 ? 4 : n; }
+constexpr int most(int n) { return n < 2 ? 7 : n < 4 ? 4 : 3; }
 #else
 constexpr int at_once(int) { return 1; }
 constexpr int together(int n) { return n > 4 ? 4 : n; }
