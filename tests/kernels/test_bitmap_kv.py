@@ -10,7 +10,7 @@ from secateur.cache.past import Past, Pruning
 
 CLOSE = {torch.float32: 3e-6, torch.bfloat16: 5e-3, torch.float16: 6e-4}
 # batch, heads, queries a head, width, tokens: one, primes, several chunks of scores, tiles by four, two and one, more
-# queries than share a register
+# queries than share a register or a tile, more words than there are tiles for sums
 SHAPES = [
     (2, 3, 3, 64, 1500),
     (1, 2, 1, 32, 4700),
@@ -22,6 +22,9 @@ SHAPES = [
     (1, 2, 2, 128, 180),
     (1, 1, 7, 80, 200),
     (1, 1, 5, 33, 65),
+    (1, 2, 8, 128, 1200),
+    (1, 1, 9, 96, 300),
+    (1, 1, 6, 160, 200),
 ]
 
 
@@ -90,15 +93,51 @@ def test_a_row_that_may_see_nothing_is_zero_and_masked_tokens_do_not_matter():
         torch.testing.assert_close(got[1].double(), exact(past, query, mask)[1], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_propagates(value):
-    past, query, _ = case((1, 2, 3, 64, 300), torch.float32)
+def test_what_is_not_finite_propagates(value, dtype):
+    past, query, _ = case((1, 2, 3, 64, 300), dtype)
     query[0, 4, 0, 7] = value
     for level in kernels.levels():
         with kernels.forced(level):
             got = attend(query, past, None, 0.125)
         assert bool(got[0, 4].isnan().all())
         assert bool(got[0, [0, 1, 2, 3, 5]].isfinite().all())
+
+
+@pytest.mark.parametrize("width", [64, 160])
+def test_infinity_in_the_cache_does_not_reach_its_neighbours(width):
+    """A token that a query turns from entirely, one that it turns to, and a channel without bound."""
+    made = torch.Generator().manual_seed(0)
+    keys, values = torch.randn(2, 1, 1, 96, width, generator=made).bfloat16()
+    query = torch.randn(1, 4, 1, width, generator=made).bfloat16()
+    query[0, :2, 0, 3], query[0, 2:, 0, 3] = -1, 1
+    for place in ("keys", "values"):
+        own = [keys.clone(), values.clone()]
+        own[place == "values"][0, 0, 9, 3] = float("inf")
+        past = Past(Pruning(0.5, 0.5, window=0))
+        past.append_(*own)
+        past.settle_(query.expand(-1, -1, 2, -1))
+        wanted = exact(past, query, None)
+        for level in kernels.levels():
+            with kernels.forced(level):
+                got = attend(query, past, None, width**-0.5).double()
+            there = wanted.isfinite()
+            assert torch.equal(got.isfinite(), there), f"{level}, {place}"
+            assert torch.equal(got.isnan(), wanted.isnan()), f"{level}, {place}"
+            torch.testing.assert_close(got[there], wanted[there], atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("group", [2, 4, 8])
+def test_weights_of_tokens_are_not_rounded_to_bfloat16(group):
+    """One token has most of the weight, and of the rest nothing is lost: what comes out is rounded once."""
+    past, query, _ = case((1, 1, group, 64, 640), torch.bfloat16)
+    wanted = exact(past, query, None)
+    for level in kernels.levels():
+        with kernels.forced(level):
+            got = attend(query, past, None, 0.125).double()
+        # Half of the last of eight bits, and what sums of floats and the lower halves leave.
+        assert bool(((got - wanted).abs() <= wanted.abs() * 2**-8 + 2e-5).all()), level
 
 
 def test_threads_do_not_change_the_result():

@@ -6,6 +6,7 @@
 // all rows.
 #include "bitmap.h"
 #include "streams.h"
+#include "tile_words.h"
 #include "tiles.h"
 #include "wide.h"
 
@@ -13,7 +14,7 @@ extern "C" Kernel bitmap_matmul_bf16_avx512;
 
 namespace {
 
-enum { TILE_STEPS = 16, TILE_INPUTS = 32, TILE_VALUES = 512, AHEAD = 2048, MASKS_AHEAD = 1024, MOST_BUFFER = 1 << 20 };
+enum { TILE_INPUTS = 32, MOST_BUFFER = 1 << 20 };
 
 // Tiles 0 to 3 hold sums, 4 and 5 rows of x, 6 and 7 weights; even ones are for the first 16 rows of x, odd ones for the
 // rest, or where there is none for the same rows and more weights.
@@ -29,41 +30,22 @@ void configure(int rows) {
 }
 
 // The steps of consecutive panels, expanded a tile at a time.
-struct Stream {
-  const uint32_t* masks;
-  const bf16* values;
+struct Stream : TileWords<2048> {
   int64_t steps, left;  // of a panel, and of this one
-  int lines;            // of 64 bytes that the values of a tile take, and a little more
 
   void begin(const Bitmap& weight, int64_t panel) {
     steps = left = (weight.inputs + 1) / 2;
-    masks = reinterpret_cast<const uint32_t*>(weight.masks) + panel * steps;
-    values = static_cast<const bf16*>(weight.values) + weight.offsets[panel];
     const int64_t panels = (weight.outputs + LANES - 1) / LANES;
-    const int64_t bytes = 2 * weight.offsets[panels] * TILE_STEPS / (panels * steps);
-    lines = bytes / 64 + 2 < TILE_STEPS ? int(bytes / 64 + 2) : TILE_STEPS;
+    TileWords::begin(reinterpret_cast<const uint32_t*>(weight.masks) + panel * steps,
+                     static_cast<const bf16*>(weight.values) + weight.offsets[panel], weight.offsets[panels],
+                     panels * steps * 32);
   }
 
   void expand(bf16* to) {
-    const char* const ahead = reinterpret_cast<const char*>(values) + AHEAD;
-    const int count = left < TILE_STEPS ? int(left) : TILE_STEPS;
-    _mm_prefetch(reinterpret_cast<const char*>(masks) + MASKS_AHEAD, _MM_HINT_T0);  // the masks of a tile are a line
-    if (count == TILE_STEPS) {
-      for (int line = 0; line < lines; line++) _mm_prefetch(ahead + 64 * line, _MM_HINT_T0);
-#pragma GCC unroll 16
-      for (int step = 0; step < TILE_STEPS; step++) one(to + 32 * step, masks[step]);
-    } else {
-      for (int step = 0; step < count; step++) one(to + 32 * step, masks[step]);
-      for (int step = count; step < TILE_STEPS; step++) _mm512_store_si512(to + 32 * step, _mm512_setzero_si512());
-    }
-    masks += count;
+    const int count = left < TILE_STEPS ? int(left) : int(TILE_STEPS);
+    TileWords::expand(to, count);
     left -= count;
     if (!left) left = steps;
-  }
-
-  void one(bf16* to, uint32_t mask) {
-    _mm512_store_si512(to, _mm512_maskz_expandloadu_epi16(mask, values));
-    values += __builtin_popcount(mask);
   }
 };
 
