@@ -35,7 +35,7 @@ from secateur.outcome import about_machine, about_versions, now, write_text
 HERE = Path(__file__).resolve().parent
 RESULT = HERE / "results" / "kv_cache.json"
 PAGE = HERE.parent / "docs" / "kv-cache-speed.md"
-SHAPES = {"SmolLM2-135M": (3, 3, 64), "Llama-3-8B": (8, 4, 128), "multi-head": (8, 1, 128)}
+SHAPES = {"SmolLM2-135M": (3, 3, 64), "Llama-3-8B": (8, 4, 128), "Llama-3-70B": (8, 8, 128), "multi-head": (8, 1, 128)}
 CONTEXTS = (1024, 4096, 16384, 65536)
 SPARSITIES = (0.5, 0.7)
 

@@ -63,53 +63,48 @@ inline Pair ordered(Pair pair, bf16) {
 
 inline uint32_t some(int64_t count) { return count >= 32 ? 0xffffffffu : (1u << count) - 1; }
 
-// e^x for x up to 0, to 2e-7 of it; 0 where it is below the smallest normal number. A NaN stays one.
-inline __m512 exponential(__m512 x) {
-  const __m512 t = _mm512_mul_ps(x, _mm512_set1_ps(1.44269504f));
-  const __mmask16 nothing = _mm512_cmp_ps_mask(t, _mm512_set1_ps(-126.0f), _CMP_LT_OQ);
-  const __m512 whole = _mm512_roundscale_ps(t, 0);
-  const __m512 r = _mm512_mul_ps(_mm512_sub_ps(t, whole), _mm512_set1_ps(0.69314718f));  // e^r, |r| < 0.35, by its series
-  __m512 sum = _mm512_set1_ps(1.0f / 720);
-  sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(1.0f / 120));
-  sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(1.0f / 24));
-  sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(1.0f / 6));
-  sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(0.5f));
-  sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(1.0f));
-  sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(1.0f));
-  return _mm512_mask_blend_ps(nothing, _mm512_scalef_ps(sum, whole), _mm512_setzero_ps());
+// 2^x for x up to 0, to 2e-7 of it; 0 where it is below the smallest normal number. A NaN stays one.
+inline __m512 power_of_two(__m512 x) {
+  const __m512 r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // what is above the whole number below
+  __m512 sum = _mm512_set1_ps(0.00187757641f);  // of all polynomials of this degree nearest to 2^r, from 0 to 1
+  sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(0.008989340732f));
+  sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(0.05582631751f));
+  sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(0.2401536172f));
+  sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(0.6931530732f));
+  sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(0.9999999251f));
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ), sum, x);
 }
 
-// What one query knows so far: the largest score, the sum of the weights, and the weighted values.
+// What one query knows so far: the largest score, as an exponent of two, and the sum of the weights.
 struct So {
   float most, whole;
 };
 
 // Scores [count] of one chunk to weights, and by how much what was summed before is to be multiplied.
 inline float weigh(float* score, int64_t count, float scaling, const float* bias, So* so) {
-  __m512 top = _mm512_set1_ps(-__builtin_inff());
-  __mmask16 odd = 0;  // where there is no number
+  const float of_two = 1.44269504f;
+  __m512 top = _mm512_set1_ps(so->most);
+  const auto exponents = [&](int64_t token, __mmask16 lanes) {
+    __m512 x = _mm512_mul_ps(_mm512_loadu_ps(score + token), _mm512_set1_ps(scaling * of_two));
+    if (bias) x = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(lanes, bias + token), _mm512_set1_ps(of_two), x);
+    _mm512_storeu_ps(score + token, x);
+    return x;
+  };
   for (int64_t token = 0; token < count; token += 16) {
     const __mmask16 lanes = first(count - token);
-    __m512 x = _mm512_mul_ps(_mm512_loadu_ps(score + token), _mm512_set1_ps(scaling));
-    if (bias) x = _mm512_add_ps(x, _mm512_maskz_loadu_ps(lanes, bias + token));
-    odd |= _mm512_mask_cmp_ps_mask(lanes, x, x, _CMP_UNORD_Q);
-    top = _mm512_mask_max_ps(top, lanes, top, x);
-    _mm512_storeu_ps(score + token, x);
+    top = _mm512_mask_max_ps(top, lanes, exponents(token, lanes), top);
   }
-  const float highest = odd ? __builtin_nanf("") : _mm512_reduce_max_ps(top);
-  const float most = highest <= so->most ? so->most : highest;
-  if (most == -__builtin_inff()) {  // nothing may be seen yet
-    for (int64_t token = 0; token < count; token++) score[token] = 0;
-    return 1;
-  }
+  const float most = _mm512_reduce_max_ps(top);
   __m512 whole = _mm512_setzero_ps();
   for (int64_t token = 0; token < count; token += 16) {
     const __mmask16 lanes = first(count - token);
-    const __m512 x = exponential(_mm512_sub_ps(_mm512_loadu_ps(score + token), _mm512_set1_ps(most)));
+    // Where nothing may be seen yet there is nothing to take away, and all is 0 but what is no number.
+    const __m512 less = _mm512_set1_ps(most == -__builtin_inff() ? 0 : most);
+    const __m512 x = power_of_two(_mm512_sub_ps(_mm512_loadu_ps(score + token), less));
     whole = _mm512_mask_add_ps(whole, lanes, whole, x);
     _mm512_storeu_ps(score + token, x);
   }
-  const float before = so->most == -__builtin_inff() ? 0 : __builtin_expf(so->most - most);
+  const float before = so->most == -__builtin_inff() ? 0 : __builtin_exp2f(so->most - most);
   so->most = most;
   so->whole = so->whole * before + _mm512_reduce_add_ps(whole);
   return before;
