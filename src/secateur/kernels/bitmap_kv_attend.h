@@ -148,24 +148,25 @@ struct Head {
   // several streams than to one. Where it came to is returned: what is no multiple of P is left.
   template <int P>
   int64_t packed_scores(int64_t from, int64_t tile, int64_t tiles) {
-    const int64_t apart = (tiles - tile) / P;
+    const int64_t apart = (tiles - tile) / P, width = call.width;
+    const float* const asked = reinterpret_cast<const float*>(spare);
     for (int64_t end = tile + apart; tile < end; tile++) {
       const int64_t place = item * call.room + from + tile;
-      const uint32_t* bits = call.key_bits + place * call.width;
+      const uint32_t* bits = call.key_bits + place * width;
       const T* value[P];
       Pair s[P][G];
       for (int p = 0; p < P; p++) {
         value[p] = static_cast<const T*>(call.key_values) + (place + p * apart) * call.key_kept;
         for (int g = 0; g < G; g++) s[p][g] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
       }
-      for (int64_t channel = 0; channel < call.width; channel++, bits++)
+      for (int64_t channel = 0; channel < width; channel++, bits++)
 #pragma GCC unroll 4
         for (int p = 0; p < P; p++) {
-          const Pair key = next(bits[p * apart * call.width], value[p]);
+          const Pair key = next(bits[p * apart * width], value[p]);
           ask_ahead(value[p], channel);
 #pragma GCC unroll 4
           for (int g = 0; g < G; g++) {
-            const __m512 q = _mm512_set1_ps(query[g * words * 32 + channel]);
+            const __m512 q = _mm512_set1_ps(asked[channel * G + g]);
             s[p][g] = {_mm512_fmadd_ps(key.a, q, s[p][g].a), _mm512_fmadd_ps(key.b, q, s[p][g].b)};
           }
         }
@@ -218,7 +219,8 @@ struct Head {
     }
   }
 
-  inline void add(int64_t word, Pair value, int64_t token, __m512* into, int64_t stride) {
+  inline __attribute__((always_inline)) void add(int64_t word, Pair value, int64_t token, __m512* into, int64_t stride) {
+#pragma GCC unroll 8
     for (int g = 0; g < G; g++) {
       const __m512 weight = _mm512_set1_ps(score[g * (CHUNK + BEHIND) + token]);
       into[g * stride + 2 * word] = _mm512_fmadd_ps(value.a, weight, into[g * stride + 2 * word]);
@@ -231,7 +233,9 @@ struct Head {
   int64_t packed_values(int64_t from, int64_t tile, int64_t tiles) {
     enum { HELD = 2 * (LAST - FIRST) };
     __m512 held[G * HELD];
+#pragma GCC unroll 8
     for (int g = 0; g < G; g++)
+#pragma GCC unroll 8
       for (int i = 0; i < HELD; i++) held[g * HELD + i] = sum[(g * W + FIRST) * 2 + i];
     const int64_t apart = (tiles - tile) / P;
     for (int64_t end = tile + apart; tile < end; tile++) {
@@ -253,7 +257,9 @@ struct Head {
             if (FIRST == 0) ask_ahead(value[p], token * W + word);
           }
     }
+#pragma GCC unroll 8
     for (int g = 0; g < G; g++)
+#pragma GCC unroll 8
       for (int i = 0; i < HELD; i++) sum[(g * W + FIRST) * 2 + i] = held[g * HELD + i];
     return tile + (P - 1) * apart;
   }
@@ -299,7 +305,12 @@ struct Head {
     else packed_values_of_any_width(tile, count);
   }
 
-  void begin() {}
+  // Queries as packed_scores reads them, side by side.
+  void begin() {
+    float* const asked = reinterpret_cast<float*>(spare);
+    for (int64_t channel = 0; channel < call.width; channel++)
+      for (int g = 0; g < G; g++) asked[channel * G + g] = query[g * words * 32 + channel];
+  }
 
   // The queries to what they find. Returns whether that is finite.
   template <class By>

@@ -32,8 +32,6 @@ inline void clear() {
   _tile_zero(3);
 }
 
-using Stream = TileWords<1024>;  // with more, streams of whole tiles outrun themselves
-
 // A tile's number is a part of the instruction: of sums, and of what is expanded for them.
 #define EACH_SUM(DO) DO(0, 6) DO(1, 7) DO(2, 6) DO(3, 7)
 
@@ -79,7 +77,7 @@ struct ByTiles {
     alignas(64) bf16 buffer[2][P][VALUES];  // one is filled while the unit works on the other
     alignas(64) float sums[2 * G][STEPS];
     for (int64_t end = tile + apart; tile < end; tile++) {
-      Stream streams[P];
+      TileWords streams[P];
       for (int p = 0; p < P; p++) {
         const int64_t place = head.item * call.room + from + tile + p * apart;
         streams[p].begin(call.key_bits + place * call.width, static_cast<const bf16*>(call.key_values) + place * call.key_kept,
@@ -156,7 +154,7 @@ struct ByTiles {
     Weights weights[2];
     int64_t turn = 0;
     for (int64_t end = tile + apart; tile < end; tile++) {
-      Stream streams[P];
+      TileWords streams[P];
       for (int p = 0; p < P; p++) {
         const int64_t place = head.item * call.room + from + tile + p * apart;
         streams[p].begin(call.value_bits + place * TILE * W,
@@ -165,7 +163,7 @@ struct ByTiles {
       }
       for (int token = 0; token < TILE; token += STEPS)
         for (int p = 0; p < P; p++, turn++) {
-          streams[p].template expand_apart<W>(buffer[turn % 2]);
+          streams[p].expand_apart(buffer[turn % 2]);
           take_weights((tile + p * apart) * TILE + token, weights[turn % 2]);
           if (turn) multiply<W>(buffer[(turn + 1) % 2], weights[(turn + 1) % 2]);
         }

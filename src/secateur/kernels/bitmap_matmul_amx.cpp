@@ -30,7 +30,7 @@ void configure(int rows) {
 }
 
 // The steps of consecutive panels, expanded a tile at a time.
-struct Stream : TileWords<2048> {
+struct Stream : TileWords {
   int64_t steps, left;  // of a panel, and of this one
 
   void begin(const Bitmap& weight, int64_t panel) {

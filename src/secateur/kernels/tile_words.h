@@ -9,11 +9,10 @@
 namespace {
 
 enum { TILE_STEPS = 16, TILE_VALUES = 512 };
+enum { FAR = 1024, WORDS_FAR = 512 };  // bytes that are asked for ahead; streams of whole tiles outrun themselves with more
 
-// Where some words have got to, and the values that come next. FAR is how many bytes of those are asked for ahead.
-template <int FAR>
+// Where some words have got to, and the values that come next.
 struct TileWords {
-  enum { WORDS_FAR = 1024 };
   const uint32_t* words;
   const bf16* values;
   int lines;  // of 64 bytes that the values of a tile take, and a little more
