@@ -15,7 +15,8 @@ from secateur.formats import DepthTaps, GroupCols, unpack
 from secateur.formats.conv import SparseConv2d, convolve
 
 SPARSITIES = [0.0, 0.6, 0.95, 1.0]
-# Channels, kernel, picture, stride, padding, dilation: pictures narrower and wider than vectors of both lengths.
+# Channels, kernel, picture, stride, padding, dilation: pictures narrower and wider than vectors of both lengths, of several
+# items, and every other pixel of rows that fill a vector or half of one, with some left over and without.
 CONVOLUTIONS = [
     (1, (1, 1), (1, 1), (1, 1), (0, 0), (1, 1)),
     (19, (3, 3), (7, 7), (1, 1), (1, 1), (1, 1)),
@@ -28,6 +29,13 @@ CONVOLUTIONS = [
     (5, (5, 1), (11, 16), (2, 3), (3, 1), (2, 1)),
     (5, (2, 3), (12, 16), (3, 1), (2, 4), (1, 3)),
     (2, (7, 7), (90, 2), (4, 4), (3, 3), (1, 1)),
+    (9, (3, 3), (2, 2), (1, 1), (1, 1), (1, 1)),
+    (5, (3, 3), (4, 4), (2, 2), (1, 1), (1, 1)),
+    (4, (3, 3), (16, 32), (2, 2), (1, 1), (1, 1)),
+    (3, (3, 3), (5, 16), (2, 2), (1, 1), (1, 1)),
+    (3, (3, 3), (9, 47), (1, 2), (0, 2), (2, 1)),
+    (2, (3, 3), (130, 40), (1, 1), (1, 1), (1, 1)),
+    (2, (3, 3), (300, 64), (2, 2), (1, 1), (1, 1)),
 ]
 
 
