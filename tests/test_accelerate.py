@@ -183,6 +183,37 @@ def test_a_chain_may_make_up_for_what_its_layers_lose(cost, monkeypatch, packed,
     torch.testing.assert_close(found.model(x), model(x))
 
 
+class Small(nn.Module):
+    """Ends in a layer that sees four pixels, too few to fill a vector."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.first, self.last = nn.Conv2d(3, 16, 3, padding=1, stride=2), nn.Conv2d(16, 24, 1)
+        with torch.no_grad():
+            self.last.weight *= torch.rand(self.last.weight.shape, generator=torch.Generator().manual_seed(1)) > 0.8
+
+    def forward(self, x):
+        return self.last(self.first(x).relu())
+
+
+@pytest.mark.parametrize(("whole", "chosen"), [(1.0, "group-cols-1"), (1.98, "bitmap")])
+def test_a_chain_may_want_another_format_than_a_layer_by_itself(cost, monkeypatch, whole, chosen):
+    cost(2.0, 1.0)
+    monkeypatch.setattr(MODULE, "time_pair", lambda *_: (timing(2.0), timing(whole)))
+    model, x = Small(), torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    found = accelerate(model, x)
+    by_name = {c.layer: c for c in found.choices}
+    tried = [t.name for t in by_name["last"].trials]
+    assert "bitmap" in tried and "group-cols-1" in tried  # as fast as one another, and the bitmap is the first
+    assert by_name["last"].chosen == chosen
+    assert ("in a chain" in by_name["last"].why) is (chosen == "group-cols-1")
+    chains = [module for module in found.model.modules() if isinstance(module, ConvChain)]
+    assert [len(chain.layers) for chain in chains] == ([2] if chosen == "group-cols-1" else [1])
+    torch.testing.assert_close(found.model(x), model(x))
+
+
 class Sly(Pictures):
     """Does something else where it is traced."""
 

@@ -164,17 +164,16 @@ def accelerate(
     with _threads(threads), torch.no_grad():
         seen = _seen(base, layers, batch)
         chosen: dict[str, nn.Module] = {}
-        beside: dict[str, nn.Module] = {}  # convolutions that are slower packed, which a chain may make up for
+        beside: dict[str, nn.Module] = {}  # convolutions that are slower so, which a chain may make up for
         choices: list[Choice] = []
         for some in _at_once(layers):
-            for choice, packed in _measured(some, seen, formats):
+            for choice, packed, other in _measured(some, seen, formats):
                 choices.append(choice)
-                if packed is not None:
-                    (beside if choice.chosen == "dense" else chosen)[choice.layer] = packed
+                chosen |= {} if packed is None else {choice.layer: packed}
+                beside |= {} if other is None else {choice.layer: other}
         sparse = _in_chains(sharing(base, {layers[name]: packed for name, packed in chosen.items()}), batch)
         if beside:
-            sparse, choices = _all_chained(base, layers, chosen, beside, choices, sparse, batch)
-            chosen |= {c.layer: beside[c.layer] for c in choices if c.layer in beside and c.chosen != "dense"}
+            sparse, choices, chosen = _all_chained(base, layers, chosen, beside, choices, sparse, batch)
         before, after = time_pair(dense, sparse, batch)
         if (chosen or base is not dense) and after.milliseconds > before.milliseconds:
             why = f"the whole model was slower with it: {after.milliseconds:.3g} ms, dense {before.milliseconds:.3g}"
@@ -207,25 +206,27 @@ def _answers_alike(model: nn.Module, made: nn.Module, batch: Batch) -> bool:
 def _all_chained(
     base: nn.Module,
     layers: Mapping[str, Layer],
-    chosen: Mapping[str, nn.Module],
-    beside: Mapping[str, nn.Module],
+    chosen: dict[str, nn.Module],
+    beside: dict[str, nn.Module],
     choices: list[Choice],
     sparse: nn.Module,
     batch: Batch,
-) -> tuple[nn.Module, list[Choice]]:
-    """The model with every convolution packed that can be, where one chain of them all is faster than what it is.
+) -> tuple[nn.Module, list[Choice], dict[str, nn.Module]]:
+    """The model with every convolution as a chain takes it, where one chain of them all is faster than what it is.
 
-    A layer by itself is timed with the call of it; in a chain there is none, but a dense layer in the middle ends it.
+    A layer by itself is timed with the call of it; in a chain there is none, but what is no part of it ends it.
     """
-    longer = _in_chains(sharing(base, {layers[name]: packed for name, packed in {**chosen, **beside}.items()}), batch)
+    packed = {**chosen, **beside}
+    longer = _in_chains(sharing(base, {layers[name]: at for name, at in packed.items()}), batch)
     if not any(isinstance(module, ConvChain) for module in longer.modules()):
-        return sparse, choices
+        return sparse, choices, chosen
     now, then = time_pair(sparse, longer, batch)
     if then.milliseconds > now.milliseconds * (1 - MARGIN):
-        return sparse, choices
+        return sparse, choices, chosen
     why = f"in a chain: the whole model takes {then.milliseconds:.3g} ms with it, {now.milliseconds:.3g} without"
-    names = {name: packed.packed.format.name for name, packed in beside.items() if isinstance(packed, SparseConv2d)}
-    return longer, [replace(c, chosen=names[c.layer], why=why) if c.layer in names else c for c in choices]
+    names = {name: at.packed.format.name for name, at in beside.items() if isinstance(at, SparseConv2d)}
+    told = [replace(c, chosen=names[c.layer], why=why) if c.layer in names else c for c in choices]
+    return longer, told, packed
 
 
 def break_even(
@@ -291,8 +292,8 @@ def memory_speed(nbytes: int = 2**28) -> float | None:
 
 def _measured(
     layers: Mapping[str, Layer], seen: Mapping[str, "Seen"], formats: Sequence[Format]
-) -> Iterator[tuple[Choice, nn.Module | None]]:
-    """Each layer with what was chosen for it and the packed layer; where that is dense, the one a chain could take."""
+) -> Iterator[tuple[Choice, nn.Module | None, nn.Module | None]]:
+    """Each layer with what was chosen for it and the packed layer, and where that is not for chains one that is."""
     packed: dict[str, dict[str, SparseLinear | SparseConv2d | SparsePointwise]] = {}
     reasons: dict[str, str] = {}
     calls: list[tuple[str, str, Any]] = []
@@ -332,21 +333,25 @@ def _measured(
         if name in seen:
             rows = seen[name].rows(layer)
         if not trials:
-            yield Choice(name, shape, rows, sparsity, "dense", reasons[name]), None
+            yield Choice(name, shape, rows, sparsity, "dense", reasons[name]), None, None
             continue
         slid = seen[name].slid(layer) if isinstance(layer, nn.Conv2d) else None
         best = min((t for t in trials if t.name in held), key=lambda trial: trial.milliseconds)
         dense = min((t for t in trials if t.name not in held), key=lambda trial: trial.milliseconds)
+        links = [t for t in trials if isinstance(held.get(t.name), SparseConv2d)]
+        link = min(links, key=lambda trial: trial.milliseconds, default=None)
+        other = held[link.name] if link is not None and link.milliseconds < TWICE * dense.milliseconds else None
         if best.milliseconds > dense.milliseconds * (1 - MARGIN):
             why = f"{best.name} takes {best.milliseconds:.3g} ms, {dense.name} {dense.milliseconds:.3g}"
-            other = held[best.name]
-            yield (
-                Choice(name, shape, rows, sparsity, "dense", why, trials, slid),
-                other if isinstance(other, SparseConv2d) and best.milliseconds < TWICE * dense.milliseconds else None,
-            )
+            yield Choice(name, shape, rows, sparsity, "dense", why, trials, slid), None, other
         else:
             why = f"{dense.milliseconds / best.milliseconds:.2f} times as fast as {dense.name}"
-            yield Choice(name, shape, rows, sparsity, best.name, why, trials, slid), held[best.name]
+            chosen = held[best.name]
+            yield (
+                Choice(name, shape, rows, sparsity, best.name, why, trials, slid),
+                chosen,
+                None if chosen is other else other,
+            )
 
 
 def _why_not(format: Format, layer: Layer, seen: "Seen") -> str | None:
@@ -361,7 +366,7 @@ def _why_not(format: Format, layer: Layer, seen: "Seen") -> str | None:
     reason = reason or format.why_not(layer.weight)
     if reason is not None or not isinstance(format, (GroupCols, KBlocked)):
         return reason
-    if (rows := seen.rows(layer)) < FEWEST:
+    if (rows := seen.rows(layer)) < FEWEST and not isinstance(layer, nn.Conv2d):  # in a chain it may make up for that
         return f"{rows} rows leave its lanes empty"
     if isinstance(format, KBlocked):
         return None if layer.weight.dtype is torch.float32 else "it is for float32: tiles multiply 16 bits faster"

@@ -15,8 +15,8 @@ from secateur.formats import DepthTaps, GroupCols, unpack
 from secateur.formats.conv import SparseConv2d, convolve
 
 SPARSITIES = [0.0, 0.6, 0.95, 1.0]
-# Channels, kernel, picture, stride, padding, dilation: pictures narrower and wider than vectors of both lengths, of several
-# items, and every other pixel of rows that fill a vector or half of one, with some left over and without.
+# Channels, kernel, picture, stride, padding, dilation: pictures narrower and wider than vectors of both lengths, of
+# several items, and every other pixel of rows that fill a vector or half of one, with some left over and without.
 CONVOLUTIONS = [
     (1, (1, 1), (1, 1), (1, 1), (0, 0), (1, 1)),
     (19, (3, 3), (7, 7), (1, 1), (1, 1), (1, 1)),
