@@ -1,21 +1,25 @@
 // Depthwise convolutions that read pictures where they lie: with masks, which cost next to nothing, a tap loads what it sees
 // of sixteen pixels of the outcome, and zeros beyond the edge. Pixels follow one another over the ends of rows, so that narrow
-// pictures fill vectors too. Of every other pixel each half of a vector comes out of a load of its own, and anything else is
-// gathered.
+// pictures fill vectors too. Of every other pixel each half of a vector comes out of a load of its own, for which rows that are
+// no halves of vectors begin vectors of their own, and anything else is gathered.
 #pragma once
 #include "depth_taps_rows.h"
 
 namespace {
 
 enum Way { LOADED, HALVED, GATHERED };  // what sixteen pixels see
+enum { FEW = 4 };                       // pixels of a row that are gathered as fast
+
+inline bool in_halves(const Convolution& call) { return call.out_width % (LANES / 2) == 0; }
 
 // What the taps see of the pixels of an item, alike for all channels.
 struct Sight {
   int64_t first, rows, begin, end;  // rows of the outcome, and those of the picture that they see, up to one
-  int64_t taps;
+  int64_t taps, vectors;
   Way way;
-  int32_t* inputs;       // of a vector of pixels after the other [LANES]: where in the picture they lie, before a tap
-  uint16_t* masks;       // [taps]: the lanes that see something of the picture
+  int32_t* counts;       // pixels of a vector
+  int32_t* inputs;       // of each [LANES]: where in the picture they lie, before a tap
+  uint16_t* masks;       // of each [taps]: the lanes that see something of the picture
   int64_t places[TAPS];  // how far from a pixel a tap looks
 
   Sight(const Convolution& call, int64_t chunk)
@@ -23,7 +27,7 @@ struct Sight {
         rows(least(call.chunk, call.out_height - first)),
         taps(call.taps_high * call.taps_wide),
         way(call.stride_high * call.stride_wide == 1 && call.x_row == call.out_width ? LOADED
-            : call.stride_wide == 2 && call.out_width % (LANES / 2) == 0             ? HALVED
+            : call.stride_wide == 2 && (in_halves(call) || call.out_width > FEW)      ? HALVED
                                                                                      : GATHERED) {
     const int64_t top = first * call.stride_high - call.pad_high;
     begin = top < 0 ? 0 : top;
@@ -31,13 +35,18 @@ struct Sight {
     for (int64_t tap = 0; tap < taps; tap++)
       places[tap] = (tap / call.taps_wide * call.apart_high - call.pad_high) * call.x_row +
                     tap % call.taps_wide * call.apart_wide - call.pad_wide;
-    const int64_t pixels = rows * call.out_width, vectors = (pixels + LANES - 1) / LANES;
-    inputs = static_cast<int32_t*>(scratch(vectors * (LANES * sizeof(int32_t) + taps * sizeof(uint16_t))));
-    masks = reinterpret_cast<uint16_t*>(inputs + vectors * LANES);
+    const bool by_row = way == HALVED && !in_halves(call);
+    const int64_t run = by_row ? call.out_width : rows * call.out_width;  // pixels that fill vectors together
+    const int64_t of_run = (run + LANES - 1) / LANES;
+    vectors = by_row ? rows * of_run : of_run;
+    const int64_t each = (LANES + 1) * sizeof(int32_t) + taps * sizeof(uint16_t);
+    inputs = static_cast<int32_t*>(scratch(vectors * each));
+    counts = inputs + vectors * LANES;
+    masks = reinterpret_cast<uint16_t*>(counts + vectors);
     alignas(64) int32_t high_of[LANES], wide_of[LANES];
     for (int lane = 0; lane < LANES; lane++) {
-      high_of[lane] = int32_t(lane / call.out_width);
-      wide_of[lane] = int32_t(lane % call.out_width);
+      high_of[lane] = int32_t(by_row ? 0 : lane / call.out_width);
+      wide_of[lane] = int32_t(by_row ? lane : lane % call.out_width);
     }
     const __m512i width = _mm512_set1_epi32(int(call.out_width)), one = _mm512_set1_epi32(1);
     __m512i high = _mm512_load_si512(high_of), wide = _mm512_load_si512(wide_of);
@@ -46,7 +55,8 @@ struct Sight {
     };
     uint16_t* of = masks;
     for (int64_t vector = 0; vector < vectors; vector++) {
-      const int64_t left = pixels - vector * LANES;
+      const int64_t left = run - vector % of_run * LANES;
+      counts[vector] = int32_t(least(left, LANES));
       const __m512i row = at(high, call.stride_high, 0), column = at(wide, call.stride_wide, 0);
       const __m512i place = _mm512_add_epi32(at(row, call.x_row, 0), column);
       _mm512_storeu_si512(inputs + vector * LANES, place);
@@ -57,6 +67,15 @@ struct Sight {
         for (int64_t right = 0; right < call.taps_wide; right++)
           *of++ = _mm512_mask_cmplt_epu32_mask(rows_there, at(column, 1, right * call.apart_wide - call.pad_wide),
                                                _mm512_set1_epi32(int(call.width)));
+      }
+      if (by_row && left <= LANES) {
+        wide = _mm512_load_si512(wide_of);
+        high = _mm512_add_epi32(high, one);
+        continue;
+      }
+      if (by_row) {
+        wide = _mm512_add_epi32(wide, _mm512_set1_epi32(LANES));
+        continue;
       }
       wide = _mm512_add_epi32(wide, _mm512_set1_epi32(int(LANES % call.out_width)));
       high = _mm512_add_epi32(high, _mm512_set1_epi32(int(LANES / call.out_width)));
@@ -90,15 +109,14 @@ struct Look {
 
 // The outcome of a channel of N taps, or with N < 0 of as many as there are.
 template <int N, Way WAY>
-void look_over(const Look& look, const Sight& sight, float lowest, float highest, const float* from, float* to,
-               int64_t pixels) {
+void look_over(const Look& look, const Sight& sight, float lowest, float highest, const float* from, float* to) {
   Vector weights[N > 0 ? N : 1];
 #pragma GCC unroll 9
   for (int tap = 0; tap < N; tap++) weights[tap] = all(look.weights[tap]);
   const Vector bias = all(look.bias), low = all(lowest), high = all(highest);
   const uint16_t* masks = sight.masks;
   const int32_t* inputs = sight.inputs;
-  for (; pixels > 0; pixels -= LANES, masks += sight.taps, inputs += LANES, to += LANES) {
+  for (int64_t vector = 0; vector < sight.vectors; vector++, masks += sight.taps, inputs += LANES) {
     Vector sum = bias;
     const auto add = [&](int64_t tap, Vector weight) {
       const uint16_t there = masks[look.taps[tap]];
@@ -123,21 +141,18 @@ void look_over(const Look& look, const Sight& sight, float lowest, float highest
     }
     sum = sum < low ? low : sum;
     sum = sum > high ? high : sum;
-    if (pixels >= LANES)
-      store(to, sum);
-    else
-      store_some(to, sum, pixels);
+    store_some(to, sum, sight.counts[vector]);
+    to += sight.counts[vector];
     if (WAY == LOADED) from += LANES;
   }
 }
 
 template <Way WAY>
-void look_over_any(const Look& look, const Sight& sight, float low, float high, const float* from, float* to,
-                   int64_t pixels) {
+void look_over_any(const Look& look, const Sight& sight, float low, float high, const float* from, float* to) {
   switch (look.count) {
-    case 4: return look_over<4, WAY>(look, sight, low, high, from, to, pixels);
-    case 9: return look_over<9, WAY>(look, sight, low, high, from, to, pixels);
-    default: return look_over<-1, WAY>(look, sight, low, high, from, to, pixels);
+    case 4: return look_over<4, WAY>(look, sight, low, high, from, to);
+    case 9: return look_over<9, WAY>(look, sight, low, high, from, to);
+    default: return look_over<-1, WAY>(look, sight, low, high, from, to);
   }
 }
 
@@ -157,11 +172,11 @@ inline bool look_over_item(const Convolution& call, const ConvolutionItem& item,
     float* const y = y_of(&call, call.channels, item.picture, channel) + sight.first * call.out_width;
     look.take(weight, sight, channel);
     if (sight.way == LOADED)
-      look_over_any<LOADED>(look, sight, low, high, corner, y, pixels);
+      look_over_any<LOADED>(look, sight, low, high, corner, y);
     else if (sight.way == HALVED)
-      look_over_any<HALVED>(look, sight, low, high, corner, y, pixels);
+      look_over_any<HALVED>(look, sight, low, high, corner, y);
     else
-      look_over_any<GATHERED>(look, sight, low, high, corner, y, pixels);
+      look_over_any<GATHERED>(look, sight, low, high, corner, y);
     if (call.more)
       add_more(&call, call.channels, item.picture, channel, sight.first * call.out_width, pixels);
   }
