@@ -1,5 +1,7 @@
 // Vectors of 8 floats.
 #define LANES 8
-#include "depth_taps_rows.h"
+#include "depth_taps_in_place.h"
 
-extern "C" void depth_taps_conv_f32_avx2(const void* call, int64_t begin, int64_t end) { slide(call, begin, end); }
+extern "C" void depth_taps_conv_f32_avx2(const void* call, int64_t begin, int64_t end) {
+  slide_either_way(call, begin, end);
+}

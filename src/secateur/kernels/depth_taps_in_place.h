@@ -1,22 +1,62 @@
 // Depthwise convolutions that read pictures where they lie: with masks, which cost next to nothing, a tap loads what it sees
-// of sixteen pixels of the outcome, and zeros beyond the edge. Pixels follow one another over the ends of rows, so that narrow
-// pictures fill vectors too. Of every other pixel each half of a vector comes out of a load of its own, for which rows that are
-// no halves of vectors begin vectors of their own, and anything else is gathered.
+// of a vector of pixels of the outcome, and zeros beyond the edge. Pixels follow one another over the ends of rows where what
+// they see does, so that narrow pictures fill vectors too; elsewhere a row begins a vector. Of every other pixel each half of a
+// vector comes out of a load of its own, and anything else is gathered.
 #pragma once
+#include <immintrin.h>
+
 #include "depth_taps_rows.h"
 
 namespace {
 
-enum Way { LOADED, HALVED, GATHERED };  // what sixteen pixels see
+enum Way { LOADED, HALVED, GATHERED };  // what the pixels of a vector see
 enum { FEW = 4 };                       // pixels of a row that are gathered as fast
+#if LANES == 16
+enum { WIDE = INT32_MAX };
+#else
+enum { WIDE = 2 * LANES };  // rows that are laid out with padding as fast: a mask has to be made of its bits
+#endif
 
-inline bool in_halves(const Convolution& call) { return call.out_width % (LANES / 2) == 0; }
+typedef int32_t Places __attribute__((vector_size(LANES * 4)));
+typedef uint32_t Unsigned __attribute__((vector_size(LANES * 4)));
+
+inline Places all_places(int64_t value) { return int32_t(value) - Places{}; }
+
+// Bit by bit, the lanes below a limit. Below 0 they are very large numbers.
+inline uint32_t below(Places lanes, int64_t limit) {
+#if LANES == 16
+  return _mm512_cmplt_epu32_mask(__m512i(lanes), _mm512_set1_epi32(int(limit)));
+#else
+  return uint32_t(_mm256_movemask_ps(__m256(Unsigned(lanes) < Unsigned(all_places(limit)))));
+#endif
+}
+
+// The lanes whose bits are set, zeros elsewhere: nothing else is read.
+inline Vector load_where(const float* from, uint32_t bits) {
+#if LANES == 16
+  return Vector(_mm512_maskz_loadu_ps(__mmask16(bits), from));
+#else
+  const Places each = {1, 2, 4, 8, 16, 32, 64, 128};
+  return Vector(_mm256_maskload_ps(from, __m256i((all_places(bits) & each) == each)));
+#endif
+}
+
+inline Vector gather_where(const float* from, const int32_t* places, uint32_t bits) {
+#if LANES == 16
+  return Vector(_mm512_mask_i32gather_ps(_mm512_setzero_ps(), __mmask16(bits), _mm512_loadu_si512(places), from, 4));
+#else
+  const Places each = {1, 2, 4, 8, 16, 32, 64, 128};
+  const __m256i at = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(places));
+  return Vector(_mm256_mask_i32gather_ps(_mm256_setzero_ps(), from, at, __m256((all_places(bits) & each) == each), 4));
+#endif
+}
 
 // What the taps see of the pixels of an item, alike for all channels.
 struct Sight {
   int64_t first, rows, begin, end;  // rows of the outcome, and those of the picture that they see, up to one
   int64_t taps, vectors;
   Way way;
+  bool by_row;           // a row begins a vector
   int32_t* counts;       // pixels of a vector
   int32_t* inputs;       // of each [LANES]: where in the picture they lie, before a tap
   uint16_t* masks;       // of each [taps]: the lanes that see something of the picture
@@ -25,17 +65,19 @@ struct Sight {
   Sight(const Convolution& call, int64_t chunk)
       : first(chunk * call.chunk),
         rows(least(call.chunk, call.out_height - first)),
-        taps(call.taps_high * call.taps_wide),
-        way(call.stride_high * call.stride_wide == 1 && call.x_row == call.out_width ? LOADED
-            : call.stride_wide == 2 && (in_halves(call) || call.out_width > FEW)      ? HALVED
-                                                                                     : GATHERED) {
+        taps(call.taps_high * call.taps_wide) {
+    const bool follow = call.stride_high * call.stride_wide == 1 && call.x_row == call.out_width;
+    const bool halves = call.out_width % (LANES / 2) == 0, wide_enough = call.out_width > FEW;
+    way = call.stride_wide == 1 && (follow || wide_enough)   ? LOADED
+          : call.stride_wide == 2 && (halves || wide_enough) ? HALVED
+                                                             : GATHERED;
+    by_row = way != GATHERED && !(way == LOADED ? follow : halves);
     const int64_t top = first * call.stride_high - call.pad_high;
     begin = top < 0 ? 0 : top;
     end = least(top + (rows - 1) * call.stride_high + (call.taps_high - 1) * call.apart_high + 1, call.height);
     for (int64_t tap = 0; tap < taps; tap++)
       places[tap] = (tap / call.taps_wide * call.apart_high - call.pad_high) * call.x_row +
                     tap % call.taps_wide * call.apart_wide - call.pad_wide;
-    const bool by_row = way == HALVED && !in_halves(call);
     const int64_t run = by_row ? call.out_width : rows * call.out_width;  // pixels that fill vectors together
     const int64_t of_run = (run + LANES - 1) / LANES;
     vectors = by_row ? rows * of_run : of_run;
@@ -43,45 +85,35 @@ struct Sight {
     inputs = static_cast<int32_t*>(scratch(vectors * each));
     counts = inputs + vectors * LANES;
     masks = reinterpret_cast<uint16_t*>(counts + vectors);
-    alignas(64) int32_t high_of[LANES], wide_of[LANES];
+    Places high = {}, wide = {};
     for (int lane = 0; lane < LANES; lane++) {
-      high_of[lane] = int32_t(by_row ? 0 : lane / call.out_width);
-      wide_of[lane] = int32_t(by_row ? lane : lane % call.out_width);
+      high[lane] = int32_t(by_row ? 0 : lane / call.out_width);
+      wide[lane] = int32_t(by_row ? lane : lane % call.out_width);
     }
-    const __m512i width = _mm512_set1_epi32(int(call.out_width)), one = _mm512_set1_epi32(1);
-    __m512i high = _mm512_load_si512(high_of), wide = _mm512_load_si512(wide_of);
-    const auto at = [](__m512i place, int64_t stride, int64_t from) {
-      return _mm512_add_epi32(_mm512_mullo_epi32(place, _mm512_set1_epi32(int(stride))), _mm512_set1_epi32(int(from)));
-    };
+    const Places beginning = wide;
     uint16_t* of = masks;
     for (int64_t vector = 0; vector < vectors; vector++) {
       const int64_t left = run - vector % of_run * LANES;
       counts[vector] = int32_t(least(left, LANES));
-      const __m512i row = at(high, call.stride_high, 0), column = at(wide, call.stride_wide, 0);
-      const __m512i place = _mm512_add_epi32(at(row, call.x_row, 0), column);
-      _mm512_storeu_si512(inputs + vector * LANES, place);
-      const __mmask16 real = left < LANES ? __mmask16((1u << left) - 1) : __mmask16(0xffff);
+      const Places row = high * int32_t(call.stride_high), column = wide * int32_t(call.stride_wide);
+      const Places place = row * int32_t(call.x_row) + column;
+      __builtin_memcpy(inputs + vector * LANES, &place, sizeof place);
+      const uint32_t real = left < LANES ? (1u << left) - 1 : (1u << LANES) - 1;
       for (int64_t down = 0; down < call.taps_high; down++) {
-        const __m512i seen = at(row, 1, top + down * call.apart_high);  // below 0 it is a very large number
-        const __mmask16 rows_there = _mm512_mask_cmplt_epu32_mask(real, seen, _mm512_set1_epi32(int(call.height)));
+        const uint32_t there = real & below(row + int32_t(top + down * call.apart_high), call.height);
         for (int64_t right = 0; right < call.taps_wide; right++)
-          *of++ = _mm512_mask_cmplt_epu32_mask(rows_there, at(column, 1, right * call.apart_wide - call.pad_wide),
-                                               _mm512_set1_epi32(int(call.width)));
-      }
-      if (by_row && left <= LANES) {
-        wide = _mm512_load_si512(wide_of);
-        high = _mm512_add_epi32(high, one);
-        continue;
+          *of++ = uint16_t(there & below(column + int32_t(right * call.apart_wide - call.pad_wide), call.width));
       }
       if (by_row) {
-        wide = _mm512_add_epi32(wide, _mm512_set1_epi32(LANES));
-        continue;
+        wide = left > LANES ? wide + LANES : beginning;
+        high += left > LANES ? 0 : 1;
+      } else {
+        wide += int32_t(LANES % call.out_width);
+        high += int32_t(LANES / call.out_width);
+        const Places over = wide >= all_places(call.out_width);  // -1 where it is
+        wide -= over & int32_t(call.out_width);
+        high -= over;
       }
-      wide = _mm512_add_epi32(wide, _mm512_set1_epi32(int(LANES % call.out_width)));
-      high = _mm512_add_epi32(high, _mm512_set1_epi32(int(LANES / call.out_width)));
-      const __mmask16 over = _mm512_cmpge_epi32_mask(wide, width);
-      wide = _mm512_mask_sub_epi32(wide, over, wide, width);
-      high = _mm512_mask_add_epi32(high, over, high, one);
     }
   }
 };
@@ -119,18 +151,16 @@ void look_over(const Look& look, const Sight& sight, float lowest, float highest
   for (int64_t vector = 0; vector < sight.vectors; vector++, masks += sight.taps, inputs += LANES) {
     Vector sum = bias;
     const auto add = [&](int64_t tap, Vector weight) {
-      const uint16_t there = masks[look.taps[tap]];
+      const uint32_t there = masks[look.taps[tap]];
       const float* const at = from + look.places[tap];
       if constexpr (WAY == LOADED) {
-        sum += Vector(_mm512_maskz_loadu_ps(there, at)) * weight;
+        sum += load_where(at + inputs[0], there) * weight;
       } else if constexpr (WAY == HALVED) {
         const uint32_t apart = _pdep_u32(there, 0x55555555);
-        const Vector first = Vector(_mm512_maskz_loadu_ps(__mmask16(apart), at + inputs[0]));
-        const Vector last = Vector(_mm512_maskz_loadu_ps(__mmask16(apart >> 16), at + inputs[LANES / 2]));
-        sum += evens(first, last) * weight;
+        const Vector half = load_where(at + inputs[0], apart & ((1u << LANES) - 1));
+        sum += evens(half, load_where(at + inputs[LANES / 2], apart >> LANES)) * weight;
       } else {
-        const __m512i lanes = _mm512_loadu_si512(inputs);
-        sum += Vector(_mm512_mask_i32gather_ps(_mm512_setzero_ps(), there, lanes, at, 4)) * weight;
+        sum += gather_where(at, inputs, there) * weight;
       }
     };
     if constexpr (N >= 0) {
@@ -141,9 +171,12 @@ void look_over(const Look& look, const Sight& sight, float lowest, float highest
     }
     sum = sum < low ? low : sum;
     sum = sum > high ? high : sum;
-    store_some(to, sum, sight.counts[vector]);
-    to += sight.counts[vector];
-    if (WAY == LOADED) from += LANES;
+    const int32_t count = sight.counts[vector];
+    if (count == LANES)
+      store(to, sum);
+    else
+      store_some(to, sum, count);
+    to += count;
   }
 }
 
@@ -196,6 +229,13 @@ inline void slide_in_place(const void* pointer, int64_t begin, int64_t end) {
       if (!look_over_item(call, item, sight, look)) depth_taps_item_f32(&call, number);
     }
   }
+}
+
+// Where pictures are wide, or the outcome lies with gaps, they are laid out first.
+inline void slide_either_way(const void* pointer, int64_t begin, int64_t end) {
+  const Convolution& call = *static_cast<const Convolution*>(pointer);
+  const bool in_place = call.y_row == call.out_width && call.out_width <= WIDE;
+  (in_place ? slide_in_place : slide)(pointer, begin, end);
 }
 
 }  // namespace
