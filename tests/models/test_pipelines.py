@@ -100,6 +100,7 @@ def test_code_named_in_a_config_is_refused_and_other_files_are_not_read(folder: 
 
 
 @pytest.mark.data
+@pytest.mark.usefixtures("data")
 def test_the_small_pipeline_of_the_pack_opens_by_name() -> None:
     model = open_model("fashion-diffusion").model
     assert (model.shape, model.length, model.masked) == ((1, 28, 28), 10, True)
