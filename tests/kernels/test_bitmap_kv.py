@@ -93,6 +93,17 @@ def test_a_row_that_may_see_nothing_is_zero_and_masked_tokens_do_not_matter():
         torch.testing.assert_close(got[1].double(), exact(past, query, mask)[1], atol=1e-5, rtol=1e-4)
 
 
+def test_tokens_that_are_all_masked_by_the_lowest_float_count_alike():
+    """As in a dense softmax: what is added is the same for all, and large beyond any score."""
+    past, query, _ = case((1, 2, 3, 64, 300), torch.float32)
+    lowest = torch.full((1, 1, 1, 301), torch.finfo(torch.float32).min)
+    wanted = past.dense()[1].double().mean(2, keepdim=True).repeat_interleave(3, 1)
+    for level in kernels.levels():
+        with kernels.forced(level):
+            got = attend(query, past, lowest, 0.125).double()
+        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4, msg=level)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_propagates(value, dtype):

@@ -75,24 +75,21 @@ inline __m512 power_of_two(__m512 x) {
   return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ), sum, x);
 }
 
-// What one query knows so far: the largest score, as an exponent of two, and the sum of the weights.
+// What one query knows so far: the largest score, and the sum of the weights.
 struct So {
   float most, whole;
 };
 
 // Scores [count] of one chunk to weights, and by how much what was summed before is to be multiplied.
 inline float weigh(float* score, int64_t count, float scaling, const float* bias, So* so) {
-  const float of_two = 1.44269504f;
+  const __m512 of_two = _mm512_set1_ps(1.44269504f);  // not before the largest is taken away: a bias may be the lowest float
   __m512 top = _mm512_set1_ps(so->most);
-  const auto exponents = [&](int64_t token, __mmask16 lanes) {
-    __m512 x = _mm512_mul_ps(_mm512_loadu_ps(score + token), _mm512_set1_ps(scaling * of_two));
-    if (bias) x = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(lanes, bias + token), _mm512_set1_ps(of_two), x);
-    _mm512_storeu_ps(score + token, x);
-    return x;
-  };
   for (int64_t token = 0; token < count; token += 16) {
     const __mmask16 lanes = first(count - token);
-    top = _mm512_mask_max_ps(top, lanes, exponents(token, lanes), top);
+    __m512 x = _mm512_mul_ps(_mm512_loadu_ps(score + token), _mm512_set1_ps(scaling));
+    if (bias) x = _mm512_add_ps(x, _mm512_maskz_loadu_ps(lanes, bias + token));
+    _mm512_storeu_ps(score + token, x);
+    top = _mm512_mask_max_ps(top, lanes, x, top);  // a NaN is passed over here, and makes one of the sum
   }
   const float most = _mm512_reduce_max_ps(top);
   __m512 whole = _mm512_setzero_ps();
@@ -100,11 +97,11 @@ inline float weigh(float* score, int64_t count, float scaling, const float* bias
     const __mmask16 lanes = first(count - token);
     // Where nothing may be seen yet there is nothing to take away, and all is 0 but what is no number.
     const __m512 less = _mm512_set1_ps(most == -__builtin_inff() ? 0 : most);
-    const __m512 x = power_of_two(_mm512_sub_ps(_mm512_loadu_ps(score + token), less));
+    const __m512 x = power_of_two(_mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(score + token), less), of_two));
     whole = _mm512_mask_add_ps(whole, lanes, whole, x);
     _mm512_storeu_ps(score + token, x);
   }
-  const float before = so->most == -__builtin_inff() ? 0 : __builtin_exp2f(so->most - most);
+  const float before = so->most == -__builtin_inff() ? 0 : __builtin_expf(so->most - most);
   so->most = most;
   so->whole = so->whole * before + _mm512_reduce_add_ps(whole);
   return before;
