@@ -14,7 +14,7 @@ from secateur.formats import NM, Bitmap, BitmapInt8, Block, DepthTaps, GroupCols
 from secateur.formats.conv import PLACES, arranged
 
 COMPILER = "aarch64-linux-gnu-g++"
-ELSEWHERE = ("_avx2", "_avx512", "_amx")
+ELSEWHERE = ("_avx2", "_avx512", "_avx512bf16", "_amx")
 PORTABLE = kernels.SOURCES / "portable" / "run.cpp"
 
 

@@ -1,7 +1,7 @@
 """The compiled kernels: found, checked and called here; without them torch computes the same, slower.
 
-A kernel is called by its name and runs in the best variant for this processor. SECATEUR_ISA (base, avx2, avx512, amx or
-neon) forces a lower level, for tests and for comparing. The library lies in the package, where the build puts it, or in
+A kernel is called by its name and runs in the best variant for this processor. SECATEUR_ISA (base, avx2, avx512,
+avx512bf16, amx or neon) forces a lower level, for tests and for comparing. The library lies in the package, where the build puts it, or in
 a checkout under build/kernels, by a hash of the sources: `python -m secateur.kernels` builds it there. SECATEUR_KERNELS
 names another file, such as one with sanitizers.
 """
@@ -22,10 +22,10 @@ from torch import Tensor
 
 from secateur.errors import KernelError, SettingError, did_you_mean
 
-VERSION = 6
+VERSION = 7
 """What secateur_version() of the library must say: raised with every change to a struct that Python fills in."""
 
-LEVELS = ("base", "avx2", "avx512", "amx", "neon")
+LEVELS = ("base", "avx2", "avx512", "avx512bf16", "amx", "neon")
 """The instruction sets kernels are written for, each holding those before it; base runs anywhere, neon on AArch64."""
 
 FORCED, ELSEWHERE = "SECATEUR_ISA", "SECATEUR_KERNELS"

@@ -27,7 +27,7 @@ extern "C" void bitmap_int8_expand_bf16_avx512(const void* pointer, int64_t begi
       const int64_t left = weight.inputs - input, width = left < WIDTH ? left : WIDTH;
       bf16 chunk[LANES * WIDTH];  // rows as long as a page would all fall into one set of the cache
       for (int64_t at = 0; at < width; at += DEPTH, mask++) {
-        const __m512i all = _mm512_maskz_expandloadu_epi8(*mask, value);
+        const __m512i all = expanded(*mask, value);
         value += __builtin_popcountll(*mask);
         const __m128i four[4] = {_mm512_castsi512_si128(all), _mm512_extracti32x4_epi32(all, 1),
                                  _mm512_extracti32x4_epi32(all, 2), _mm512_extracti32x4_epi32(all, 3)};

@@ -20,7 +20,7 @@ void sums(const uint64_t* masks, const int8_t* values, int64_t steps, const floa
   for (int n = 0; n < N; n++) even[n] = odd[n] = _mm512_setzero_ps();
   for (int64_t step = 0; step < steps; step++) {
     _mm_prefetch(reinterpret_cast<const char*>(values) + AHEAD, _MM_HINT_T0);
-    const __m512i all = _mm512_maskz_expandloadu_epi8(masks[step], values);
+    const __m512i all = expanded(masks[step], values);
     values += __builtin_popcountll(masks[step]);
     const __m512 w0 = weights<0>(all), w1 = weights<1>(all), w2 = weights<2>(all), w3 = weights<3>(all);
     for (int n = 0; n < N; n++) {

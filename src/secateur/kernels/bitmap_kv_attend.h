@@ -34,13 +34,13 @@ inline Pair halves(__m512i both, f16) {
 }
 
 inline Pair expand(uint32_t word, const float* values) {
-  return {_mm512_maskz_expandloadu_ps(__mmask16(word), values),
-          _mm512_maskz_expandloadu_ps(__mmask16(word >> 16), values + __builtin_popcount(word & 0xffff))};
+  return {_mm512_castsi512_ps(expanded(uint16_t(word), values)),
+          _mm512_castsi512_ps(expanded(uint16_t(word >> 16), values + __builtin_popcount(word & 0xffff)))};
 }
 
 template <class T>
 inline Pair expand(uint32_t word, const T* values) {
-  return halves(_mm512_maskz_expandloadu_epi16(word, values), T());
+  return halves(expanded(word, values), T());
 }
 
 inline Pair dense(uint32_t lanes, const float* values) {

@@ -59,6 +59,7 @@ def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         said = (done.stdout + done.stderr).strip().splitlines()
+        said = [line for line in said if "error" in line.lower()] or said
         raise KernelError(
             "the kernels were to be built",
             f"`{' '.join(command)}` failed:\n" + "\n".join(said[-30:]),

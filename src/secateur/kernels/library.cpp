@@ -28,7 +28,7 @@
 
 namespace {
 
-enum Level { base, avx2, avx512, amx, neon };  // each holds those before it; neon only base
+enum Level { base, avx2, avx512, avx512bf16, amx, neon };  // each holds those before it; neon only base
 
 struct Entry {
   const char* name;
@@ -70,9 +70,9 @@ Level detect() {
   const bool wide = bit(b7, 16) && bit(b7, 17) && bit(b7, 30) && bit(b7, 31);  // F, DQ, BW, VL
   if (!wide || !bit(c7, 1) || !bit(c7, 6) || (saved & 0xe6) != 0xe6) return avx2;  // VBMI, VBMI2
   __get_cpuid_count(7, 1, &a71, &unused, &unused, &unused);
+  if (!bit(a71, 5) || !bit(c7, 11)) return avx512;  // AVX512-BF16, VNNI
   const bool tiles = bit(d7, 22) && bit(d7, 24) && bit(d7, 25);  // AMX-BF16, AMX-TILE, AMX-INT8
-  if (!tiles || !bit(a71, 5) || !bit(c7, 11) || (saved & 0x60000) != 0x60000) return avx512;  // AVX512-BF16, VNNI
-  return tiles_allowed() ? amx : avx512;
+  return tiles && (saved & 0x60000) == 0x60000 && tiles_allowed() ? amx : avx512bf16;
 }
 #elif defined(__aarch64__)
 Level detect() { return neon; }  // no such processor is without
@@ -83,7 +83,7 @@ Level detect() { return base; }
 }  // namespace
 
 // Raised when a struct that Python fills in changes: a library of other sources is then refused.
-SECATEUR_API int secateur_version() { return 6; }
+SECATEUR_API int secateur_version() { return 7; }
 
 // The highest level that this processor and its system can run.
 SECATEUR_API int secateur_machine() {

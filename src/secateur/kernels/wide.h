@@ -7,6 +7,28 @@
 // The lanes that exist: fewer than sixteen at the end of a matrix.
 static inline __mmask16 first(int64_t count) { return count >= 16 ? 0xffff : (__mmask16)((1u << count) - 1); }
 
+// Zeros that the compiler does not know to be zeros.
+static inline __m512i cleared() {
+  __m512i zeros = _mm512_setzero_si512();
+  __asm__("" : "+v"(zeros));
+  return zeros;
+}
+
+// The values that come next, each where its mask has a bit: 16 of 32 bits, 32 of 16 or 64 of 8. On some processors (Zen 5)
+// an expansion from memory waits for what its register held before, though all of it is overwritten: five cycles, where one
+// into a register that was just cleared takes one.
+static inline __m512i expanded(uint16_t mask, const void* values) {
+  return _mm512_mask_expandloadu_epi32(cleared(), mask, values);
+}
+
+static inline __m512i expanded(uint32_t mask, const void* values) {
+  return _mm512_mask_expandloadu_epi16(cleared(), mask, values);
+}
+
+static inline __m512i expanded(uint64_t mask, const void* values) {
+  return _mm512_mask_expandloadu_epi8(cleared(), mask, values);
+}
+
 static inline __m512 widen(__m256i halves, bf16) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 }
@@ -37,3 +59,11 @@ template <class T>
 static inline void store(T* to, __mmask16 lanes, __m512 value) {
   _mm256_mask_storeu_epi16(to, lanes, narrow(value, T()));
 }
+
+#ifdef __AVX512BF16__
+// Two numbers in all lanes.
+static inline __m512bh pair_of(const bf16* two) {
+  typedef int32_t __attribute__((may_alias, aligned(2))) Pair;
+  return (__m512bh)_mm512_set1_epi32(*reinterpret_cast<const Pair*>(two));
+}
+#endif

@@ -1,0 +1,140 @@
+// Rows of x times panels of a bitmap, by vectors. A step is one expand instruction; its sixteen lanes are multiplied with
+// what they meet in x, held in all of them, and added to the sums of the lanes, so nothing is ever added across a
+// register. The values are read once for eight rows, in order, ahead of their use.
+//
+// How a step is multiplied is the caller's: `By` has the types Value, of the weights and of y, Input, of x as `Rows` is
+// given it, and Word, of a mask; Weights and Inputs, what a step and the inputs it meets become; and `add`.
+//
+// Everything here is static: each file keeps the copy compiled with its own flags.
+#pragma once
+#include "bitmap.h"
+#include "streams.h"
+#include "wide.h"
+
+namespace {
+
+template <class By>
+struct Rows {
+  typedef typename By::Value Value;
+  typedef typename By::Kept Kept;
+  typedef typename By::Input Input;
+  typedef typename By::Word Word;
+  enum { DEPTH = sizeof(Word) / 2 };
+  enum { AHEAD = 2048, MASKS_AHEAD = 1024 };  // bytes: far enough for memory, near enough to stay in the first cache
+
+  const Matmul& call;
+  const Bitmap& weight;
+  const Input* x;  // zero from the last input to the end of its step
+  int64_t stride;
+  const void* scales;  // [outputs], or null
+
+  // x with the inputs of a step of rows that go together side by side, so that they are few lines of the first cache: rows
+  // that lie a large power of two apart would push one another out of it.
+  static Rows turned(const Matmul& call, const Bitmap& weight, const void* scales) {
+    const int64_t inputs = weight.inputs, steps = (inputs + DEPTH - 1) / DEPTH, whole = inputs / DEPTH, stride = DEPTH * steps;
+    Input* const x = static_cast<Input*>(scratch(call.rows * stride * sizeof(Input)));
+    const Input* from = static_cast<const Input*>(call.x);
+    for (int64_t row = 0, count; row < call.rows; row += count, from += count * inputs) {
+      count = together(call.rows - row);
+      Input* to = x + row * stride;
+      for (int64_t step = 0; step < whole; step++)
+        for (int64_t r = 0; r < count; r++, to += DEPTH)
+          __builtin_memcpy(to, from + r * inputs + DEPTH * step, DEPTH * sizeof(Input));
+      if (whole < steps)
+        for (int64_t r = 0; r < count; r++, to += DEPTH)
+          for (int64_t i = 0; i < DEPTH; i++) to[i] = DEPTH * whole + i < inputs ? from[r * inputs + DEPTH * whole + i] : 0;
+    }
+    return {call, weight, x, stride, scales};
+  }
+
+  static void prefetch(const Kept* values, const Word* masks) {
+    _mm_prefetch(reinterpret_cast<const char*>(masks) + MASKS_AHEAD, _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(values) + AHEAD, _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(values) + AHEAD + 64, _MM_HINT_T0);
+  }
+
+  // One step of each panel. Weights and values are taken by reference, and stay in registers when inlined.
+  template <int PANELS, int N, int CHAINS>
+  static inline void one(const Word* masks, int64_t next, const Kept* (&values)[PANELS], const Input* in, int64_t each,
+                         __m512 (&sum)[PANELS][2][N], int chain) {
+    typename By::Weights weights[PANELS];
+#pragma GCC unroll 4
+    for (int p = 0; p < PANELS; p++) {
+      const Word mask = masks[p * next];
+      weights[p] = By::weights(expanded(mask, values[p]));
+      values[p] += sizeof(Word) == 8 ? __builtin_popcountll(mask) : __builtin_popcount(uint32_t(mask));
+    }
+#pragma GCC unroll 16
+    for (int n = 0; n < N; n++) {
+      const typename By::Inputs inputs = By::inputs(in + n * each);
+#pragma GCC unroll 4
+      for (int p = 0; p < PANELS; p++) By::add(sum[p][chain % CHAINS][n], sum[p][CHAINS - 1][n], weights[p], inputs);
+    }
+  }
+
+  // N rows of x times some panels at once, `apart` from one to the next; of few rows a panel has two sums in turn.
+  template <int PANELS, int N>
+  void some(int64_t panel, int64_t apart, int64_t row) const {
+    enum { CHAINS = N <= 2 && PANELS <= By::TWICE ? 2 : 1 };
+    const int64_t steps = (weight.inputs + DEPTH - 1) / DEPTH, next = apart * steps;
+    const Word* masks = reinterpret_cast<const Word*>(weight.masks) + panel * steps;
+    const Kept* values[PANELS];
+    __m512 sum[PANELS][2][N];
+#pragma GCC unroll 4
+    for (int p = 0; p < PANELS; p++) {
+      values[p] = static_cast<const Kept*>(weight.values) + weight.offsets[panel + p * apart];
+#pragma GCC unroll 16
+      for (int n = 0; n < N; n++) sum[p][0][n] = sum[p][1][n] = _mm512_setzero_ps();
+    }
+    const Input* in = x + row * stride;
+    const int64_t each = By::TURNED ? int64_t(DEPTH) : stride, ahead = By::TURNED ? N * DEPTH : DEPTH;
+    int64_t step = 0;
+    for (; step + 2 <= steps; step += 2, in += 2 * ahead, masks += 2) {
+#pragma GCC unroll 4
+      for (int p = 0; p < PANELS; p++) prefetch(values[p], masks + p * next);
+      one<PANELS, N, CHAINS>(masks, next, values, in, each, sum, 0);
+      one<PANELS, N, CHAINS>(masks + 1, next, values, in + ahead, each, sum, 1);
+    }
+    if (step < steps) one<PANELS, N, CHAINS>(masks, next, values, in, each, sum, 0);
+#pragma GCC unroll 4
+    for (int p = 0; p < PANELS; p++) {
+      const int64_t at = (panel + p * apart) * LANES;
+      const __mmask16 lanes = first(weight.outputs - at);
+      const __m512 scale = scales ? load(static_cast<const Value*>(scales) + at, lanes) : _mm512_set1_ps(1);
+      const __m512 bias = call.bias ? load(static_cast<const Value*>(call.bias) + at, lanes) : _mm512_setzero_ps();
+#pragma GCC unroll 16
+      for (int n = 0; n < N; n++) {
+        const __m512 all = CHAINS == 2 ? _mm512_add_ps(sum[p][0][n], sum[p][1][n]) : sum[p][0][n];
+        store(static_cast<Value*>(call.y) + (row + n) * weight.outputs + at, lanes, _mm512_fmadd_ps(all, scale, bias));
+      }
+    }
+  }
+
+  // How many of some rows share what is expanded: a power of two up to MOST.
+  static int64_t together(int64_t rows) {
+    int64_t count = By::MOST;
+    while (count > rows) count /= 2;
+    return count;
+  }
+
+  template <int PANELS, int N = By::MOST>
+  void all(int64_t panel, int64_t apart, int64_t row = 0) const {
+    for (; row + N <= call.rows; row += N) some<PANELS, N>(panel, apart, row);
+    if constexpr (N > 1) all<PANELS, N / 2>(panel, apart, row);
+  }
+
+  template <int PANELS>
+  int64_t abreast(int64_t begin, int64_t end) const {
+    return ::abreast<PANELS>(begin, end, [&](int64_t panel, int64_t apart) { all<PANELS>(panel, apart); });
+  }
+
+  void panels(int64_t begin, int64_t end) const {
+    if (call.rows == 1)
+      begin = ::abreast<STREAMS>(begin, end, [&](int64_t panel, int64_t apart) { some<STREAMS, 1>(panel, apart, 0); });
+    if (call.rows >= By::MOST) begin = abreast<By::ABREAST>(begin, end);
+    begin = abreast<2>(begin, end);
+    abreast<1>(begin, end);
+  }
+};
+
+}  // namespace
