@@ -1,7 +1,7 @@
 """Whole channels out of networks: SPA here against torch-pruning, on the same networks, to the same multiply-adds.
 
     pip install --no-deps torch-pruning==1.6.1      (best into an environment of its own)
-    python benchmarks/coupling.py [--repeats 3] [--threads 1]
+    python -m benchmarks.coupling [--repeats 3] [--threads 1]
 
 Each side takes the same trained network, in turn: what couples its channels is found, and half of the multiply-adds go
 by group magnitude, ranked together; torch-pruning goes in 50 steps until it is there, as its guide does. Both results
@@ -182,7 +182,7 @@ def measure(repeats: int, steps: int, tuning: int) -> list[dict[str, Any]]:
 def page(found: dict[str, Any]) -> str:
     lines = [
         "# Cutting whole channels: SPA here and torch-pruning", "",
-        "Written by `python benchmarks/coupling.py`. Half of the multiply-adds of each network were asked for, by "
+        "Written by `python -m benchmarks.coupling`. Half of the multiply-adds of each network were asked for, by "
         "group magnitude ranked over the whole network, on the same trained weights; both results were then trained "
         "equally long. Neither side is told anything of a network, such as which layers are attention; torch-pruning "
         "takes transformers when it is. One seed: a difference of a few points says little. Seconds are medians of "

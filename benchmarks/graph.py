@@ -1,6 +1,6 @@
 """How long it takes to find out what couples in a network, and how much memory: real sizes, random weights.
 
-    python benchmarks/graph.py
+    python -m benchmarks.graph
 
 Following the graph is told apart from trying every site on the model, which costs a forward pass or more each. A second
 table makes a decoder deeper. Writes results/graph.json, from which docs/graph-speed.md is made.
@@ -111,7 +111,7 @@ def page(found: dict[str, Any]) -> str:
         "# How long it takes to find out what couples",
         "",
         f"Measured on {found['machine'].get('processor', 'an unknown machine')} with {found['threads']} threads, by "
-        "`python benchmarks/graph.py`. Following is torch.export and the rules of its operators; coupling is that, "
+        "`python -m benchmarks.graph`. Following is torch.export and the rules of its operators; coupling is that, "
         "and every site tried on the model. Seconds of the processor leave out what other programs took.",
         "",
         "| network | parameters | positions | sites | follow, s | couple, s | of the processor, s |",

@@ -1,6 +1,6 @@
 """Products and convolutions whose groups of outputs share their columns, against the fastest dense way torch has.
 
-    python benchmarks/group_cols.py [--rounds 5] [--only 1x1] [--node [--web FOLDER] | --aarch64]
+    python -m benchmarks.group_cols [--rounds 5] [--only 1x1] [--node [--web FOLDER] | --aarch64]
 
 Layers of MobileNet-v1 that look at one pixel, a product as a prompt has it, and 3x3 convolutions; masks are random, of
 whole groups. One thread, whose processor time counts; every way is called once before any is called again, medians.
@@ -26,11 +26,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks import kept
 from secateur import kernels
 from secateur.formats import GroupCols, Packed
 from secateur.formats.conv import convolve
 from secateur.formats.portable import AARCH64, WASM, compile_to, message
-from secateur.outcome import about_machine, about_versions, now, write_text
+from secateur.outcome import about_machine, about_versions, now
 
 HERE = Path(__file__).resolve().parent
 RESULT = HERE / "results" / "group_cols.json"
@@ -244,7 +245,7 @@ def page(found: dict) -> str:
     lines = [
         "# How fast groups that share their columns are",
         "",
-        "Written by `python benchmarks/group_cols.py`. How many times as fast as the fastest dense way of torch in the "
+        "Written by `python -m benchmarks.group_cols`. How many times as fast as the fastest dense way of torch in the "
         "same run, float32, one picture: the convolution as a model calls it, with channels last, or the product. "
         "Groups of 1 are single weights, without any pattern. Medians of processor time, all ways in turn. The date "
         "is of the last run; layers that were not in it are of earlier ones.",
@@ -362,14 +363,15 @@ def main() -> None:
     parser.add_argument("--aarch64", action="store_true", help="instructions of the NEON build, under qemu-user")
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    found = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {"cells": [], "node": []}
+    result, place = kept.here(RESULT, PAGE)
+    found = kept.read(result, {"cells": [], "node": []})
     if asked.aarch64:
         with torch.no_grad():
             found["aarch64"] = [on_aarch64(name) for name in ON_AARCH64]
         said = subprocess.run([AARCH64[0], "-dumpfullversion"], capture_output=True, text=True, check=True)
         found["about_aarch64"] = f"{AARCH64[0]} {said.stdout.strip()}, {now()}."
-        write_text(RESULT, json.dumps(found, indent=1) + "\n")
-        write_text(PAGE, page(found))
+        kept.write(result, found)
+        kept.write_page(place, page(found))
         return
     kind, names = ("node", IN_NODE) if asked.node else ("cells", tuple(LAYERS))
     with torch.no_grad():
@@ -390,9 +392,8 @@ def main() -> None:
                     f"One thread, kernels for {kernels.level()}, on {machine['processor']}, torch {torch.__version__}, "
                     f"{load}"
                 )
-            RESULT.parent.mkdir(exist_ok=True)
-            write_text(RESULT, json.dumps(found, indent=1) + "\n")
-    write_text(PAGE, page(found))
+            kept.write(result, found)
+    kept.write_page(place, page(found))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Attention of one new token to a packed cache, against the best that torch has for the dense one; `generate`; bytes.
 
-    python benchmarks/kv_cache.py [--rounds 15] [--least 1024] [--most 65536] [--part attention] [--part generate]
+    python -m benchmarks.kv_cache [--rounds 15] [--least 1024] [--most 65536] [--part attention] [--part generate]
 
 For each shape and context the candidates run in turn, so that what else the machine does hits all of them; the median
 of the rounds counts, in processor time of the one thread. Peers: scaled_dot_product_attention with grouped queries,
@@ -13,7 +13,6 @@ import argparse
 import copy
 import ctypes
 import gc
-import json
 import os
 import statistics
 import time
@@ -25,12 +24,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks import kept
 from secateur import kernels
 from secateur.axes.cached import PerToken
 from secateur.cache import Past, Pruning, sparse_cache
 from secateur.cache.attention import attend
 from secateur.cache.layers import prune_
-from secateur.outcome import about_machine, about_versions, now, write_text
+from secateur.outcome import about_machine, about_versions, now
 
 HERE = Path(__file__).resolve().parent
 RESULT = HERE / "results" / "kv_cache.json"
@@ -232,7 +232,7 @@ def page(found: dict[str, Any]) -> str:
     lines = [
         "# Attention to a pruned cache",
         "",
-        "Written by `python benchmarks/kv_cache.py`. One new token attends to a context of one text in bfloat16; how "
+        "Written by `python -m benchmarks.kv_cache`. One new token attends to a context of one text in bfloat16; how "
         "many times as fast as the best of torch's ways to do it with the dense cache, and how many times fewer bytes "
         "the cache takes. Medians of processor time, over rounds in which all took turns. With grouped queries, part "
         "of the gain is that the packed kernel reads each key once for all the queries of a head.",
@@ -273,7 +273,8 @@ def main() -> None:
     torch.set_num_threads(1)
     parts = asked.part or ["attention", "generate"]
     machine = about_machine()
-    found: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    result, place = kept.here(RESULT, PAGE)
+    found: dict[str, Any] = kept.read(result, {})
     found |= {
         "created": now(),
         "machine": machine,
@@ -295,9 +296,8 @@ def main() -> None:
                 row = {"name": name, "context": context, **generating(model, context, min(3, asked.rounds))}
                 print(name, context, row, flush=True)
                 found["generate"] = with_row(found.get("generate", []), row)
-    RESULT.parent.mkdir(exist_ok=True)
-    write_text(RESULT, json.dumps(found, indent=1) + "\n")
-    write_text(PAGE, page(found))
+    kept.write(result, found)
+    kept.write_page(place, page(found))
     print(page(found))
 
 

@@ -1,6 +1,6 @@
 """Where the time of each method goes: forward passes, gradients, statistics, selection, update; and what it holds.
 
-    python benchmarks/methods.py [--samples 16] [--window 128] [--methods wanda,gblm] [--threads 1]
+    python -m benchmarks.methods [--samples 16] [--window 128] [--methods wanda,gblm] [--threads 1]
 
 Each method prunes SmolLM2-135M in a process of its own, on the same windows. A clock stands at every border (a call of
 a module, a product seen by the recorder, a score, a choice, an edit), and a moment counts for the innermost of them.
@@ -153,7 +153,7 @@ def page(found: dict[str, Any]) -> str:
     lines = [
         "# Where the time of each method goes",
         "",
-        "Written by `python benchmarks/methods.py`. Each method in a process of its own; seconds of one run on a "
+        "Written by `python -m benchmarks.methods`. Each method in a process of its own; seconds of one run on a "
         "shared machine, so that shares say more than sums. Scoring and refining count as selection, the sweep of "
         "SparseGPT as update but for its choices, and what a method works out by itself as rest. Rows "
         "may be of several runs.",

@@ -1,6 +1,6 @@
 """Other run-times at the same weights: ONNX Runtime, OpenVINO, llama.cpp and DeepSparse beside an accelerated model.
 
-    python benchmarks/peers.py [--rounds 9] [--only "mlp 0.9"] [--model smollm2] [--deepsparse /path/to/python]
+    python -m benchmarks.peers [--rounds 9] [--only "mlp 0.9"] [--model smollm2] [--deepsparse /path/to/python]
 
 One example at a time, one thread each: a perceptron of 1024-4096-4096-4096-1024 in float32 under masks at random of
 several sparsities, ResNet-20 and MobileNet-v1 for pictures of 32x32 the same way, ResNet-20 four times as wide for 16
@@ -15,7 +15,6 @@ docs/peers-speed.md is made.
 
 import argparse
 import copy
-import json
 import os
 import statistics
 import subprocess
@@ -32,6 +31,7 @@ import torch
 import torch._inductor.config as inductor
 from torch import Tensor, nn
 
+from benchmarks import kept
 from benchmarks.whole_models import mask_
 from secateur import kernels
 from secateur.accelerate import accelerate
@@ -42,7 +42,7 @@ from secateur.formats import BitmapInt8
 from secateur.models import Opened, open_model
 from secateur.models.mobilenet import mobilenet
 from secateur.models.resnet import CifarResNet, resnet20
-from secateur.outcome import about_machine, about_versions, now, write_text
+from secateur.outcome import about_machine, about_versions, now
 
 HERE = Path(__file__).resolve().parent
 RESULT = HERE / "results" / "peers.json"
@@ -335,7 +335,7 @@ def page(found: dict[str, Any]) -> str:
     lines = [
         "# Other run-times at the same weights",
         "",
-        "Written by `python benchmarks/peers.py`. One example at a time and one thread; milliseconds are medians of "
+        "Written by `python -m benchmarks.peers`. One example at a time and one thread; milliseconds are medians of "
         "processor time, over rounds in which all took turns, torch in inference mode. "
         f"A turn is {CALLS} calls, and then as many as take "
         f"{1e3 * LONG:.0f} ms, which count: what serves one model finds of its weights what caches hold. The first few "
@@ -452,7 +452,8 @@ def main() -> None:
     parser.add_argument("--deepsparse", default="", metavar="PYTHON", help="of an environment that has DeepSparse 1.8")
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    found = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {"cells": []}
+    result, page_at = kept.here(RESULT, PAGE)
+    found = kept.read(result, {"cells": []})
     found |= {
         "created": now(),
         "settings": {"rounds": asked.rounds},
@@ -478,9 +479,8 @@ def main() -> None:
             print(left_out, {n: f"{v:.1g}" for n, v in off.items()}, flush=True)
             found["cells"] = [*(c for c in found["cells"] if c["name"] != name), cell]
             found["about"] = about(found)
-            RESULT.parent.mkdir(exist_ok=True)
-            write_text(RESULT, json.dumps(found, indent=1) + "\n")
-    write_text(PAGE, page(found))
+            kept.write(result, found)
+    kept.write_page(page_at, page(found))
     print(page(found))
 
 

@@ -1,6 +1,6 @@
 """Time and memory of pruning itself: methods here against their published formulas done plainly (plain.py).
 
-    python benchmarks/pruning.py [--samples 16] [--repeats 3] [--threads 1] [--methods wanda,flap]
+    python -m benchmarks.pruning [--samples 16] [--repeats 3] [--threads 1] [--methods wanda,flap]
 
 Each side prunes the same SmolLM2-135M on the same windows, in turn, and the masks are compared. Memory is the most
 that is held above what the model itself takes, for which the allocator is told to give large pieces back at once:
@@ -184,7 +184,7 @@ def page(found: dict[str, object]) -> str:
     lines = [
         "# How fast pruning itself is",
         "",
-        "Written by `python benchmarks/pruning.py`. Medians of runs in turn; a speed-up above 1 is ours. Ours gives "
+        "Written by `python -m benchmarks.pruning`. Medians of runs in turn; a speed-up above 1 is ours. Ours gives "
         "back the masks it chose, a bit a weight; the plain formulas leave zeros and no record. FLAP here follows the "
         "graph of any model and tries its cut, which takes as long for one window as for its default of 1024; the "
         "plain formulas know a Llama's modules by name. The date is of the last run; rows that were not in it are of "

@@ -1,6 +1,6 @@
 """How much of the theory arrives: the speed-up of a cut network over the work that was taken out of it.
 
-    python benchmarks/realised.py [--only resnet20] [--turns 15] [--compiled]
+    python -m benchmarks.realised [--only resnet20] [--turns 15] [--compiled]
 
 Half of the multiply-adds go by SPA, and the cut network is timed against the dense one in turn, eagerly or under
 torch.compile, on one thread, one example and 32 at a time. The realised share is the speed-up over the ratio of the
@@ -100,7 +100,7 @@ def _copy(model: nn.Module) -> nn.Module:
 def page(found: dict[str, Any]) -> str:
     lines = [
         "# How much of the theory arrives", "",
-        "Written by `python benchmarks/realised.py`. About half of the multiply-adds of each network were taken out "
+        "Written by `python -m benchmarks.realised`. About half of the multiply-adds of each network were taken out "
         "with whole channels and heads by SPA, the same share of every layer, in widths that are multiples of 4. The "
         "cut network was then timed against the dense one in turn. Work is how many times fewer multiply-adds there "
         "are, the speed-up how many times less the thread's own time was (medians; in brackets the quartiles of the "

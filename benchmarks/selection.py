@@ -1,6 +1,6 @@
 """Choosing and mending, the parts that pruning spends its time in, against the published formulas done plainly.
 
-    python benchmarks/selection.py [--size 4096] [--rounds 5]
+    python -m benchmarks.selection [--size 4096] [--rounds 5]
 
 Plainly is as the authors' scripts do it: a full sort and a scatter for rows, a loop over groups with topk for N:M, a
 full sort for one threshold, two factors, an inverse and a loop over columns for SparseGPT, topk and a scatter for the
@@ -10,7 +10,6 @@ docs/selection-speed.md is made.
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -19,11 +18,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks import kept
 from benchmarks.plain import plain_sweep
 from secateur import kernels
 from secateur.axes import NM, ObsSweep, keep_top
 from secateur.axes.cached import PerToken
-from secateur.outcome import about_machine, about_versions, now, write_text
+from secateur.outcome import about_machine, about_versions, now
 
 HERE = Path(__file__).resolve().parent
 RESULT = HERE / "results" / "selection.json"
@@ -106,7 +106,7 @@ def page(found: dict) -> str:
     lines = [
         "# How fast choosing and mending are",
         "",
-        "Written by `python benchmarks/selection.py`. The steps that pruning spends its time in, against the "
+        "Written by `python -m benchmarks.selection`. The steps that pruning spends its time in, against the "
         "published formulas done plainly in torch, as the authors' scripts go about them; medians of processor time, "
         "over rounds in which both took turns. Where two scores are equal the plain way may choose the other.",
         "",
@@ -147,9 +147,9 @@ def main() -> None:
         "about": f"One thread, kernels for {kernels.level()}, on {machine['processor']}.",
         "rows": measured,
     }
-    RESULT.parent.mkdir(exist_ok=True)
-    write_text(RESULT, json.dumps(found, indent=1) + "\n")
-    write_text(PAGE, page(found))
+    result, place = kept.here(RESULT, PAGE)
+    kept.write(result, found)
+    kept.write_page(place, page(found))
     print(page(found))
 
 

@@ -1,6 +1,6 @@
 """Products with a sparse weight: secateur's formats against the fastest dense way torch has, in the same run.
 
-    python benchmarks/speed.py [--only decode] [--rounds 5] [--threads 1]
+    python -m benchmarks.speed [--only decode] [--rounds 5] [--threads 1]
 
 Weights are cold: each call takes another copy of them, more in all than the caches hold. Every way is called once
 before any is called again. With one thread the time is the processor's for that thread: what other programs take of it
@@ -11,7 +11,6 @@ Writes results/speed.json, cell by cell, from which docs/speed.md is made; a row
 """
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -23,10 +22,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks import kept
 from secateur import kernels
 from secateur.accelerate import memory_speed
 from secateur.formats import Bitmap, BitmapInt8, Format, GroupCols, KBlocked, Packed, Sell8
-from secateur.outcome import about_machine, about_versions, now, write_text
+from secateur.outcome import about_machine, about_versions, now
 
 HERE = Path(__file__).resolve().parent
 RESULT = HERE / "results" / "speed.json"
@@ -142,7 +142,7 @@ def page(found: dict[str, object]) -> str:
     lines = [
         "# How fast a sparse weight multiplies",
         "",
-        "Written by `python benchmarks/speed.py`. How many times as fast as the dense peer of the same run: the ratio "
+        "Written by `python -m benchmarks.speed`. How many times as fast as the dense peer of the same run: the ratio "
         "of medians, and in brackets that of lower quintiles, which other work on the machine disturbs less. With one "
         "thread the time is the processor's for it, so that what other programs take is not counted. Weights come from "
         "memory, another copy each call. `prepacked` is oneDNN's dense product with a weight in its own order, "
@@ -189,7 +189,8 @@ def about(found: dict[str, object], threads: int, rounds: int) -> str:
 
 def measured(only: Sequence[Scenario], rounds: int, threads: int) -> None:
     """Measure the scenarios, writing after each cell; cells of others stay as they were."""
-    found = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {"cells": []}
+    result, place = kept.here(RESULT, PAGE)
+    found = kept.read(result, {"cells": []})
     found |= {
         "created": now(),
         "settings": {"rounds": rounds, "threads": threads, "cold": COLD},
@@ -204,11 +205,10 @@ def measured(only: Sequence[Scenario], rounds: int, threads: int) -> None:
             same = (row["scenario"], row["sparsity"])
             found["cells"] = [*(r for r in found["cells"] if (r["scenario"], r["sparsity"]) != same), row]
             found["about"] = about(found, threads, rounds)
-            RESULT.parent.mkdir(exist_ok=True)
-            write_text(RESULT, json.dumps(found, indent=1) + "\n")
+            kept.write(result, found)
             shown = {k: f"{v * 1e3:.3f}" for k, v in row["quintile"].items()}
             print(f"{at.name} {sparsity:.0%}: {shown} ms", flush=True)
-    write_text(PAGE, page(found))
+    kept.write_page(place, page(found))
 
 
 def main() -> None:

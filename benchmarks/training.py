@@ -1,6 +1,6 @@
 """What rules cost: a training step under each against a plain one, and the exact selector against torch's.
 
-    python benchmarks/training.py [--parts resnet-20,gpt,selector] [--steps 24] [--threads 1] [--device cpu] [--tiny]
+    python -m benchmarks.training [--parts resnet-20,gpt,selector] [--steps 24] [--threads 1] [--device cpu] [--tiny]
 
 ResNet-20 with SGD and a language model of 10 million weights with AdamW. Each rule trains a network beside a dense
 twin, step by step in turn, on the same batches; what counts is the median of the differences. A step that updates masks
@@ -258,7 +258,7 @@ def page(found: dict[str, object]) -> str:
     lines = [
         "# What rules cost in training",
         "",
-        "Written by `python benchmarks/training.py`. Each rule's network and a dense twin take steps in turn; medians "
+        "Written by `python -m benchmarks.training`. Each rule's network and a dense twin take steps in turn; medians "
         f"of the differences. Schedules act every {EVERY} steps, and may cost {SELDOM:.0%} of a plain step in the "
         f"mean; gates act at every step, and may cost {ALWAYS:.0%}.",
         "",

@@ -1,6 +1,6 @@
 """A whole language model: how many tokens a second it writes and reads, dense as torch has it and accelerated.
 
-    python benchmarks/whole_models.py [--rounds 7] [--threads 1] [--model smollm2]
+    python -m benchmarks.whole_models [--rounds 7] [--threads 1] [--model smollm2]
 
 SmolLM2-135M writes tokens one by one after a prompt that it remembers, and reads a prompt of 512 tokens. Dense: as it
 comes in float32 and bfloat16, and in bfloat16 compiled and frozen by torch.compile, which packs its weights for
@@ -11,7 +11,6 @@ results/whole_models.json, from which docs/whole-models-speed.md is made.
 """
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -23,11 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks import kept
 from secateur import kernels
 from secateur.accelerate import accelerate
 from secateur.formats import NM, Bitmap, BitmapInt8, Format, Sell8
 from secateur.models import open_model
-from secateur.outcome import about_machine, about_versions, now, write_text
+from secateur.outcome import about_machine, about_versions, now
 
 HERE = Path(__file__).resolve().parent
 RESULT = HERE / "results" / "whole_models.json"
@@ -181,7 +181,7 @@ def page(found: dict[str, Any]) -> str:
     lines = [
         "# How fast a whole model is",
         "",
-        "Written by `python benchmarks/whole_models.py`. SmolLM2-135M writes tokens one by one after a prompt of "
+        "Written by `python -m benchmarks.whole_models`. SmolLM2-135M writes tokens one by one after a prompt of "
         f"{PROMPT}, and reads a prompt of {WINDOW} at once. No weight of the head is zero, as `secateur prune` leaves "
         "it, and it takes a fifth of the bytes. `accelerate` was given one token as its example, so layers are as "
         "writing wants them. `over eager` is how many times as fast as the dense model in bfloat16 as it comes, `over "
@@ -212,9 +212,9 @@ def main() -> None:
     torch.set_num_threads(asked.threads)
     with torch.no_grad():
         found = measured(asked.model, asked.rounds, asked.threads)
-    RESULT.parent.mkdir(exist_ok=True)
-    write_text(RESULT, json.dumps(found, indent=1) + "\n")
-    write_text(PAGE, page(found))
+    result, place = kept.here(RESULT, PAGE)
+    kept.write(result, found)
+    kept.write_page(place, page(found))
     print(page(found))
 
 

@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import secateur.studies  # noqa: E402
+from benchmarks import kept  # noqa: E402
 from claims import harness  # noqa: E402
 from secateur import method as catalogue  # noqa: E402
 from secateur.claims import ClaimResult, Figure, Finding, claim_schema  # noqa: E402
@@ -158,9 +159,9 @@ def benchmark_pages() -> dict[str, str]:
     pages = {}
     for path in sorted((ROOT / "benchmarks").glob("*.py")):
         module = importlib.import_module(f"benchmarks.{path.stem}")
-        if hasattr(module, "RESULT") and module.RESULT.exists():  # plain.py is what is measured against
-            found = json.loads(module.RESULT.read_text(encoding="utf-8"))
-            pages[str(module.PAGE.relative_to(ROOT))] = module.page(found)
+        if hasattr(module, "RESULT"):  # plain.py is what is measured against
+            for result, page in kept.everywhere(module.RESULT, module.PAGE):
+                pages[str(page.relative_to(ROOT))] = module.page(kept.read(result, {}))
     return pages
 
 

@@ -1,8 +1,9 @@
 """Runs the tests of the kernels under AddressSanitizer and UBSan: python tools/sanitize.py [pytest arguments]
 
 Builds the library with both in build/kernels/sanitized, and runs with it every file of tests/kernels but those that
-start processes or compilers. A read or write outside a
-tensor, an overflow or a misaligned access ends the run with a report.
+start processes or compilers. The matrix unit is plain loops in it, so that its kernels run where there is none, and
+what it reads and writes is seen. A read or write outside a tensor, an overflow or a misaligned access ends the run with
+a report.
 """
 
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+SETTINGS = ("-DSECATEUR_SANITIZE=ON", "-DSECATEUR_TILES_IN_SOFTWARE=ON", "-DCMAKE_CXX_COMPILER=g++")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
@@ -28,7 +30,7 @@ def main() -> int:
     """Build, and run the grid with what was built; without a compiler there is nothing to look at."""
     folder = ROOT / "build" / "kernels" / "sanitized"
     try:
-        library = compile_to(folder / FILE, folder / "cmake", "-DSECATEUR_SANITIZE=ON", "-DCMAKE_CXX_COMPILER=g++")
+        library = compile_to(folder / FILE, folder / "cmake", *SETTINGS)
     except KernelError as error:
         sys.stderr.write(f"not run: {error}\n")
         return 0

@@ -13,7 +13,7 @@ from secateur.formats.packed import VALUES, Call, Packed, broken, kept, pointer,
 DEPTH = 4
 LEVELS = 127  # on either side of zero
 
-MANY = 160
+MANY = {"amx": 160}
 """Rows from which a weight of 16 bits is written out and multiplied as a dense one: measured, one thread."""
 
 

@@ -16,8 +16,11 @@ from secateur.formats.packed import VALUES, Call, Packed, broken, kept, pointer,
 GROUPS = (2, 4, 8, 16)
 """The M there are: a group of x has to lie in one register."""
 
-MANY = 48
+MANY = {"amx": 48}
 """Rows from which a weight of 16 bits is written out and multiplied as a dense one: measured, one thread."""
+
+PAIRS = {"avx512bf16": 48}
+"""Likewise where torch multiplies nothing but bfloat16 that fast."""
 
 
 class Struct(ctypes.Structure):
@@ -121,7 +124,8 @@ class NM:
         struct = Struct(*packed.shape, self.n, self.m, *(pointer(given[name]) for name in self.names))
         name = VALUES[packed.dtype]
         items = len(given["values"])
-        return Call(f"nm_matmul_{name}", struct, items, expand=f"nm_expand_{name}", many=MANY)
+        many = MANY | PAIRS if packed.dtype is torch.bfloat16 else MANY
+        return Call(f"nm_matmul_{name}", struct, items, expand=f"nm_expand_{name}", many=many)
 
 
 def places_of(keep: Tensor, n: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 import ctypes
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
@@ -32,7 +32,7 @@ class Call:
     items: int
     bias: Tensor | None = None  # that the format holds with the weight and its kernels add
     expand: str | None = None  # the kernel that writes the weight out, for a dense product
-    many: int = 0  # rows from which that is faster, where tiles multiply it
+    many: Mapping[str, int] = field(default_factory=dict)  # rows from which that is faster, at levels where it can be
 
 
 class Format(Protocol):
@@ -143,9 +143,11 @@ class Packed:
     def writes(self, numbers: int) -> kernels.Kernel | None:
         """What writes the dense weight out, where torch's product with it is faster for so many numbers of x."""
         call = self.prepared
+        least = call.many.get(kernels.level()) if call.many else None
         # Of other widths torch's product of 16 bits reads past the end of a row, and an infinity there spoils the row.
-        fits = self.shape[1] % 32 == 0 and numbers >= call.many * self.shape[1]
-        return kernels.find(call.expand) if call.expand is not None and fits and kernels.level() == "amx" else None
+        if call.expand is None or least is None or self.shape[1] % 32 or numbers < least * self.shape[1]:
+            return None
+        return kernels.find(call.expand)
 
     def written(self, kernel: kernels.Kernel, into: Tensor) -> Tensor:
         """The dense weight, as a kernel writes it into a matrix of its shape and dtype: not kept."""

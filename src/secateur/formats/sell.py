@@ -228,4 +228,10 @@ def called(packed: Packed, kernel: str) -> Call:
     name, panels, steps = VALUES[packed.dtype], len(given["offsets"]) - 1, len(given["values"])
     # At 50, 90 and 97 % both ways take as long at about 8, 18 and 50 rows; this is 8, 24 and 70.
     many = 4 + 2 * packed.shape[0] * packed.shape[1] // max(1, steps * LANES)
-    return Call(f"{kernel}_matmul_{name}", struct, panels, expand=f"{kernel}_expand_{name}", many=many)
+    return Call(
+        f"{kernel}_matmul_{name}",
+        struct,
+        panels,
+        expand=f"{kernel}_expand_{name}",
+        many={"avx512bf16": many, "amx": many},
+    )

@@ -1,9 +1,9 @@
 """The compiled kernels: found, checked and called here; without them torch computes the same, slower.
 
 A kernel is called by its name and runs in the best variant for this processor. SECATEUR_ISA (base, avx2, avx512,
-avx512bf16, amx or neon) forces a lower level, for tests and for comparing. The library lies in the package, where the build puts it, or in
-a checkout under build/kernels, by a hash of the sources: `python -m secateur.kernels` builds it there. SECATEUR_KERNELS
-names another file, such as one with sanitizers.
+avx512bf16, amx or neon) forces a lower level, for tests and for comparing. The library lies in the package, where the
+build puts it, or in a checkout under build/kernels, by a hash of the sources: `python -m secateur.kernels` builds it
+there. SECATEUR_KERNELS names another file, such as one with sanitizers.
 """
 
 import ctypes

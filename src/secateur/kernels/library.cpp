@@ -42,6 +42,12 @@ const Entry table[] = {
 #undef KERNEL
 };
 
+#ifdef SECATEUR_TILES_IN_SOFTWARE
+const bool in_software = true;
+#else
+const bool in_software = false;
+#endif
+
 #ifdef SECATEUR_X86
 bool bit(unsigned word, int at) { return (word >> at) & 1; }
 
@@ -72,7 +78,8 @@ Level detect() {
   __get_cpuid_count(7, 1, &a71, &unused, &unused, &unused);
   if (!bit(a71, 5) || !bit(c7, 11)) return avx512;  // AVX512-BF16, VNNI
   const bool tiles = bit(d7, 22) && bit(d7, 24) && bit(d7, 25);  // AMX-BF16, AMX-TILE, AMX-INT8
-  return tiles && (saved & 0x60000) == 0x60000 && tiles_allowed() ? amx : avx512bf16;
+  const bool there = tiles && (saved & 0x60000) == 0x60000 && tiles_allowed();
+  return there || in_software ? amx : avx512bf16;
 }
 #elif defined(__aarch64__)
 Level detect() { return neon; }  // no such processor is without

@@ -2,6 +2,10 @@
 #pragma once
 #include <stdint.h>
 
+#ifdef SECATEUR_TILES_IN_SOFTWARE
+#include "tiles_in_software.h"
+#endif
+
 namespace {
 
 struct alignas(64) Shape {  // what _tile_loadconfig reads
