@@ -62,7 +62,9 @@ struct Rows {
     for (int p = 0; p < PANELS; p++) {
       const Word mask = masks[p * next];
       weights[p] = By::weights(expanded(mask, values[p]));
-      values[p] += sizeof(Word) == 8 ? __builtin_popcountll(mask) : __builtin_popcount(uint32_t(mask));
+      uint64_t bits = mask;  // counted in a whole register: half of one would be joined to what is in the other half
+      __asm__("" : "+r"(bits));
+      values[p] += __builtin_popcountll(bits);
     }
 #pragma GCC unroll 16
     for (int n = 0; n < N; n++) {
