@@ -58,7 +58,9 @@ SCENARIOS = (
     Scenario("decode bf16", "4096x4096, bfloat16, 1 row", SQUARE, 1, HALF, LEVELS, (*BOTH, BitmapInt8())),
     Scenario("decode fp32", "4096x4096, float32, 1 row", SQUARE, 1, torch.float32, LEVELS, BOTH),
     Scenario("smollm2 bf16", LAYERS, tuple(SMOLLM2), 1, HALF, (0.5, 0.7), (Bitmap(), BitmapInt8())),
-    Scenario("batch bf16", "4096x4096, bfloat16, 16 rows", SQUARE, 16, HALF, LEVELS, (Bitmap(), BitmapInt8())),
+    Scenario(
+        "batch bf16", "4096x4096, bfloat16, 16 rows", SQUARE, 16, HALF, LEVELS, (Bitmap(), *BLOCKS[1:], BitmapInt8())
+    ),
     Scenario("spmm fp32", "4096x4096, float32, 256 rows", SQUARE, 256, torch.float32, SINGLE, BLOCKS),
     Scenario("small spmm fp32", "1024x1024, float32, 128 rows", ((1024, 1024),), 128, torch.float32, SINGLE, BLOCKS),
     Scenario("prefill bf16", "4096x4096, bfloat16, 512 rows", SQUARE, 512, HALF, (0.5, 0.7, 0.9), (Bitmap(),)),

@@ -16,7 +16,7 @@ from secateur.accelerate import Accelerated, Choice, Trial, accelerate, break_ev
 from secateur.cli import bench, main
 from secateur.cli.terminal import Terminal
 from secateur.errors import FormatError, SettingError
-from secateur.formats import Bitmap, DepthTaps, GroupCols
+from secateur.formats import Bitmap, DepthTaps, GroupCols, KBlocked
 from secateur.formats.chain import ConvChain
 from secateur.formats.conv import SparseConv2d
 from secateur.formats.linear import SparseLinear, SparsePointwise
@@ -316,6 +316,22 @@ def test_linear_layers_with_rows_enough_are_tried_in_groups(cost):
     assert [t.name for t in found.choices[1].trials] == ["dense", "group-cols-1"]
     few = accelerate(Slow(), torch.randn(15, 256), formats=[GroupCols(1)])
     assert few.choices[1].why == "group-cols-1: 15 rows leave its lanes empty"
+
+
+def test_single_weights_in_bfloat16_are_tried_where_few_are_left_for_few_rows(cost):
+    cost(2.0, 1.0)
+
+    def why(rows, dtype=torch.bfloat16, kept=1.0):
+        model = Slow().to(dtype)
+        with torch.no_grad():
+            model.thin.weight[:, : int(256 * (1 - kept))] = 1
+        return accelerate(model, torch.randn(rows, 256).to(dtype), formats=[KBlocked(256)]).choices[1]
+
+    assert [t.name for t in why(16).trials] == ["dense", "k-blocked-256"]
+    assert [t.name for t in why(64).trials] == ["dense", "k-blocked-256"]
+    assert why(65).why == "k-blocked-256: it is for float32, or up to 64 rows of bfloat16"
+    assert why(16, torch.float16).why == "k-blocked-256: it is for float32, or up to 64 rows of bfloat16"
+    assert why(16, kept=0.5).why == "k-blocked-256: it is for 80% zeros and more in bfloat16, and 48% are"
 
 
 def test_the_break_even_of_a_convolution(monkeypatch):

@@ -52,6 +52,7 @@ MARGIN = 0.05  # of the dense time that a format must save: less is noise
 AT_ONCE = 2**29  # bytes of dense weights that are measured together
 ROUNDS, PASSES = 7, 3  # of all turns, and of the calls of a turn
 FEWEST = 16  # rows of an input below which the lanes of `GroupCols` and `KBlocked` are empty
+SINGLE, MOST_SINGLE = 0.8, 64  # zeros from which, and rows up to which, `KBlocked` is tried in bfloat16
 FULLEST = 0.8  # of what groups store that must not be zero: with less, smaller groups do less
 
 
@@ -369,9 +370,19 @@ def _why_not(format: Format, layer: Layer, seen: "Seen") -> str | None:
     if (rows := seen.rows(layer)) < FEWEST and not isinstance(layer, nn.Conv2d):  # in a chain it may make up for that
         return f"{rows} rows leave its lanes empty"
     if isinstance(format, KBlocked):
-        return None if layer.weight.dtype is torch.float32 else "it is for float32: tiles multiply 16 bits faster"
+        return _why_not_single(layer.weight, rows)
     full = format.fullness(layer.weight)
     return f"{full:.0%} of what its groups store is not zero" if full < FULLEST else None
+
+
+def _why_not_single(weight: Tensor, rows: int) -> str | None:
+    """Why `KBlocked` is not tried: in 16 bits processors multiply whole weights faster, but for few that are left."""
+    if weight.dtype is torch.float32:
+        return None
+    if weight.dtype is torch.bfloat16 and rows <= MOST_SINGLE:
+        zeros = float((weight == 0).float().mean())
+        return None if zeros >= SINGLE else f"it is for {SINGLE:.0%} zeros and more in bfloat16, and {zeros:.0%} are"
+    return f"it is for float32, or up to {MOST_SINGLE} rows of bfloat16"
 
 
 def _packed(layer: Layer, format: Format) -> SparseLinear | SparseConv2d | SparsePointwise:

@@ -200,3 +200,21 @@ def test_a_gradient_goes_through_the_dense_weight(format):
     x = inputs(3, 64, torch.float32).requires_grad_()
     format.pack(weight, mask).matmul(x).sum().backward()
     assert torch.equal(x.grad, (weight * mask).sum(0).expand(3, 64))
+
+
+def test_sums_of_single_weights_are_rounded_as_torch_rounds_them():
+    made = torch.Generator().manual_seed(0)
+    x = torch.randn(16, 300, generator=made).mul_(3).to(torch.bfloat16)
+    x[:, 299] = 3e38
+    weight = torch.zeros(48, 300, dtype=torch.bfloat16)
+    first, second = torch.randperm(299, generator=made)[:96].view(2, 48)
+    weight[torch.arange(48), first] = weight[torch.arange(48), second] = 1  # two numbers each: their sum is exact
+    weight[5] = 0
+    weight[5, 299] = 2  # an infinity of finite numbers
+    wanted = (x.float() @ weight.float().T).to(torch.bfloat16)
+    assert wanted[:, 5].isinf().all()
+    for depth in (128, 256):
+        packed = KBlocked(depth).pack(weight)
+        for level in kernels.levels():
+            with kernels.forced(level):
+                torch.testing.assert_close(packed.matmul(x), wanted, rtol=0, atol=0)

@@ -46,6 +46,21 @@ struct Tile {
   float* spare;          // where sums go of outputs that are none: V vectors
 };
 
+// A weight in all lanes.
+template <class T>
+inline Vector weight_of(const T* values, int i) {
+  return all(widen(values[i]));
+}
+
+#if LANES == 16
+// Of bfloat16 two come with one load: a value by itself would have to go through another register. Even ones begin a pair.
+inline Vector weight_of(const bf16* values, int i) {
+  typedef int32_t __attribute__((may_alias, aligned(2))) Pair;
+  const Bits two = Bits(_mm512_set1_epi32(*reinterpret_cast<const Pair*>(values + i / 2 * 2)));
+  return Vector(i % 2 ? two & 0xffff0000u : two << 16);
+}
+#endif
+
 // Columns that lie side by side, read as one: a processor loads two or three times at once, and x needs that.
 template <class Column, int S>
 struct Side {
@@ -54,104 +69,159 @@ struct Side {
   Column operator[](int s) const { return Column(all >> (s * 8 * sizeof(Column))); }
 };
 
-// What groups of N in bunches [begin, end) of a block add to the sums of a tile. `inputs[column]` is where V vectors of a
-// column of the block lie; AS_ONE says whether columns are read as one. A function of its own: in one with all others registers are not given out well.
-template <class T, class Column, int N, int V, class Inputs>
-__attribute__((noinline)) void add_blocked(const KBlocked& weight, int64_t block, int64_t begin, int64_t end,
-                                           const Inputs& inputs, const Tile& tile) {
-  enum { A = abreast(N), S = at_once(N), R = together(N) };
+enum {
+  FAR = 8,    // bunches ahead that memory is asked for
+  SHORT = 45  // steps of a bunch
+};
+
+template <class Any>
+inline void ask_for(const Any* from, const Any* to) {
+  const char* const end = reinterpret_cast<const char*>(to);
+  for (const char* at = reinterpret_cast<const char*>(from); at < end; at += 64) __builtin_prefetch(at);
+}
+
+// What groups of N in bunches [begin, end) of a block add to the sums of a tile, G bunches at a time; where it came to.
+// `inputs[column]` is where V vectors of a column of the block lie; AS_ONE says whether columns are read as one. A function
+// of its own: in one with all others registers are not given out well.
+template <class T, class Column, int N, int V, int G, class Inputs>
+__attribute__((noinline)) int64_t add_bunches(const KBlocked& weight, int64_t block, int64_t begin, int64_t end,
+                                              const Inputs& inputs, const Tile& tile) {
+  enum { A = abreast(N), S = at_once(N), R = together(N), EACH = S * R };
+  static_assert(G == 1 || EACH == A * N, "bunches that go together go whole");
   const int64_t bunches = weight.padded / A;
   const int32_t* group = weight.rows + block * weight.padded + begin * A;
   const int64_t* offsets = weight.offsets + block * bunches;
   const bool whole = tile.count == V * LANES;
   const int64_t rest = tile.count - (V - 1) * LANES;
-  for (int64_t bunch = begin; bunch < end; bunch++, group += A) {
-    const int64_t steps = offsets[bunch + 1] - offsets[bunch];
-    if (!steps && !tile.bias && !tile.last) continue;
-    // Outputs of some groups, or of a part of one.
-    for (int part = 0; part < A * N; part += S * R) {
-      const Column* columns = static_cast<const Column*>(weight.columns) + offsets[bunch] * A + part / N;
-      const T* values = static_cast<const T*>(weight.values) + offsets[bunch] * A * N + part;
-      Vector sum[S * R][V];
-      float* at[S * R];
+  // A step: an output, or the R of a group, for each of S columns.
+  const auto step = [&](const Column* columns, const T* values, Vector(&sum)[EACH][V]) __attribute__((always_inline)) {
+    const Side<Column, S> side(columns);
+#pragma GCC unroll 4
+    for (int s = 0; s < S; s++) {
+      const float* from = inputs[Inputs::AS_ONE ? side[s] : columns[s]];
+#ifdef __x86_64__
+      __asm__("" : "+r"(from));  // in a register: an instruction with an index is taken apart
+#endif
+      Vector x[V];
 #pragma GCC unroll 8
-      for (int i = 0; i < S * R; i++) {
+      for (int v = 0; v < V && R > 1; v++) x[v] = load(from + v * LANES);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) {
+        const Vector value = weight_of(values, s * N + r);
+#pragma GCC unroll 8
+        for (int v = 0; v < V; v++) sum[s * R + r][v] += (R > 1 ? x[v] : load(from + v * LANES)) * value;
+      }
+    }
+  };
+  // One in which an input that is loaded serves two outputs.
+  const auto shared = [&](const Column* columns, const T* values, Vector(&sum)[EACH][V]) __attribute__((always_inline)) {
+    const Side<Column, S> side(columns);
+#pragma GCC unroll 2
+    for (int s = 0; s < S; s += 2) {
+      const float* from = inputs[Inputs::AS_ONE ? side[s] : columns[s]];
+#ifdef __x86_64__
+      __asm__("" : "+r"(from));
+#endif
+      Vector x[V];
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v++) x[v] = load(from + v * LANES);
+#pragma GCC unroll 2
+      for (int i = s; i < s + 2; i++) {
+        const Vector value = weight_of(values, i);
+#pragma GCC unroll 8
+        for (int v = 0; v < V; v++) sum[i][v] += x[v] * value;
+      }
+    }
+  };
+  int64_t bunch = begin;
+  for (; bunch + G <= end; bunch += G, group += G * A) {
+    int64_t left[G], all_of_them = 0;
+#pragma GCC unroll 2
+    for (int g = 0; g < G; g++) all_of_them += left[g] = offsets[bunch + g + 1] - offsets[bunch + g];
+    if (!all_of_them && !tile.bias && !tile.last) continue;
+    if constexpr (G > 1) {  // two streams that overtake one another are not foreseen by the processor
+      const int64_t from = least(bunch + FAR, end), to = least(bunch + FAR + G, end);
+      ask_for(static_cast<const Column*>(weight.columns) + offsets[from] * A, static_cast<const Column*>(weight.columns) + offsets[to] * A);
+      ask_for(static_cast<const T*>(weight.values) + offsets[from] * A * N, static_cast<const T*>(weight.values) + offsets[to] * A * N);
+    }
+    // Outputs of some groups, or of a part of one.
+    for (int part = 0; part < A * N; part += EACH) {
+      const Column* columns[G];
+      const T* values[G];
+      Vector sum[G][EACH][V];
+      float* at[G * EACH];
+#pragma GCC unroll 8
+      for (int i = 0; i < G * EACH; i++) {
+        if (i % EACH == 0) {
+          columns[i / EACH] = static_cast<const Column*>(weight.columns) + offsets[bunch + i / EACH] * A + part / N;
+          values[i / EACH] = static_cast<const T*>(weight.values) + offsets[bunch + i / EACH] * A * N + part;
+        }
         const int64_t output = int64_t(group[(part + i) / N]) * N + (part + i) % N;
         const bool real = output < tile.outputs;
         at[i] = real ? tile.sums + (output - tile.first) * tile.pitch : tile.spare;
         const float bias = tile.bias && real ? tile.bias[output] : 0;
 #pragma GCC unroll 8
         for (int v = 0; v < V; v++)
-          sum[i][v] = tile.bias              ? all(bias)
-                      : whole || v < V - 1 ? load(at[i] + v * LANES)
-                                             : load_some(at[i] + v * LANES, rest);
+          sum[i / EACH][i % EACH][v] = tile.bias              ? all(bias)
+                                       : whole || v < V - 1 ? load(at[i] + v * LANES)
+                                                              : load_some(at[i] + v * LANES, rest);
       }
-      int64_t left = steps;
-      if constexpr (N == 1 && S == 4) {  // an input that is loaded serves two outputs
+      if constexpr (G > 1) {
+        int64_t common = left[0];
+#pragma GCC unroll 2
+        for (int g = 1; g < G; g++) common = least(common, left[g]);
+#pragma GCC unroll 2
+        for (int g = 0; g < G; g++) left[g] -= common;
+        for (; common > 0; common--)
+#pragma GCC unroll 2
+          for (int g = 0; g < G; g++, columns[g - 1] += A, values[g - 1] += A * N) step(columns[g], values[g], sum[g]);
+      } else if constexpr (N == 1 && S == 4) {
         int64_t pairs = weight.shared ? weight.shared[block * bunches + bunch] : 0;
-        for (left -= pairs; pairs > 0; pairs--, columns += A, values += A) {
-          const Side<Column, S> side(columns);
-#pragma GCC unroll 2
-          for (int s = 0; s < S; s += 2) {
-            const float* from = inputs[Inputs::AS_ONE ? side[s] : columns[s]];
-#ifdef __x86_64__
-            __asm__("" : "+r"(from));
-#endif
-            Vector x[V];
-#pragma GCC unroll 8
-            for (int v = 0; v < V; v++) x[v] = load(from + v * LANES);
-#pragma GCC unroll 2
-            for (int i = s; i < s + 2; i++) {
-              const Vector value = all(widen(values[i]));
-#pragma GCC unroll 8
-              for (int v = 0; v < V; v++) sum[i][v] += x[v] * value;
-            }
-          }
-        }
+        for (left[0] -= pairs; pairs > 0; pairs--, columns[0] += A, values[0] += A) shared(columns[0], values[0], sum[0]);
       }
-      for (; left > 0; left--, columns += A, values += A * N) {
-        const Side<Column, S> side(columns);
-#pragma GCC unroll 4
-        for (int s = 0; s < S; s++) {
-          const float* from = inputs[Inputs::AS_ONE ? side[s] : columns[s]];
-#ifdef __x86_64__
-          __asm__("" : "+r"(from));  // in a register: an instruction with an index is taken apart
-#endif
-          Vector x[V];
-#pragma GCC unroll 8
-          for (int v = 0; v < V && R > 1; v++) x[v] = load(from + v * LANES);
-#pragma GCC unroll 8
-          for (int r = 0; r < R; r++) {
-            const Vector value = all(widen(values[s * N + r]));
-#pragma GCC unroll 8
-            for (int v = 0; v < V; v++) sum[s * R + r][v] += (R > 1 ? x[v] : load(from + v * LANES)) * value;
-          }
-        }
-      }
+#pragma GCC unroll 2
+      for (int g = 0; g < G; g++)
+        for (int64_t steps = left[g]; steps > 0; steps--, columns[g] += A, values[g] += A * N)
+          step(columns[g], values[g], sum[g]);
       if (tile.last) {
         const Vector low = all(tile.low), high = all(tile.high);
 #pragma GCC unroll 8
-        for (int i = 0; i < S * R; i++)
+        for (int i = 0; i < G * EACH; i++)
 #pragma GCC unroll 8
           for (int v = 0; v < V; v++) {
+            Vector& one = sum[i / EACH][i % EACH][v];
             if (tile.more && at[i] != tile.spare) {
               const float* const more = tile.more + (at[i] - tile.sums) + v * LANES;
-              sum[i][v] += whole || v < V - 1 ? load(more) : load_some(more, rest);
+              one += whole || v < V - 1 ? load(more) : load_some(more, rest);
             }
-            sum[i][v] = sum[i][v] < low ? low : sum[i][v];
-            sum[i][v] = sum[i][v] > high ? high : sum[i][v];
+            one = one < low ? low : one;
+            one = one > high ? high : one;
           }
       }
 #pragma GCC unroll 8
-      for (int i = 0; i < S * R; i++)
+      for (int i = 0; i < G * EACH; i++)
 #pragma GCC unroll 8
         for (int v = 0; v < V; v++)
           if (whole || v < V - 1)
-            store(at[i] + v * LANES, sum[i][v]);
+            store(at[i] + v * LANES, sum[i / EACH][i % EACH][v]);
           else
-            store_some(at[i] + v * LANES, sum[i][v], rest);
+            store_some(at[i] + v * LANES, sum[i / EACH][i % EACH][v], rest);
     }
   }
+  return bunch;
+}
+
+// Where single sums are of one vector, and short, two bunches go together: a multiplication would wait for the one before
+// it, and where steps end is foreseen more often. Long ones share more inputs than that gains.
+template <class T, class Column, int N, int V, class Inputs>
+void add_blocked(const KBlocked& weight, int64_t block, int64_t begin, int64_t end, const Inputs& inputs,
+                 const Tile& tile) {
+  if constexpr (V == 1 && N == 1 && at_once(N) == 4) {
+    const int64_t* const offsets = weight.offsets + block * (weight.padded / abreast(N));
+    if (offsets[end] - offsets[begin] < SHORT * (end - begin))
+      begin = add_bunches<T, Column, N, V, 2>(weight, block, begin, end, inputs, tile);
+  }
+  add_bunches<T, Column, N, V, 1>(weight, block, begin, end, inputs, tile);
 }
 
 // With as many vectors as the pixels of the tile need.

@@ -18,6 +18,13 @@ enum {
 
 inline Vector widened(const float* from, int64_t count) { return count == LANES ? load(from) : load_some(from, count); }
 
+inline Vector widened(const bf16* from, int64_t count) {
+  if (count == LANES) return load(from);
+  Vector found = {};
+  for (int64_t i = 0; i < count; i++) found[i] = widen(from[i]);
+  return found;
+}
+
 template <class T>
 Vector widened(const T* from, int64_t count) {
   Vector found = {};
@@ -32,6 +39,11 @@ inline void narrowed(Vector from, float* to, int64_t count) {
     store_some(to, from, count);
 }
 
+inline void narrowed(Vector from, bf16* to, int64_t count) {
+  if (count == LANES) return store(to, from);
+  for (int64_t i = 0; i < count; i++) narrow(from[i], to + i);
+}
+
 template <class T>
 void narrowed(Vector from, T* to, int64_t count) {
   for (int64_t i = 0; i < count; i++) narrow(from[i], to + i);
@@ -43,6 +55,13 @@ struct Panel {
   const float* from;
   int64_t wide;
   const float* operator[](int64_t column) const { return from + column * wide; }
+};
+
+// Columns of a vector each.
+struct Narrow {
+  enum { AS_ONE = 0 };
+  const float* from;
+  const float* operator[](int64_t column) const { return from + column * LANES; }
 };
 
 // Inputs of `count` rows, `wide` floats for each of them.
@@ -92,7 +111,7 @@ bool finite(const T* x, int64_t count) {
 template <class T, class Column, int N>
 void multiply_blocked(const Matmul& call, const KBlocked& weight, int64_t begin, int64_t end, const float* own) {
   enum { V = most(N), A = abreast(N) };
-  int64_t wide = V * LANES;
+  int64_t wide = least(V * LANES, (call.rows + LANES - 1) / LANES * LANES);
   while (N == 1 && wide > LANES && weight.depth * wide > NEAR) wide -= LANES;
   // Sums are of many rows and some outputs, so that a block of the weight is read once for the rows, or where the weight
   // keeps less than x has, of one panel and many outputs, so that the panel is laid out once for these.
@@ -120,8 +139,11 @@ void multiply_blocked(const Matmul& call, const KBlocked& weight, int64_t begin,
           tile.sums = sums + row;
           tile.count = least(wide, count - row);
           tile.count = (tile.count + LANES - 1) / LANES * LANES;  // there is room for whole vectors
-          const Panel inputs = {panel, wide};
-          add_some<T, Column, N, V>(weight, block, from / A, (until + A - 1) / A, inputs, tile);
+          const int64_t bunch = from / A, bunches_end = (until + A - 1) / A;
+          if (wide == LANES)
+            add_blocked<T, Column, N, 1>(weight, block, bunch, bunches_end, Narrow{panel}, tile);
+          else
+            add_some<T, Column, N, V>(weight, block, bunch, bunches_end, Panel{panel, wide}, tile);
         }
         tile.bias = nullptr;
       }

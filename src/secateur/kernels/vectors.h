@@ -19,6 +19,23 @@ inline Vector load(const float* from) { return *reinterpret_cast<const Loose*>(f
 inline void store(float* to, Vector value) { *reinterpret_cast<Loose*>(to) = value; }
 inline Vector all(float value) { return value - Vector{}; }
 
+// The same for bfloat16, which are upper halves of floats; rounded to the nearest, ties to even, and a NaN stays one.
+typedef uint32_t Bits __attribute__((vector_size(LANES * 4)));
+typedef uint16_t Upper __attribute__((vector_size(LANES * 2)));
+typedef uint16_t LooseUpper __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
+
+inline Vector load(const uint16_t* from) {
+  const Upper halves = *reinterpret_cast<const LooseUpper*>(from);
+  return Vector(__builtin_convertvector(halves, Bits) << 16);
+}
+
+inline void store(uint16_t* to, Vector value) {
+  const Bits bits = Bits(value), no_number = Bits(value != value);
+  const Bits rounded = bits + 0x7fff + (bits >> 16 & 1);
+  const Bits kept = (rounded & ~no_number) | ((bits | 0x400000) & no_number);
+  *reinterpret_cast<LooseUpper*>(to) = __builtin_convertvector(kept >> 16, Upper);
+}
+
 // The first floats of a vector.
 inline Vector load_some(const float* from, int64_t count) {
 #if LANES == 16
