@@ -13,38 +13,47 @@ inline __m512i keys_of(__m512 score) {
   return _mm512_xor_si512(bits, _mm512_or_si512(sign, _mm512_set1_epi32(int(0x80000000))));
 }
 
+// Scores are asked for ahead: not every processor foresees loads that are masked.
+inline __m512 read(const float* score, __mmask16 lanes) {
+  enum { AHEAD = 2048 };
+  _mm_prefetch(reinterpret_cast<const char*>(score) + AHEAD, _MM_HINT_T0);
+  return _mm512_maskz_loadu_ps(lanes, score);
+}
+
 inline __mmask16 lanes_of(int64_t count) { return count >= 16 ? 0xffff : __mmask16((1u << count) - 1); }
 
 inline void store(uint8_t* keep, __mmask16 lanes, __mmask16 stays) {
   _mm_mask_storeu_epi8(keep, lanes, _mm_maskz_set1_epi8(stays, 1));
 }
 
-// Groups of `width` lanes, as many as fit, from one register to the next.
+// Groups of WIDTH lanes, as many as fit, from one register to the next.
+template <int WIDTH>
 void groups(const Select& call, const float* score, uint8_t* keep, int64_t count) {
-  const int width = int(call.width);
-  __m512i turned[SMALL];
-  __mmask16 before[SMALL];  // lanes whose turned neighbour stands before them
-  alignas(64) int32_t from[16];
-  for (int turn = 1; turn < width; turn++) {
-    before[turn] = 0;
+  __m512i turned[WIDTH], before[WIDTH];  // one where the turned neighbour of a lane stands before it
+  alignas(64) int32_t from[16], ahead[16];
+#pragma GCC unroll 16
+  for (int turn = 1; turn < WIDTH; turn++) {
     for (int lane = 0; lane < 16; lane++) {
-      const int place = lane % width, other = (place + turn) % width;
+      const int place = lane % WIDTH, other = (place + turn) % WIDTH;
       from[lane] = lane - place + other;
-      if (other < place) before[turn] |= __mmask16(1u << lane);
+      ahead[lane] = other < place;
     }
     turned[turn] = _mm512_load_si512(from);
+    before[turn] = _mm512_load_si512(ahead);
   }
   const __m512i one = _mm512_set1_epi32(1), drop = _mm512_set1_epi32(int(call.drop));
   __mmask16 odd = 0;
   for (int64_t at = 0; at < count; at += 16) {
     const __mmask16 lanes = lanes_of(count - at);
-    const __m512 x = _mm512_maskz_loadu_ps(lanes, score + at);
+    const __m512 x = read(score + at, lanes);
     odd |= _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
     const __m512i mine = keys_of(x);
     __m512i lower = _mm512_setzero_si512();
-    for (int turn = 1; turn < width; turn++) {
+#pragma GCC unroll 16
+    for (int turn = 1; turn < WIDTH; turn++) {
       const __m512i other = _mm512_permutexvar_epi32(turned[turn], mine);
-      const __mmask16 less = _mm512_cmplt_epu32_mask(other, mine) | (_mm512_cmpeq_epu32_mask(other, mine) & before[turn]);
+      // Of equal ones that which stands before is lower: less than the next key, which there is but for a NaN.
+      const __mmask16 less = _mm512_cmplt_epu32_mask(other, _mm512_add_epi32(mine, before[turn]));
       lower = _mm512_mask_add_epi32(lower, less, lower, one);
     }
     store(keep + at, lanes, _mm512_cmpge_epi32_mask(lower, drop));
@@ -90,7 +99,7 @@ uint32_t by_halving(const Select& call, const float* score, int64_t* ties) {
   __mmask16 odd = 0;
   for (int64_t i = 0; i < call.width; i += 16) {
     const __mmask16 lanes = lanes_of(call.width - i);
-    const __m512 x = _mm512_maskz_loadu_ps(lanes, score + i);
+    const __m512 x = read(score + i, lanes);
     odd |= _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
     const __m512i k = keys_of(x);
     _mm512_store_si512(keys + i, k);
@@ -110,7 +119,7 @@ uint32_t by_first_digit(const Select& call, const float* score, int64_t* ties) {
   alignas(64) uint32_t digits[16];
   for (int64_t i = 0; i < call.width; i += 16) {
     const __mmask16 lanes = lanes_of(call.width - i);
-    const __m512 x = _mm512_maskz_loadu_ps(lanes, score + i);
+    const __m512 x = read(score + i, lanes);
     odd |= _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
     _mm512_store_si512(digits, _mm512_srli_epi32(keys_of(x), BELOW));
     const int there = call.width - i < 16 ? int(call.width - i) : 16;
@@ -132,7 +141,7 @@ uint32_t by_first_digit(const Select& call, const float* score, int64_t* ties) {
   int64_t found = 0;
   for (int64_t i = 0; i < call.width; i += 16) {
     const __mmask16 lanes = lanes_of(call.width - i);
-    const __m512i k = keys_of(_mm512_maskz_loadu_ps(lanes, score + i));
+    const __m512i k = keys_of(read(score + i, lanes));
     const __mmask16 same = _mm512_mask_cmpeq_epi32_mask(lanes, _mm512_srli_epi32(k, BELOW), wanted);
     _mm512_storeu_si512(keys + found, _mm512_maskz_compress_epi32(same, k));
     found += __builtin_popcount(same);
@@ -146,7 +155,7 @@ void part(const float* score, uint8_t* keep, int64_t width, uint32_t edge, int64
   const __m512i limit = _mm512_set1_epi32(int(edge));
   for (int64_t i = 0; i < width; i += 16) {
     const __mmask16 lanes = lanes_of(width - i);
-    const __m512i k = keys_of(_mm512_maskz_loadu_ps(lanes, score + i));
+    const __m512i k = keys_of(read(score + i, lanes));
     uint32_t stays = _mm512_cmpgt_epu32_mask(k, limit);
     const uint32_t equal = _mm512_mask_cmpeq_epu32_mask(lanes, k, limit);
     if (equal) {
@@ -165,10 +174,11 @@ extern "C" void select_f32_avx512(const void* pointer, int64_t begin, int64_t en
   const int64_t first = begin * call.together, to = end * call.together, last = to < call.rows ? to : call.rows;
   const float* const score = call.score + first * call.width;
   uint8_t* const keep = call.keep + first * call.width;
-  if (call.width <= SMALL && 16 % call.width == 0) {
-    groups(call, score, keep, (last - first) * call.width);
-    return;
-  }
+  const int64_t all = (last - first) * call.width;
+  if (call.width == 2) return groups<2>(call, score, keep, all);
+  if (call.width == 4) return groups<4>(call, score, keep, all);
+  if (call.width == 8) return groups<8>(call, score, keep, all);
+  if (call.width == 16) return groups<16>(call, score, keep, all);
   for (int64_t row = 0; row < last - first; row++) {
     const float* const mine = score + row * call.width;
     int64_t ties;
