@@ -23,12 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks import kept
 from secateur import fit
 from secateur.axes.rules import LearningRate
 from secateur.methods.spa import Spa
 from secateur.models import onnx, open_model
 from secateur.models.opening import data_pack
-from secateur.outcome import about_machine, about_versions, count_flops, now, write_text
+from secateur.outcome import about_machine, about_versions, count_flops, now
 from secateur.tasks import Adam, fashion_mnist, open_task
 
 HERE = Path(__file__).resolve().parent
@@ -227,8 +228,8 @@ def main() -> None:
         "repeats": given.repeats, "steps": given.steps, "tuning": given.tuning, "sparsity": SPARSITY,
         "torch-pruning": version("torch-pruning"), "rows": rows,
     }  # fmt: skip
-    RESULT.parent.mkdir(exist_ok=True)
-    write_text(RESULT, json.dumps(found, indent=1, sort_keys=True) + "\n")
+    result, _ = kept.here(RESULT, PAGE)
+    kept.write(result, found)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ every layer, and what parameters that leaves is a column. Writes benchmarks/resu
 """
 
 import copy
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -19,12 +18,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks import kept
 from secateur import prune
 from secateur.axes.scales import Dropped
 from secateur.methods.group_channel import GroupChannel
 from secateur.methods.l1_norm import L1Norm
 from secateur.models import open_model
-from secateur.outcome import about_machine, about_versions, write_text
+from secateur.outcome import about_machine, about_versions
 from secateur.tasks.detection import Detection, bccd
 
 HERE = Path(__file__).resolve().parent
@@ -83,9 +83,9 @@ def main() -> None:
                 rows.append({"run": name, "sparsity": sparsity, **looked(made, task), "seconds": seconds})
             print(rows[-1], flush=True)
     found = {"rows": rows, "machine": about_machine(), "versions": about_versions()}
-    RESULT.parent.mkdir(exist_ok=True)
-    write_text(RESULT, json.dumps(found, indent=1, sort_keys=True) + "\n")
-    write_text(PAGE, page(found))
+    result, place = kept.here(RESULT, PAGE)
+    kept.write(result, found)
+    kept.write_page(place, page(found))
 
 
 def page(found: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ Following the graph is told apart from trying every site on the model, which cos
 table makes a decoder deeper. Writes results/graph.json, from which docs/graph-speed.md is made.
 """
 
-import json
+import argparse
 import time
 import tracemalloc
 from pathlib import Path
@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks import kept
 from secateur.graph import couple
 from secateur.graph.trace import follow
-from secateur.outcome import about_machine, about_versions, now, write_text
+from secateur.outcome import about_machine, about_versions, now
 from secateur.task import Batch
 
 HERE = Path(__file__).resolve().parent
@@ -137,5 +138,13 @@ def page(found: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    result, place = kept.here(RESULT, PAGE)
+    found = measured()
+    kept.write(result, found)
+    kept.write_page(place, page(found))
+
+
 if __name__ == "__main__":
-    write_text(RESULT, json.dumps(measured(), indent=1) + "\n")
+    main()

@@ -24,11 +24,12 @@ from typing import Any
 
 import torch
 
+from benchmarks import kept
 from secateur import edit as edits
 from secateur.axes import Rank, patterns, words
 from secateur.evidence import Recorder
 from secateur.method import load
-from secateur.outcome import about_machine, about_versions, now, write_text
+from secateur.outcome import about_machine, about_versions, now
 from secateur.recipe import build
 
 HERE = Path(__file__).resolve().parent
@@ -183,16 +184,20 @@ def main() -> None:
     if asked.one:
         print(json.dumps(measure(asked.one, asked.samples, asked.window, asked.threads)))
         return
-    rows = {}
-    if RESULT.exists():
-        rows = {row["method"]: row for row in json.loads(RESULT.read_text())["rows"]}
+    result, place = kept.here(RESULT, PAGE)
+    rows = {row["method"]: row for row in kept.read(result, {"rows": []})["rows"]}
     for name in asked.methods.split(","):
         importlib.import_module(f"secateur.methods.{name}")  # a wrong name, before anything is run
-        command = [sys.executable, __file__, "--one", name]
+        command = [sys.executable, "-m", "benchmarks.methods", "--one", name]
         for option in ("samples", "window", "threads"):
             command += [f"--{option}", str(getattr(asked, option))]
         done = subprocess.run(
-            command, env={**os.environ, ALLOCATOR: str(1 << 20)}, capture_output=True, text=True, check=False
+            command,
+            cwd=HERE.parent,
+            env={**os.environ, ALLOCATOR: str(1 << 20)},
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if done.returncode:
             print(f"{name}: {(done.stderr.strip() or 'it was ended').splitlines()[-1]}", file=sys.stderr)
@@ -200,7 +205,7 @@ def main() -> None:
         rows[name] = json.loads(done.stdout.strip().splitlines()[-1])
         print(f"{name:14s} {rows[name]['seconds']:8.1f} s  {rows[name]['extra memory'] >> 20} MiB", flush=True)
         keep(rows, asked)
-    print(PAGE.read_text(encoding="utf-8"))
+    print(place.read_text(encoding="utf-8"))
 
 
 def keep(rows: dict[str, dict[str, Any]], asked: argparse.Namespace) -> None:
@@ -215,9 +220,9 @@ def keep(rows: dict[str, dict[str, Any]], asked: argparse.Namespace) -> None:
         f"documentation, {asked.threads} thread(s), on {machine['processor']}.",
         "rows": [rows[name] for name in SETTINGS if name in rows],
     }
-    RESULT.parent.mkdir(exist_ok=True)
-    write_text(RESULT, json.dumps(found, indent=1) + "\n")
-    write_text(PAGE, page(found))
+    result, place = kept.here(RESULT, PAGE)
+    kept.write(result, found)
+    kept.write_page(place, page(found))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import argparse
 import copy
 import ctypes
 import gc
-import json
 import os
 import statistics
 import sys
@@ -25,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import plain
+from benchmarks import kept, plain
 from secateur.axes import Gblm
 from secateur.edit import Edit, Mask
 from secateur.method import Method
@@ -36,7 +35,7 @@ from secateur.methods.magnitude import Magnitude
 from secateur.methods.shortgpt import ShortGPT
 from secateur.methods.sparsegpt import SparseGPT
 from secateur.methods.wanda import Wanda
-from secateur.outcome import about_machine, about_versions, now, write_text
+from secateur.outcome import about_machine, about_versions, now
 from secateur.task import Batch
 
 HERE = Path(__file__).resolve().parent
@@ -234,7 +233,8 @@ def main() -> None:
     opened = open_model("smollm2")
     task = python_docs(opened.tokenizer, window=asked.window)
     ids = torch.cat([b.inputs[0] for b in task.batches("calibration", asked.samples)])
-    before = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    result, place = kept.here(RESULT, PAGE)
+    before = kept.read(result, {})
     rows = {(row["method"], row["windows"]): row for row in before.get("side by side", [])}
     for name in asked.methods.split(","):
         rows[name, len(ids)] = row = side_by_side(name, opened.model, ids, asked.repeats)
@@ -252,9 +252,8 @@ def main() -> None:
         f"SmolLM2-135M-Instruct in float32, windows of {asked.window} tokens, "
         f"{asked.threads} thread(s), {asked.repeats} repeats, on {machine['processor']}, {found['created']}."
     )
-    RESULT.parent.mkdir(exist_ok=True)
-    write_text(RESULT, json.dumps(found, indent=1) + "\n")
-    write_text(PAGE, page(found))
+    kept.write(result, found)
+    kept.write_page(place, page(found))
     print(page(found))
 
 

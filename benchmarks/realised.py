@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks import kept
 from secateur import Batch
 from secateur.axes.allocations import Uniform
 from secateur.methods.spa import Spa
 from secateur.models import open_model
-from secateur.outcome import about_machine, about_versions, count_flops, now, write_text
+from secateur.outcome import about_machine, about_versions, count_flops, now
 from secateur.tasks import open_task
 
 HERE = Path(__file__).resolve().parent
@@ -57,11 +58,11 @@ def timed(dense: nn.Module, cut: nn.Module, batch: Batch, turns: int) -> tuple[l
     """Milliseconds of both in turn, after three that warm up."""
     times: tuple[list[float], list[float]] = ([], [])
     for turn in range(turns + 3):
-        for model, kept in zip((dense, cut), times, strict=True):
+        for model, milliseconds in zip((dense, cut), times, strict=True):
             start = time.thread_time()
             batch.through(model)
             if turn >= 3:
-                kept.append((time.thread_time() - start) * 1e3)
+                milliseconds.append((time.thread_time() - start) * 1e3)
     return times
 
 
@@ -127,12 +128,13 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     rows = measure([name for name in NETWORKS if given.only in name], given.turns, given.compiled)
-    known = json.loads(RESULT.read_text())["rows"] if RESULT.exists() else []
+    result, place = kept.here(RESULT, PAGE)
+    known = kept.read(result, {"rows": []})["rows"]
     new = {(row["network"], row["mode"], row["batch"]): row for row in [*known, *rows]}
     order = sorted(new.values(), key=lambda row: (NETWORKS.index(row["network"]), row["mode"] != "eager", row["batch"]))
     found = {"versions": about_versions(), "machine": about_machine(), "rows": order}
-    write_text(RESULT, json.dumps(found, indent=1) + "\n")
-    write_text(PAGE, page(found))
+    kept.write(result, found)
+    kept.write_page(place, page(found))
 
 
 if __name__ == "__main__":

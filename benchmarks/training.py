@@ -12,7 +12,6 @@ rest.
 
 import argparse
 import copy
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks import kept
 from secateur.axes import Erk
 from secateur.axes.growth import AtRandom, Rewire, random_masks
 from secateur.axes.patterns import NM, keep_top
@@ -32,7 +32,7 @@ from secateur.axes.schedules import Cosine, Schedule
 from secateur.cut import weights
 from secateur.method import Budget
 from secateur.models.resnet import resnet20
-from secateur.outcome import about_machine, about_versions, now, write_text
+from secateur.outcome import about_machine, about_versions, now
 from secateur.site import Site
 from secateur.train import Rule, attach
 
@@ -317,7 +317,8 @@ def main() -> None:
     torch.set_num_threads(asked.threads)
     machine = about_machine()
     place = machine["processor"] if asked.device == "cpu" else torch.cuda.get_device_name()
-    rows = {} if asked.tiny or not RESULT.exists() else json.loads(RESULT.read_text())["parts"]
+    result, page_at = kept.here(RESULT, PAGE)
+    rows = {} if asked.tiny else kept.read(result, {"parts": {}})["parts"]
     for part in parts:
         many = f"{asked.repeats} repeats" if part == SELECTOR else f"{asked.steps} steps of each"
         about = f"float32, {asked.threads} thread(s), {many}, on {place}, {now()}."
@@ -326,9 +327,8 @@ def main() -> None:
     print(page(found))
     if asked.tiny:
         return
-    RESULT.parent.mkdir(exist_ok=True)
-    write_text(RESULT, json.dumps(found, indent=1) + "\n")
-    write_text(PAGE, page(found))
+    kept.write(result, found)
+    kept.write_page(page_at, page(found))
 
 
 if __name__ == "__main__":
