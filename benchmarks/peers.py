@@ -374,7 +374,7 @@ def page(found: dict[str, Any]) -> str:
                 ratios = " | ".join(f"{one / ms[mine]:.2f}" for mine in ours)
                 lines.append(f"| {n} | {one:.1f} | {cells[0]['after others'][n]:.1f} | {ratios} | {off[n]:.1g} |")
         missing = {n: why for cell in cells for n, why in cell["left_out"].items()}
-        lines += [line for n, why in missing.items() for line in ("", f"{n} is not here: {why}.")]
+        lines += [line for n, why in missing.items() for line in ("", f"{n} is not here: {why.rstrip('.')}.")]
     return "\n".join(lines) + "\n"
 
 
