@@ -1,7 +1,7 @@
 """The harness of the claims: its statistics against hand-worked cases, its verdicts, and that it can be resumed."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -256,7 +256,16 @@ def test_every_verdict_is_the_harness_s(path):
     assert result.fingerprint == found.fingerprint(result.large), "measure it again: its settings have changed"
     again = conclude(found, result.cells, result.large)
     assert again.verdict == result.verdict
-    assert again.findings == result.findings
+    for here, there in zip(again.findings, result.findings, strict=True):
+        found, kept = asdict(here), asdict(there)
+        for numbers in (
+            "advantage",
+            "low",
+            "high",
+            "seeds",
+        ):  # a fit ends elsewhere in its last digits on another processor
+            assert found.pop(numbers) == pytest.approx(kept.pop(numbers), rel=1e-4, abs=1e-6, nan_ok=True), here.says
+        assert found == kept
 
 
 def test_results_are_found_from_the_package():
