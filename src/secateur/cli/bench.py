@@ -48,7 +48,7 @@ def command(
     """How fast a model is on this machine, with each layer in the storage that is fastest, dense among them.
 
     Nothing is written: `secateur.accelerate` gives the same model in Python. --dtype bfloat16 is the faster one where
-    the processor has a matrix unit.
+    the processor multiplies it itself (levels avx512bf16 and amx).
     """
     from secateur import kernels
     from secateur.accelerate import accelerate
