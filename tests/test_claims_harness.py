@@ -257,12 +257,12 @@ def test_every_verdict_is_the_harness_s(path):
     again = conclude(found, result.cells, result.large)
     assert again.verdict == result.verdict
     for here, there in zip(again.findings, result.findings, strict=True):
-        found, kept = asdict(here), asdict(there)
-        for name in ("advantage", "low", "high", "seeds"):
-            one, other = found.pop(name), kept.pop(name)
-            # A fit ends elsewhere in its last digits on another processor.
-            assert one == other or one == pytest.approx(other, rel=1e-4, abs=1e-6), f"{here.says}: {name}"
-        assert found == kept
+        one, other = asdict(here), asdict(there)
+        if found.derive is not None and not {here.left, here.right} <= {*found.conditions}:
+            # What is fitted to cells ends elsewhere in its last digits on another processor.
+            for name in ("advantage", "low", "high", "seeds"):
+                assert one.pop(name) == pytest.approx(other.pop(name), rel=1e-5, abs=1e-8), f"{here.says}: {name}"
+        assert one == other
 
 
 def test_results_are_found_from_the_package():

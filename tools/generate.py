@@ -10,7 +10,7 @@ docs/reference/*.md             a page per method and per study: idea, source, s
 claims/README.md                every claim, what was measured, the verdict
 docs/record.schema.json         the run record
 docs/claim.schema.json          the result of a claim
-docs/*speed.md                  the tables of the benchmarks, from their results
+docs/*speed.md, docs/*/*speed.md  the tables of the benchmarks, from their results; those of other processors apart
 docs/coverage.md                the networks of the zoo, from what tests/test_zoo.py found of each
 """
 

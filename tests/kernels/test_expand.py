@@ -45,6 +45,7 @@ def test_many_rows_go_through_the_weight_that_was_written(format, monkeypatch):
     packed = format.pack(weight, mask)
     calls = []
     monkeypatch.setattr(type(packed), "written", lambda self, kernel, into: calls.append(kernel) or self.dense())
+    at = {"amx"} if isinstance(format, BitmapInt8) else {"avx512bf16", "amx"}  # levels where the dense product wins
     least = packed.prepared.many["amx"]
     few, many = inputs(least - 1, 64, torch.bfloat16), inputs(least, 64, torch.bfloat16)
     bias = inputs(1, 48, torch.bfloat16, seed=2)[0]
@@ -54,7 +55,7 @@ def test_many_rows_go_through_the_weight_that_was_written(format, monkeypatch):
             packed.matmul(few, bias)
             assert not calls
             got = packed.matmul(many, bias)
-            assert bool(calls) == (level in packed.prepared.many and kernels.library() is not None)
+            assert bool(calls) == (level in at and kernels.library() is not None)
         if not isinstance(format, BitmapInt8):
             assert torch.equal(got, exact(many, weight, mask, bias))
 

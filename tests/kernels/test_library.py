@@ -11,6 +11,7 @@ import torch
 from secateur import kernels
 from secateur.errors import KernelError, SettingError
 from secateur.formats import Bitmap
+from secateur.kernels import building
 
 
 def test_a_level_is_forced_and_left_again(monkeypatch):
@@ -52,6 +53,17 @@ def test_a_library_of_another_version_is_refused(monkeypatch, library):
     monkeypatch.setattr(kernels, "VERSION", 999)
     with pytest.raises(KernelError, match="and this is 999"):
         kernels.Library(library.path)
+
+
+def test_a_build_that_fails_says_what_the_compiler_found_wrong():
+    said = "print('a.cpp:3: error: no such name'); [print('a warning') for _ in range(50)]; exit(1)"
+    with pytest.raises(KernelError, match=r"failed:\na.cpp:3: error: no such name") as found:
+        building._run([sys.executable, "-c", said])
+    assert "a warning\n" not in str(found.value)
+    with pytest.raises(
+        KernelError, match="out of memory"
+    ):  # where nothing is called an error, the end of all that is said
+        building._run([sys.executable, "-c", "print('out of memory'); exit(1)"])
 
 
 def weight_and_input(seed):

@@ -135,8 +135,9 @@ def shared(laid: Mapping[str, Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class KBlocked:
-    """A value and a byte for each weight that is kept, in blocks of `depth` inputs: for 16 rows and more, in float32.
+    """A value and a byte for each weight that is kept, in blocks of `depth` inputs: for 16 rows and more.
 
+    It is for float32, and in bfloat16 for up to 64 rows and above 80 % zeros.
     In each block the outputs are sorted, 256 at a time, by how many of its weights they keep, and four that follow one
     another go side by side, filled up with zeros for the first input of the block; the first two and the last two are
     such that share many inputs, and begin with these. 256 inputs to a block are for very

@@ -23,7 +23,8 @@ from torch import Tensor
 from secateur.errors import KernelError, SettingError, did_you_mean
 
 VERSION = 7
-"""What secateur_version() of the library must say: raised with every change to a struct that Python fills in."""
+"""What secateur_version() of the library must say: raised with every change to a struct that Python fills in, or to
+the levels, which are told by number."""
 
 LEVELS = ("base", "avx2", "avx512", "avx512bf16", "amx", "neon")
 """The instruction sets kernels are written for, each holding those before it; base runs anywhere, neon on AArch64."""

@@ -1,7 +1,7 @@
 // Eight-bit values in whole numbers throughout. A row of x becomes fixed-point numbers below a power of two of its own,
-// cut into digits of 8 bits, the lowest first: x = sum of digit[d] * 2^(8 d - shift). A step of a bitmap, sixteen outputs
-// by four inputs, is multiplied with the digits of its inputs by one instruction a digit. Sums are exact; what they amount
-// to is rounded once, as a float, at the end.
+// cut into digits of 8 bits, the lowest first: x = sum of digit[d] * 2^(8 d - shift). A step of a bitmap, sixteen
+// outputs by four inputs, is multiplied with the digits of its inputs by one instruction a digit. Sums are exact; what
+// they amount to is rounded once, as a float, at the end.
 //
 // Four digits hold a row whose smallest number is not further from the largest than their bits reach, eight nearly any
 // other. A row that does not fit into eight, or is not finite, goes through the variant that adds floats.
@@ -237,7 +237,8 @@ int64_t together(const Matmul& call, int64_t inputs, int64_t row, int& digits) {
   return next - row;
 }
 
-// Rows that go together in digits, a few of them by vectors, more by what the caller has for many; and the others as floats.
+// Rows that go together in digits, a few of them by vectors, more by what the caller has for many; and the others as
+// floats.
 template <class T, class Many>
 void in_digits(const void* pointer, int64_t begin, int64_t end, const Many& many) {
   const Matmul& call = *static_cast<const Matmul*>(pointer);

@@ -1,5 +1,6 @@
 // Eight-bit values on processors that multiply bytes and pairs of bfloat16 and have no matrix unit: a few rows of x in
-// digits of whole numbers; more in bfloat16, which holds the values exactly, two instructions for the four inputs of a step.
+// digits of whole numbers; more in bfloat16, which holds the values exactly, two instructions for the four inputs of a
+// step, and where x is no bfloat16 as floats.
 #include "bitmap_int8_digits.h"
 #include "bitmap_rows.h"
 
@@ -54,8 +55,9 @@ struct Bytes {
 
 template <class T>
 void matmul(const void* pointer, int64_t begin, int64_t end) {
-  if (static_cast<const Matmul*>(pointer)->rows > FEW) return floats(*static_cast<const Matmul*>(pointer), begin, end, T());
-  in_digits<T>(pointer, begin, end, [](const Matmul&, const BitmapInt8&, const Digits&) {});
+  const Matmul& call = *static_cast<const Matmul*>(pointer);
+  if (call.rows > FEW) return floats(call, begin, end, T());
+  in_digits<T>(pointer, begin, end, [](const Matmul&, const BitmapInt8&, const Digits&) {});  // never more than FEW
 }
 
 }  // namespace

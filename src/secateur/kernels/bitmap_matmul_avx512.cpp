@@ -1,5 +1,6 @@
-// Steps of a bitmap times floats. A step takes at least three cycles (the mask to a mask register, and the two halves of
-// expand), in which one core reads less than it holds up to about 70 % sparsity: until there the memory is the limit.
+// Steps of a bitmap times floats. On a Xeon a step takes at least three cycles (the mask to a mask register, and the two
+// halves of expand), in which one core reads less than it holds up to about 70 % sparsity: until there the memory is the
+// limit.
 #include "bitmap_rows.h"
 
 namespace {

@@ -1,5 +1,5 @@
-// Steps of a bitmap in bfloat16 times pairs of x, an instruction for both inputs of sixteen outputs: for processors that
-// multiply pairs as fast as floats and have no matrix unit.
+// Steps of a bitmap in bfloat16 times pairs of x, an instruction for both inputs of sixteen outputs: for processors
+// that multiply pairs as fast as floats and have no matrix unit.
 #include "bitmap_rows.h"
 
 namespace {

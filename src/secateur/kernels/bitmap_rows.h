@@ -1,5 +1,5 @@
-// Rows of x times panels of a bitmap, by vectors. A step is one expand instruction; its sixteen lanes are multiplied with
-// what they meet in x, held in all of them, and added to the sums of the lanes, so nothing is ever added across a
+// Rows of x times panels of a bitmap, by vectors. A step is one expand instruction; its sixteen lanes are multiplied
+// with what they meet in x, held in all of them, and added to the sums of the lanes, so nothing is ever added across a
 // register. The values are read once for eight rows, in order, ahead of their use.
 //
 // How a step is multiplied is the caller's: `By` has the types Value, of the weights and of y, Input, of x as `Rows` is
@@ -28,10 +28,11 @@ struct Rows {
   int64_t stride;
   const void* scales;  // [outputs], or null
 
-  // x with the inputs of a step of rows that go together side by side, so that they are few lines of the first cache: rows
-  // that lie a large power of two apart would push one another out of it.
+  // x with the inputs of a step of rows that go together side by side, so that they are few lines of the first cache:
+  // rows that lie a large power of two apart would push one another out of it.
   static Rows turned(const Matmul& call, const Bitmap& weight, const void* scales) {
-    const int64_t inputs = weight.inputs, steps = (inputs + DEPTH - 1) / DEPTH, whole = inputs / DEPTH, stride = DEPTH * steps;
+    const int64_t inputs = weight.inputs, steps = (inputs + DEPTH - 1) / DEPTH, whole = inputs / DEPTH;
+    const int64_t stride = DEPTH * steps;
     Input* const x = static_cast<Input*>(scratch(call.rows * stride * sizeof(Input)));
     const Input* from = static_cast<const Input*>(call.x);
     for (int64_t row = 0, count; row < call.rows; row += count, from += count * inputs) {
@@ -42,7 +43,7 @@ struct Rows {
           __builtin_memcpy(to, from + r * inputs + DEPTH * step, DEPTH * sizeof(Input));
       if (whole < steps)
         for (int64_t r = 0; r < count; r++, to += DEPTH)
-          for (int64_t i = 0; i < DEPTH; i++) to[i] = DEPTH * whole + i < inputs ? from[r * inputs + DEPTH * whole + i] : 0;
+          for (int64_t i = 0, at = DEPTH * whole; i < DEPTH; i++, at++) to[i] = at < inputs ? from[r * inputs + at] : 0;
     }
     return {call, weight, x, stride, scales};
   }

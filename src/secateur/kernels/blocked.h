@@ -53,7 +53,8 @@ inline Vector weight_of(const T* values, int i) {
 }
 
 #if LANES == 16
-// Of bfloat16 two come with one load: a value by itself would have to go through another register. Even ones begin a pair.
+// Of bfloat16 two come with one load: a value by itself would have to go through another register. Even ones begin a
+// pair.
 inline Vector weight_of(const bf16* values, int i) {
   typedef int32_t __attribute__((may_alias, aligned(2))) Pair;
   const Bits two = Bits(_mm512_set1_epi32(*reinterpret_cast<const Pair*>(values + i / 2 * 2)));
@@ -141,8 +142,10 @@ __attribute__((noinline)) int64_t add_bunches(const KBlocked& weight, int64_t bl
     if (!all_of_them && !tile.bias && !tile.last) continue;
     if constexpr (G > 1) {  // two streams that overtake one another are not foreseen by the processor
       const int64_t from = least(bunch + FAR, end), to = least(bunch + FAR + G, end);
-      ask_for(static_cast<const Column*>(weight.columns) + offsets[from] * A, static_cast<const Column*>(weight.columns) + offsets[to] * A);
-      ask_for(static_cast<const T*>(weight.values) + offsets[from] * A * N, static_cast<const T*>(weight.values) + offsets[to] * A * N);
+      const Column* const columns = static_cast<const Column*>(weight.columns);
+      const T* const values = static_cast<const T*>(weight.values);
+      ask_for(columns + offsets[from] * A, columns + offsets[to] * A);
+      ask_for(values + offsets[from] * A * N, values + offsets[to] * A * N);
     }
     // Outputs of some groups, or of a part of one.
     for (int part = 0; part < A * N; part += EACH) {
@@ -174,10 +177,15 @@ __attribute__((noinline)) int64_t add_bunches(const KBlocked& weight, int64_t bl
         for (int g = 0; g < G; g++) left[g] -= common;
         for (; common > 0; common--)
 #pragma GCC unroll 2
-          for (int g = 0; g < G; g++, columns[g - 1] += A, values[g - 1] += A * N) step(columns[g], values[g], sum[g]);
+          for (int g = 0; g < G; g++) {
+            step(columns[g], values[g], sum[g]);
+            columns[g] += A;
+            values[g] += A * N;
+          }
       } else if constexpr (N == 1 && S == 4) {
         int64_t pairs = weight.shared ? weight.shared[block * bunches + bunch] : 0;
-        for (left[0] -= pairs; pairs > 0; pairs--, columns[0] += A, values[0] += A) shared(columns[0], values[0], sum[0]);
+        for (left[0] -= pairs; pairs > 0; pairs--, columns[0] += A, values[0] += A)
+          shared(columns[0], values[0], sum[0]);
       }
 #pragma GCC unroll 2
       for (int g = 0; g < G; g++)
@@ -211,9 +219,9 @@ __attribute__((noinline)) int64_t add_bunches(const KBlocked& weight, int64_t bl
   return bunch;
 }
 
-// Where single sums are of one vector, and short, two bunches go together: a multiplication would wait for the one before
-// it, and where steps end is foreseen more often. Long ones share more inputs than that gains, and for pixels, whose columns
-// are read as one, it gains nothing.
+// Where single sums are of one vector, and short, two bunches go together: a multiplication would wait for the one
+// before it, and where steps end is foreseen more often. Long ones share more inputs than that gains, and for pixels,
+// whose columns are read as one, it gains nothing.
 template <class T, class Column, int N, int V, class Inputs>
 void add_blocked(const KBlocked& weight, int64_t block, int64_t begin, int64_t end, const Inputs& inputs,
                  const Tile& tile) {

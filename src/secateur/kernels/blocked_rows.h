@@ -18,19 +18,14 @@ enum {
 
 inline Vector widened(const float* from, int64_t count) { return count == LANES ? load(from) : load_some(from, count); }
 
-inline Vector widened(const bf16* from, int64_t count) {
-  if (count == LANES) return load(from);
-  Vector found = {};
-  for (int64_t i = 0; i < count; i++) found[i] = widen(from[i]);
-  return found;
-}
-
 template <class T>
 Vector widened(const T* from, int64_t count) {
   Vector found = {};
   for (int64_t i = 0; i < count; i++) found[i] = widen(from[i]);
   return found;
 }
+
+inline Vector widened(const bf16* from, int64_t count) { return count == LANES ? load(from) : widened<bf16>(from, count); }
 
 inline void narrowed(Vector from, float* to, int64_t count) {
   if (count == LANES)
@@ -39,14 +34,16 @@ inline void narrowed(Vector from, float* to, int64_t count) {
     store_some(to, from, count);
 }
 
-inline void narrowed(Vector from, bf16* to, int64_t count) {
-  if (count == LANES) return store(to, from);
-  for (int64_t i = 0; i < count; i++) narrow(from[i], to + i);
-}
-
 template <class T>
 void narrowed(Vector from, T* to, int64_t count) {
   for (int64_t i = 0; i < count; i++) narrow(from[i], to + i);
+}
+
+inline void narrowed(Vector from, bf16* to, int64_t count) {
+  if (count == LANES)
+    store(to, from);
+  else
+    narrowed<bf16>(from, to, count);
 }
 
 // Columns that lie `wide` floats apart.

@@ -89,7 +89,8 @@ Level detect() { return base; }
 
 }  // namespace
 
-// Raised when a struct that Python fills in changes: a library of other sources is then refused.
+// Raised when a struct that Python fills in changes, or the levels, of which Python gets numbers: a library of other
+// sources is then refused.
 SECATEUR_API int secateur_version() { return 7; }
 
 // The highest level that this processor and its system can run.
