@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from benchmarks import kept
 from secateur import kernels
 from secateur.accelerate import memory_speed
-from secateur.formats import Bitmap, BitmapInt8, Format, GroupCols, KBlocked, Packed, Sell8
+from secateur.formats import Bitmap, BitmapInt8, Format, GroupCols, KBlocked, Packed, Sell8, SellBlocked
 from secateur.outcome import about_machine, about_versions, now
 
 HERE = Path(__file__).resolve().parent
@@ -50,7 +50,7 @@ class Scenario:
     formats: tuple[Format, ...]
 
 
-SQUARE, LEVELS, BOTH = ((4096, 4096),), (0.5, 0.7, 0.8, 0.9), (Bitmap(), Sell8())
+SQUARE, LEVELS, BOTH = ((4096, 4096),), (0.5, 0.7, 0.8, 0.9), (Bitmap(), Sell8(), SellBlocked())
 SINGLE, BLOCKS = (*LEVELS, 0.95), (GroupCols(1), KBlocked(128), KBlocked(256))
 HALF = torch.bfloat16
 LAYERS = "all linear layers of SmolLM2-135M, bfloat16, one token"

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from benchmarks import kept
 from secateur import kernels
 from secateur.accelerate import accelerate
-from secateur.formats import NM, Bitmap, BitmapInt8, Format, Sell8
+from secateur.formats import NM, Bitmap, BitmapInt8, Format, SellBlocked
 from secateur.models import open_model
 from secateur.outcome import about_machine, about_versions, now
 
@@ -48,7 +48,7 @@ class Way:
     compiled: bool = False
 
 
-HALF, BOTH = torch.bfloat16, (Bitmap(), Sell8())
+HALF, BOTH = torch.bfloat16, (Bitmap(), SellBlocked())
 WAYS = (
     Way("torch, float32", torch.float32),
     Way("torch, bfloat16", HALF),

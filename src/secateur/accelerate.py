@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from secateur import kernels
 from secateur.chaining import chained, chained_within, sharing
 from secateur.errors import SettingError
-from secateur.formats import Bitmap, BitmapInt8, DepthTaps, Format, GroupCols, KBlocked, Sell8
+from secateur.formats import Bitmap, BitmapInt8, DepthTaps, Format, GroupCols, KBlocked, SellBlocked
 from secateur.formats import conv as convolutions
 from secateur.formats.chain import ConvChain
 from secateur.formats.conv import Form, SparseConv2d
@@ -31,7 +31,7 @@ from secateur.task import Batch
 
 FORMATS: tuple[Format, ...] = (
     Bitmap(),
-    Sell8(),
+    SellBlocked(),
     *(GroupCols(rows) for rows in (1, 2, 4, 8)),
     *(KBlocked(depth) for depth in (128, 256)),
     DepthTaps(),

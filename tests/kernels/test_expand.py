@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from secateur import kernels
-from secateur.formats import NM, BitmapInt8, Sell8, Sell16
+from secateur.formats import NM, BitmapInt8, Sell8, Sell16, SellBlocked
 from tests.kernels.test_grid import SHAPES, SPARSITIES, case, exact, inputs, names
 
-FORMATS = [Sell16(), Sell8(), NM(2, 4), NM(1, 2), NM(3, 8), NM(5, 16), BitmapInt8()]
+FORMATS = [Sell16(), Sell8(), SellBlocked(), NM(2, 4), NM(1, 2), NM(3, 8), NM(5, 16), BitmapInt8()]
 
 
 def written(packed, level):
@@ -46,10 +46,11 @@ def test_many_rows_go_through_the_weight_that_was_written(format, monkeypatch):
     calls = []
     monkeypatch.setattr(type(packed), "written", lambda self, kernel, into: calls.append(kernel) or self.dense())
     at = {"amx"} if isinstance(format, BitmapInt8) else {"avx512bf16", "amx"}  # levels where the dense product wins
-    least = packed.prepared.many["amx"]
-    few, many = inputs(least - 1, 64, torch.bfloat16), inputs(least, 64, torch.bfloat16)
+    assert set(packed.prepared.many) == at
     bias = inputs(1, 48, torch.bfloat16, seed=2)[0]
     for level in kernels.levels():
+        least = packed.prepared.many.get(level, 100)
+        few, many = inputs(least - 1, 64, torch.bfloat16), inputs(least, 64, torch.bfloat16)
         with kernels.forced(level):
             calls.clear()
             packed.matmul(few, bias)

@@ -6,7 +6,19 @@ import torch
 from hypothesis import given, settings
 
 from secateur.errors import FormatError
-from secateur.formats import NM, Bitmap, BitmapInt8, Block, DepthTaps, GroupCols, KBlocked, Sell8, Sell16, unpack
+from secateur.formats import (
+    NM,
+    Bitmap,
+    BitmapInt8,
+    Block,
+    DepthTaps,
+    GroupCols,
+    KBlocked,
+    Sell8,
+    Sell16,
+    SellBlocked,
+    unpack,
+)
 from secateur.formats.conv import convolve
 
 FORMATS = [
@@ -14,6 +26,7 @@ FORMATS = [
     Bitmap(),
     Sell16(),
     Sell8(),
+    SellBlocked(),
     BitmapInt8(),
     NM(2, 4),
     NM(1, 8),

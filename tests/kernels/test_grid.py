@@ -5,9 +5,9 @@ import torch
 
 from secateur import kernels
 from secateur.errors import FormatError
-from secateur.formats import NM, Bitmap, Block, KBlocked, Sell8, Sell16, unpack
+from secateur.formats import NM, Bitmap, Block, KBlocked, Sell8, Sell16, SellBlocked, unpack
 
-FORMATS = [Bitmap(), Sell16(), Sell8(), NM(2, 4), NM(1, 2), NM(3, 8), NM(5, 16)]
+FORMATS = [Bitmap(), Sell16(), Sell8(), SellBlocked(), NM(2, 4), NM(1, 2), NM(3, 8), NM(5, 16)]
 FORMATS += [KBlocked(128), KBlocked(256)]
 FORMATS += [Block(16, 1), Block(1, 16), Block(8, 2), Block(4, 4), Block(2, 16), Block(3, 4)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from secateur import kernels
 from secateur.chaining import chained, chained_within
 from secateur.errors import FormatError
-from secateur.formats import NM, Bitmap, BitmapInt8, Block, GroupCols, KBlocked, Sell8, Sell16
+from secateur.formats import NM, Bitmap, BitmapInt8, Block, GroupCols, KBlocked, Sell8, Sell16, SellBlocked
 from secateur.formats.linear import SparseLinear
 from secateur.formats.linear_chain import (
     HELD,
@@ -79,7 +79,8 @@ def layer(inputs, outputs, format, dtype=torch.float32, seed=0, bias=True):
     return SparseLinear.of(dense, format)
 
 
-FORMS = [Bitmap(), BitmapInt8(), Sell8(), Sell16(), NM(2, 4), Block(1, 16), KBlocked(128), GroupCols(1), GroupCols(4)]
+FORMS = [Bitmap(), BitmapInt8(), Sell8(), Sell16(), SellBlocked(), NM(2, 4), Block(1, 16), KBlocked(128)]
+FORMS += [GroupCols(1), GroupCols(4)]
 STEPS = [Product(0, RELU), Product(0), Gate(1, 2), Product(3, (-3.0, 6.0)), Gate(4), Product(5)]
 
 

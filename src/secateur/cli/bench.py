@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @click.option(
     "--formats",
     metavar="A,B",
-    help="What to try: bitmap, sell8, bitmap-int8, group-cols-4, .. [default: all but bitmap-int8]",
+    help="What to try: bitmap, sell-blocked, bitmap-int8, group-cols-4, .. [default: all but bitmap-int8]",
 )
 @click.option("--task", metavar="TASK", help="Whose example is run, for a model that takes no token ids.")
 @running

@@ -18,9 +18,11 @@ from secateur.formats.k_blocked import KBlocked
 from secateur.formats.nm import NM
 from secateur.formats.packed import Format, Packed, whole
 from secateur.formats.sell import Sell8, Sell16
+from secateur.formats.sell_blocked import SellBlocked
 
 FORMATS: dict[int, type[Format]] = {
-    kind.code: kind for kind in (Bitmap, Sell16, BitmapInt8, NM, Block, GroupCols, DepthTaps, KBlocked, Sell8)
+    kind.code: kind
+    for kind in (Bitmap, Sell16, BitmapInt8, NM, Block, GroupCols, DepthTaps, KBlocked, Sell8, SellBlocked)
 }
 """Every format by the number that stands first in its header."""
 
@@ -66,5 +68,6 @@ __all__ = [
     "Packed",
     "Sell8",
     "Sell16",
+    "SellBlocked",
     "unpack",
 ]
