@@ -23,6 +23,10 @@ DEEP = {8: 1024, 16: 1024}
 """The same of matrices and of kernels with one tap, of which nothing is laid out: sums wait less often, as
 kernels take such groups over all tiles in turn (OFTEN in kernels/group_cols_tiles.h). Measured."""
 
+THIN, OF_THIN = 0.15, {1: 216, 2: 216}
+"""And of kernels with several taps of which no more than this share is kept: few weights of a block make it costly that
+sums are loaded and stored for each, and what is laid out is loaded less often. Measured."""
+
 MOST_TAPS = 2**16 - 1
 """Of a kernel: a column of a block, and be it of one channel, is a number of 16 bits."""
 
@@ -238,8 +242,7 @@ class GroupCols:
         matrix, keep = weights.new_zeros(outputs * columns), torch.zeros(outputs * columns, dtype=torch.bool)
         matrix[places], keep[places] = weights, True
         channels = columns // self.taps
-        most = DEEP.get(self.rows, DEPTHS[self.rows]) if self.taps == 1 else DEPTHS[self.rows]
-        blocks = -(-channels // max(1, most // self.taps))
+        blocks = -(-channels // max(1, self._deepest(len(weights) / len(matrix)) // self.taps))
         depth = -(-channels // blocks) * self.taps  # as even as can be
         laid = blocked(matrix.view(outputs, -1), keep.view(outputs, -1), depth, self.rows, torch.int16)
         inner = k_blocked.Struct(outputs, columns, depth, laid["rows"].shape[1], *map(pointer, laid.values()))
@@ -259,6 +262,12 @@ class GroupCols:
         made.laid, made.depth, made.inner = laid, depth, inner
         made.kept = *laid.values(), biases  # structs point to them
         return made
+
+    def _deepest(self, share: float) -> int:
+        """The most columns of a block, for the share of the weights that is kept."""
+        if self.taps == 1:
+            return DEEP.get(self.rows, DEPTHS[self.rows])
+        return OF_THIN.get(self.rows, DEPTHS[self.rows]) if share <= THIN else DEPTHS[self.rows]
 
     def _units(self, outputs: int) -> int:
         """What is divided among threads: as many outputs as are sorted together."""
