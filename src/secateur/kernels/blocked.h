@@ -62,6 +62,31 @@ inline Vector weight_of(const bf16* values, int i) {
 }
 #endif
 
+// The weights of a step, each in all lanes. Where they are loaded as one, as COUNT is four, more loads are left to x: that
+// pays over several vectors.
+template <class T, int COUNT>
+struct Weights {
+  const T* values;
+  explicit Weights(const T* from) : values(from) {}
+  Vector operator[](int i) const { return weight_of(values, i); }
+};
+
+#if LANES == 16
+template <>
+struct Weights<float, 4> {
+  __m512 four;
+  explicit Weights(const float* from) : four(_mm512_broadcast_f32x4(_mm_loadu_ps(from))) {}
+  Vector operator[](int i) const {
+    switch (i) {
+      case 0: return Vector(_mm512_permute_ps(four, 0x00));
+      case 1: return Vector(_mm512_permute_ps(four, 0x55));
+      case 2: return Vector(_mm512_permute_ps(four, 0xaa));
+      default: return Vector(_mm512_permute_ps(four, 0xff));
+    }
+  }
+};
+#endif
+
 // Columns that lie side by side, read as one: a processor loads two or three times at once, and x needs that.
 template <class Column, int S>
 struct Side {
@@ -97,6 +122,7 @@ __attribute__((noinline)) int64_t add_bunches(const KBlocked& weight, int64_t bl
   // A step: an output, or the R of a group, for each of S columns.
   const auto step = [&](const Column* columns, const T* values, Vector(&sum)[EACH][V]) __attribute__((always_inline)) {
     const Side<Column, S> side(columns);
+    const Weights<T, (R == 1 && V > 2 ? S : 1)> weights(values);
 #pragma GCC unroll 4
     for (int s = 0; s < S; s++) {
       const float* from = inputs[Inputs::AS_ONE ? side[s] : columns[s]];
@@ -108,7 +134,7 @@ __attribute__((noinline)) int64_t add_bunches(const KBlocked& weight, int64_t bl
       for (int v = 0; v < V && R > 1; v++) x[v] = load(from + v * LANES);
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) {
-        const Vector value = weight_of(values, s * N + r);
+        const Vector value = weights[s * N + r];
 #pragma GCC unroll 8
         for (int v = 0; v < V; v++) sum[s * R + r][v] += (R > 1 ? x[v] : load(from + v * LANES)) * value;
       }
