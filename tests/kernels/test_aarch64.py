@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from secateur import kernels
-from secateur.formats import NM, Bitmap, BitmapInt8, Block, DepthTaps, GroupCols, Sell8, Sell16
+from secateur.formats import NM, Bitmap, BitmapInt8, Block, DepthTaps, GroupCols, Sell8, Sell16, SellBlocked
 from secateur.formats.conv import PLACES, arranged
 
 COMPILER = "aarch64-linux-gnu-g++"
@@ -74,7 +74,9 @@ def whole_numbers(shape, seed):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    "format", [Bitmap(), Sell16(), Sell8(), BitmapInt8(), NM(2, 4), Block(4, 4), GroupCols(4)], ids=lambda f: f.name
+    "format",
+    [Bitmap(), Sell16(), Sell8(), BitmapInt8(), NM(2, 4), Block(4, 4), GroupCols(4), SellBlocked()],
+    ids=lambda f: f.name,
 )
 def test_every_format_multiplies(program, format, dtype):
     if isinstance(format, GroupCols) and dtype is not torch.float32:
