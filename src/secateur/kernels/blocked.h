@@ -62,8 +62,7 @@ inline Vector weight_of(const bf16* values, int i) {
 }
 #endif
 
-// The weights of a step, each in all lanes. Where they are loaded as one, as COUNT is four, more loads are left to x: that
-// pays over several vectors.
+// The weights of a step, each in all lanes. Where they are loaded as one, as COUNT is four, more loads are left to x.
 template <class T, int COUNT>
 struct Weights {
   const T* values;
@@ -107,8 +106,8 @@ inline void ask_for(const Any* from, const Any* to) {
 }
 
 // What groups of N in bunches [begin, end) of a block add to the sums of a tile, G bunches at a time; where it came to.
-// `inputs[column]` is where V vectors of a column of the block lie; AS_ONE says whether columns are read as one. A function
-// of its own: in one with all others registers are not given out well.
+// `inputs[column]` is where V vectors of a column of the block lie; AS_ONE says whether columns are read as one, and
+// PLACED whether they are places of pixels. A function of its own: in one with all others registers are not given out well.
 template <class T, class Column, int N, int V, int G, class Inputs>
 __attribute__((noinline)) int64_t add_bunches(const KBlocked& weight, int64_t block, int64_t begin, int64_t end,
                                               const Inputs& inputs, const Tile& tile) {
@@ -122,12 +121,12 @@ __attribute__((noinline)) int64_t add_bunches(const KBlocked& weight, int64_t bl
   // A step: an output, or the R of a group, for each of S columns.
   const auto step = [&](const Column* columns, const T* values, Vector(&sum)[EACH][V]) __attribute__((always_inline)) {
     const Side<Column, S> side(columns);
-    const Weights<T, (R == 1 && V > 2 ? S : 1)> weights(values);
+    const Weights<T, (R == 1 ? S : 1)> weights(values);
 #pragma GCC unroll 4
     for (int s = 0; s < S; s++) {
       const float* from = inputs[Inputs::AS_ONE ? side[s] : columns[s]];
 #ifdef __x86_64__
-      __asm__("" : "+r"(from));  // in a register: an instruction with an index is taken apart
+      if (V > 1) __asm__("" : "+r"(from));  // in a register: of several instructions each with an index is taken apart
 #endif
       Vector x[V];
 #pragma GCC unroll 8
@@ -251,7 +250,7 @@ __attribute__((noinline)) int64_t add_bunches(const KBlocked& weight, int64_t bl
 template <class T, class Column, int N, int V, class Inputs>
 void add_blocked(const KBlocked& weight, int64_t block, int64_t begin, int64_t end, const Inputs& inputs,
                  const Tile& tile) {
-  if constexpr (V == 1 && N == 1 && at_once(N) == 4 && !Inputs::AS_ONE) {
+  if constexpr (V == 1 && N == 1 && at_once(N) == 4 && !Inputs::PLACED) {
     const int64_t* const offsets = weight.offsets + block * (weight.padded / abreast(N));
     if (offsets[end] - offsets[begin] < SHORT * (end - begin))
       begin = add_bunches<T, Column, N, V, 2>(weight, block, begin, end, inputs, tile);

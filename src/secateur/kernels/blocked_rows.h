@@ -48,7 +48,7 @@ inline void narrowed(Vector from, bf16* to, int64_t count) {
 
 // Columns that lie `wide` floats apart.
 struct Panel {
-  enum { AS_ONE = 0 };  // to take one apart and to multiply it takes as long as to load four
+  enum { AS_ONE = 0, PLACED = 0 };  // to take one apart and to multiply it takes as long as to load four
   const float* from;
   int64_t wide;
   const float* operator[](int64_t column) const { return from + column * wide; }
@@ -56,7 +56,7 @@ struct Panel {
 
 // Columns of a vector each.
 struct Narrow {
-  enum { AS_ONE = 0 };
+  enum { AS_ONE = 1, PLACED = 0 };
   const float* from;
   const float* operator[](int64_t column) const { return from + column * LANES; }
 };

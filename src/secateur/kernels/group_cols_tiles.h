@@ -21,14 +21,14 @@ enum { OFTEN = 8 };  // outputs of a group, for which what is loaded of x need n
 // Where the columns of a block lie, from the first pixel of a tile: with a table of them, without one where they are as far
 // apart (a Panel), or where what stands in the place of columns says so, which loads least.
 struct AtPlaces {
-  enum { AS_ONE = 1 };
+  enum { AS_ONE = 1, PLACED = 1 };
   const float* from;
   const int32_t* places;
   const float* operator[](uint16_t column) const { return from + places[column]; }
 };
 
 struct Placed {
-  enum { AS_ONE = 1 };
+  enum { AS_ONE = 1, PLACED = 1 };
   const float* from;
   const float* operator[](uint16_t place) const { return from + place; }
 };
