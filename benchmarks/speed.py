@@ -63,7 +63,9 @@ SCENARIOS = (
     ),
     Scenario("spmm fp32", "4096x4096, float32, 256 rows", SQUARE, 256, torch.float32, SINGLE, BLOCKS),
     Scenario("small spmm fp32", "1024x1024, float32, 128 rows", ((1024, 1024),), 128, torch.float32, SINGLE, BLOCKS),
-    Scenario("prefill bf16", "4096x4096, bfloat16, 512 rows", SQUARE, 512, HALF, (0.5, 0.7, 0.9), (Bitmap(),)),
+    Scenario(
+        "prefill bf16", "4096x4096, bfloat16, 512 rows", SQUARE, 512, HALF, (0.5, 0.7, 0.9), (Bitmap(), SellBlocked())
+    ),
 )
 
 

@@ -207,6 +207,19 @@ def test_outputs_are_divided_among_threads(rows):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize(("sparsity", "deeper"), [(0.8, ()), (0.9, ("avx512bf16",)), (0.97, kernels.LEVELS)])
+def test_thin_kernels_lie_in_deeper_blocks_where_that_is_faster(sparsity, deeper):
+    made = torch.Generator().manual_seed(0)
+    x = torch.randint(-4, 5, (2, 64, 6, 7), generator=made).float()
+    weight = torch.randint(1, 4, (8, 64, 3, 3), generator=made) * (torch.rand(8, 64, 3, 3, generator=made) >= sparsity)
+    wanted = F.conv2d(x, weight.float(), padding=1)
+    for level in kernels.levels():
+        with kernels.forced(level):
+            packed = GroupCols(1).pack(weight.float())
+            assert packed.prepared.weight.depth == (198 if level in deeper else 144)  # 22 and 16 channels of nine taps
+            assert torch.equal(convolve(packed, x, padding=(1, 1)), wanted)
+
+
 def test_a_kernel_of_more_taps_than_a_column_can_name_is_refused():
     with pytest.raises(FormatError, match="65,792 taps, more than 65,535"):
         GroupCols(1).pack(torch.ones(1, 1, 256, 257))
