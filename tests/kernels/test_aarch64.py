@@ -97,7 +97,23 @@ def test_every_format_multiplies(program, format, dtype):
         got, level = answered(program, ready.kernel, call, ready.items, held, y)
         wanted = (x.double() @ (weight * mask).double().T + bias.double()).to(dtype)
         assert torch.equal(got, wanted)
-        assert level == ("neon" if isinstance(format, GroupCols) else "base")
+        assert level == ("neon" if isinstance(format, (GroupCols, SellBlocked)) else "base")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_blocks_and_chunks_that_are_whole_and_not(program, dtype):
+    mask = whole_numbers((275, 531), 1) > 2
+    weight, x = whole_numbers((275, 531), 0).to(dtype), whole_numbers((3, 531), 2).to(dtype)
+    packed = SellBlocked().pack(weight, mask)
+    x[1, 530] = float("inf")
+    y = x.new_full((3, 275), 77)
+    ready = packed.prepared
+    call = Matmul(ctypes.addressof(ready.weight), x.data_ptr(), y.data_ptr(), None, 3)
+    got, level = answered(program, ready.kernel, call, ready.items, (ready.weight, *packed.tensors.values(), x, y), y)
+    wanted = x.double() @ (weight * mask).double().T
+    assert torch.equal(got.isfinite(), wanted.isfinite())
+    assert torch.equal(got[::2], wanted.to(dtype)[::2])
+    assert level == "neon"
 
 
 @pytest.mark.parametrize("stride", [(1, 1), (2, 2)])

@@ -11,7 +11,7 @@
 #include "kernels.h"
 #include "numbers.h"
 
-enum { LANES = 16, DEPTH = 256, CHUNK = 256, STEP = 2 * LANES };  // STEP: weights of a step
+enum { PANEL = 16, DEPTH = 256, CHUNK = 256, STEP = 2 * PANEL };  // STEP: weights of a step
 
 struct SellBlocked {
   int64_t outputs, inputs;
@@ -28,9 +28,9 @@ struct Chunk {
   Chunk(const SellBlocked& weight, int64_t chunk) {
     output = chunk * CHUNK;
     outputs = weight.outputs - output < CHUNK ? weight.outputs - output : CHUNK;
-    panels = (outputs + LANES - 1) / LANES;
+    panels = (outputs + PANEL - 1) / PANEL;
     blocks = (weight.inputs + DEPTH - 1) / DEPTH;
-    first = chunk * (CHUNK / LANES) * blocks;
+    first = chunk * (CHUNK / PANEL) * blocks;
   }
 };
 

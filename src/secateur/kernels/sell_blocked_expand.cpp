@@ -14,7 +14,7 @@ extern "C" void sell_blocked_expand_bf16_base(const void* pointer, int64_t begin
     for (int64_t panel = chunk.first; panel < chunk.first + chunk.blocks * chunk.panels; panel++) {
       const int64_t input = (panel - chunk.first) / chunk.panels * DEPTH;
       for (int64_t at = weight.offsets[panel] * STEP; at < weight.offsets[panel + 1] * STEP; at++) {
-        const int64_t row = weight.rows[panel * LANES + at % STEP / 2];
+        const int64_t row = weight.rows[panel * PANEL + at % STEP / 2];
         // What fills up an output is a zero for an input that may have a weight, which must not change.
         if (row < chunk.outputs) dense[row * weight.inputs + input + weight.columns[at]] |= values[at];
       }

@@ -15,7 +15,7 @@ void multiply(const Matmul& call, int64_t item, int64_t row) {
   for (int64_t panel = chunk.first; panel < chunk.first + chunk.blocks * chunk.panels; panel++) {
     const T* const of_block = x + (panel - chunk.first) / chunk.panels * DEPTH;
     for (int64_t at = weight.offsets[panel] * STEP; at < weight.offsets[panel + 1] * STEP; at++)
-      sums[weight.rows[panel * LANES + at % STEP / 2]].add(widen(values[at]), widen(of_block[weight.columns[at]]));
+      sums[weight.rows[panel * PANEL + at % STEP / 2]].add(widen(values[at]), widen(of_block[weight.columns[at]]));
   }
   float all[CHUNK];
   for (int i = 0; i < CHUNK; i++) all[i] = sums[i].of(wild);

@@ -32,11 +32,11 @@ struct Floats {
     for (; steps > 1; steps -= 2, columns += 2 * STEP, values += 2 * STEP) {
       ask_for(columns, values);
       pick(two_steps(columns), x);
-      for (int i = 0; i < 4; i++) sums[i] = _mm512_fmadd_ps(x[i], load(values + i * LANES, 0xffff), sums[i]);
+      for (int i = 0; i < 4; i++) sums[i] = _mm512_fmadd_ps(x[i], load(values + i * PANEL, 0xffff), sums[i]);
     }
     if (steps) {
       pick(one_step(columns), x);
-      for (int i = 0; i < 2; i++) sums[i] = _mm512_fmadd_ps(x[i], load(values + i * LANES, 0xffff), sums[i]);
+      for (int i = 0; i < 2; i++) sums[i] = _mm512_fmadd_ps(x[i], load(values + i * PANEL, 0xffff), sums[i]);
     }
     // The two weights of an output lie next to one another.
     const __m512 low = _mm512_add_ps(sums[0], sums[2]), high = _mm512_add_ps(sums[1], sums[3]);

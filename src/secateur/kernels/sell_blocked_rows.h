@@ -38,7 +38,7 @@ template <class T>
 bool lay_planes(const T* x, int64_t inputs, int64_t room, uint8_t* planes) {
   const __m512i infinite = _mm512_set1_epi32(0x7f800000);
   __mmask16 wild = 0;
-  for (int64_t input = 0; input < room; input += LANES) {
+  for (int64_t input = 0; input < room; input += PANEL) {
     const __mmask16 there = input < inputs ? first(inputs - input) : 0;
     const __m512i some = _mm512_castps_si512(load(x + (there ? input : 0), there));
     wild |= _mm512_cmpeq_epi32_mask(_mm512_and_si512(some, infinite), infinite);
@@ -76,10 +76,10 @@ void matmul(const void* pointer, int64_t begin, int64_t end) {
           for (int64_t panel = first; panel < first + chunk.panels; panel++) {
             const int64_t at = weight.offsets[panel] * STEP, steps = weight.offsets[panel + 1] - weight.offsets[panel];
             if (!steps) continue;
-            alignas(64) float made[LANES];
+            alignas(64) float made[PANEL];
             by.sum(weight.columns + at, static_cast<const T*>(weight.values) + at, steps, made);
-            const uint8_t* const outputs = weight.rows + panel * LANES;
-            for (int lane = 0; lane < LANES; lane++) mine[outputs[lane]] += made[lane];
+            const uint8_t* const outputs = weight.rows + panel * PANEL;
+            for (int lane = 0; lane < PANEL; lane++) mine[outputs[lane]] += made[lane];
           }
         }
       for (int64_t row = 0; row < rows; row++)
