@@ -1,7 +1,6 @@
 """Every layer in the storage that is fastest on this machine, as measured here: dense where sparse loses."""
 
 import copy
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,42 +17,35 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils._pytree import tree_leaves
 
 from secateur import kernels
+from secateur.candidates import (
+    FORMATS,
+    SHARED,
+    WORTH,
+    Layer,
+    Seen,
+    Slide,
+    holds,
+    seen_by,
+    sparsity_of,
+    why_not,
+    worth_trying,
+)
 from secateur.chaining import chained, chained_within, sharing
 from secateur.errors import SettingError
-from secateur.formats import Bitmap, BitmapInt8, DepthTaps, Format, GroupCols, KBlocked, SellBlocked
+from secateur.formats import Format, GroupCols
 from secateur.formats import conv as convolutions
 from secateur.formats.chain import ConvChain
 from secateur.formats.conv import Form, SparseConv2d
-from secateur.formats.linear import SparseLinear, SparsePointwise, why_no_linear
+from secateur.formats.linear import SparseLinear, SparsePointwise
 from secateur.formats.packed import Packed
 from secateur.outcome import Timing, time_pair
 from secateur.task import Batch
 
-FORMATS: tuple[Format, ...] = (
-    Bitmap(),
-    SellBlocked(),
-    *(GroupCols(rows) for rows in (1, 2, 4, 8)),
-    *(KBlocked(depth) for depth in (128, 256)),
-    DepthTaps(),
-)
-"""What is tried for a layer, unless other formats are asked for: of these a convolution takes `GroupCols`, and a
-depthwise one `DepthTaps`."""
-
-Layer = nn.Linear | nn.Conv2d
-
-WORTH = 0.3  # sparsity below which no format was ever faster with many rows, or in float32: such layers are not packed
-SHARED = 0.15  # the same for groups of FEWEST_SHARED outputs and more, which share what they load
-FEWEST_SHARED = 4
 SAME = 1e-4  # of the largest number, by which answers may differ for the order of sums
 TWICE = 2.0  # times as long as dense that a convolution may take packed, to be tried in a chain all the same
-SMALL = 2**14  # weights of a convolution that is tried whatever its zeros
-FEW = 16  # rows of 16 bits up to which a bitmap of a whole weight is read faster than F.linear reads the weight
 MARGIN = 0.05  # of the dense time that a format must save: less is noise
 AT_ONCE = 2**29  # bytes of dense weights that are measured together
 ROUNDS, PASSES = 7, 3  # of all turns, and of the calls of a turn
-FEWEST = 16  # rows of an input below which the lanes of `GroupCols` and `KBlocked` are empty
-SINGLE, MOST_SINGLE = 0.8, 64  # zeros from which, and rows up to which, `KBlocked` is tried in bfloat16
-FULLEST = 0.8  # of what groups store that must not be zero: with less, smaller groups do less
 
 
 @dataclass(frozen=True)
@@ -63,18 +55,6 @@ class Trial:
     name: str  # of the format, or "dense"
     milliseconds: float  # the median of one call
     nbytes: int
-
-
-@dataclass(frozen=True)
-class Slide:
-    """How a kernel goes over the pictures of the example."""
-
-    pictures: int
-    size: tuple[int, int]  # of a picture: high, wide
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int = 1
 
 
 @dataclass(frozen=True)
@@ -88,7 +68,7 @@ class Choice:
     chosen: str  # the name of a trial
     why: str
     trials: tuple[Trial, ...] = ()  # dense first; none when nothing was tried
-    slid: "Slide | None" = None  # of a convolution, where there are trials
+    slid: Slide | None = None  # of a convolution, where there are trials
 
     def trial(self, name: str) -> Trial | None:
         """What a way of storing it came to, or None when it was not tried."""
@@ -163,7 +143,7 @@ def accelerate(
             "Give one that has.",
         )
     with _threads(threads), torch.no_grad():
-        seen = _seen(base, layers, batch)
+        seen = seen_by(base, layers, batch)
         chosen: dict[str, nn.Module] = {}
         beside: dict[str, nn.Module] = {}  # convolutions that are slower so, which a chain may make up for
         choices: list[Choice] = []
@@ -262,13 +242,6 @@ def break_even(
     return None
 
 
-def holds(format: Format, shape: tuple[int, ...], slid: Slide | None) -> bool:
-    """Whether a format is for layers of a weight's shape: matrices, or convolutions of so many groups."""
-    if slid is None:
-        return not isinstance(format, DepthTaps)
-    return isinstance(format, Form) and format.unsuited(shape[1] * slid.groups, slid.groups, shape[0]) is None
-
-
 def _both_ways(weight: Tensor, packed: Packed, x: Tensor, slid: Slide | None) -> list[Callable[[], Tensor]]:
     """A weight as a dense layer has it, and packed."""
     if slid is None:
@@ -292,7 +265,7 @@ def memory_speed(nbytes: int = 2**28) -> float | None:
 
 
 def _measured(
-    layers: Mapping[str, Layer], seen: Mapping[str, "Seen"], formats: Sequence[Format]
+    layers: Mapping[str, Layer], seen: Mapping[str, Seen], formats: Sequence[Format]
 ) -> Iterator[tuple[Choice, nn.Module | None, nn.Module | None]]:
     """Each layer with what was chosen for it and the packed layer, and where that is not for chains one that is."""
     packed: dict[str, dict[str, SparseLinear | SparseConv2d | SparsePointwise]] = {}
@@ -305,12 +278,12 @@ def _measured(
             reasons[name] = "the example does not reach it"
         elif why_none is not None:
             reasons[name] = why_none
-        elif not (tried := _worth_trying(formats, layer.weight, seen[name].rows(layer))):
+        elif not (tried := worth_trying(formats, layer.weight, seen[name].rows(layer))):
             least = SHARED if layer.weight.dtype is torch.float32 else WORTH
-            reasons[name] = f"{_sparsity(layer.weight):.0%} of it is zero, and below {least:.0%} no format is faster"
+            reasons[name] = f"{sparsity_of(layer.weight):.0%} of it is zero, and below {least:.0%} no format is faster"
         else:
             for format in tried:
-                why = _why_not(format, layer, seen[name])
+                why = why_not(format, layer, seen[name])
                 if why is None:
                     packed[name][format.name] = _packed(layer, format)
                 else:
@@ -330,7 +303,7 @@ def _measured(
         size, held = layer.weight.numel() * layer.weight.element_size(), packed[name]
         ways = [*(way for way in times[name] if way not in held), *held]
         trials = tuple(Trial(at, times[name][at], held[at].packed.nbytes if at in held else size) for at in ways)
-        shape, sparsity, rows = tuple(layer.weight.shape), _sparsity(layer.weight), 0
+        shape, sparsity, rows = tuple(layer.weight.shape), sparsity_of(layer.weight), 0
         if name in seen:
             rows = seen[name].rows(layer)
         if not trials:
@@ -353,36 +326,6 @@ def _measured(
                 chosen,
                 None if chosen is other else other,
             )
-
-
-def _why_not(format: Format, layer: Layer, seen: "Seen") -> str | None:
-    """Why a format is not tried for a layer; None when it is."""
-    reason: str | None = None
-    if isinstance(layer, nn.Conv2d):
-        if not isinstance(format, Form):
-            if seen.rows(layer) >= FEWEST or why_no_linear(layer) is not None:
-                return "it holds no convolution"
-            return format.why_not(layer.weight.flatten(1))
-        reason = format.unsuited(layer.in_channels, layer.groups, layer.out_channels)
-    reason = reason or format.why_not(layer.weight)
-    if reason is not None or not isinstance(format, (GroupCols, KBlocked)):
-        return reason
-    if (rows := seen.rows(layer)) < FEWEST and not isinstance(layer, nn.Conv2d):  # in a chain it may make up for that
-        return f"{rows} rows leave its lanes empty"
-    if isinstance(format, KBlocked):
-        return _why_not_single(layer.weight, rows)
-    full = format.fullness(layer.weight)
-    return f"{full:.0%} of what its groups store is not zero" if full < FULLEST else None
-
-
-def _why_not_single(weight: Tensor, rows: int) -> str | None:
-    """Why `KBlocked` is not tried: in 16 bits processors multiply whole weights faster, but for few that are left."""
-    if weight.dtype is torch.float32:
-        return None
-    if weight.dtype is torch.bfloat16 and rows <= MOST_SINGLE:
-        zeros = float((weight == 0).float().mean())
-        return None if zeros >= SINGLE else f"it is for {SINGLE:.0%} zeros and more in bfloat16, and {zeros:.0%} are"
-    return f"it is for float32, or up to {MOST_SINGLE} rows of bfloat16"
 
 
 def _packed(layer: Layer, format: Format) -> SparseLinear | SparseConv2d | SparsePointwise:
@@ -414,21 +357,6 @@ def _dense_ways(layer: Layer, x: Tensor) -> list[tuple[str, Callable[[], Tensor]
     return ways
 
 
-def _worth_trying(formats: Sequence[Format], weight: Tensor, rows: int) -> list[Format]:
-    """The formats that may be faster for a weight: below a sparsity only groups of several outputs, in float32, and
-    bitmaps for a few rows of 16 bits. Small convolutions are tried even whole: a call of torch's takes longer."""
-    if (sparsity := _sparsity(weight)) >= WORTH:
-        return list(formats)
-    shared: list[Format] = [f for f in formats if isinstance(f, GroupCols) and f.rows >= FEWEST_SHARED]
-    if weight.dtype is torch.float32 and weight.dim() == 4 and weight.numel() <= SMALL:
-        return [*shared, *(format for format in formats if isinstance(format, DepthTaps))]
-    if sparsity >= SHARED and weight.dtype is torch.float32:
-        return shared
-    if rows > FEW or weight.dtype is torch.float32 or weight.dim() > 2:
-        return []
-    return [format for format in formats if isinstance(format, (Bitmap, BitmapInt8))]
-
-
 def _medians(turns: Sequence[Sequence[Callable[[], Tensor]]], rounds: int) -> list[float]:
     """The median seconds of each call of each turn, one turn after another.
 
@@ -451,55 +379,6 @@ def _medians(turns: Sequence[Sequence[Callable[[], Tensor]]], rounds: int) -> li
 def _clock() -> Callable[[], float]:
     """With one thread the processor's time for it, which other programs do not lengthen."""
     return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-
-
-@dataclass(frozen=True)
-class Seen:
-    """The input a layer has when the model sees the example; the largest, where it is called often."""
-
-    shape: tuple[int, ...]
-    last: bool  # whether its channels lie beside one another
-
-    def rows(self, layer: Layer) -> int:
-        """Rows of a linear layer's input, pixels of a convolution's outcome."""
-        if isinstance(layer, nn.Linear):
-            return math.prod(self.shape[:-1])
-        of = zip(self.shape[2:], layer.kernel_size, *convolutions.slide(layer), strict=True)
-        high, wide = ((n + 2 * pad - apart * (taps - 1) - 1) // step + 1 for n, taps, step, pad, apart in of)
-        return self.shape[0] * high * wide
-
-    def slid(self, layer: nn.Conv2d) -> Slide:
-        """How the kernel goes over it."""
-        return Slide(self.shape[0], (self.shape[2], self.shape[3]), *convolutions.slide(layer), layer.groups)
-
-    def example(self, layer: Layer) -> Tensor:
-        """Noise of that shape."""
-        x = torch.randn(self.shape, generator=torch.Generator().manual_seed(0)).to(layer.weight.dtype)
-        return x.to(memory_format=torch.channels_last) if self.last else x
-
-
-def _seen(model: nn.Module, layers: Mapping[str, Layer], batch: Batch) -> dict[str, Seen]:
-    """The inputs of the layers that the example reaches."""
-    found: dict[str, Seen] = {}
-
-    def hook(name: str) -> Any:
-        def see(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0]
-            shape = (x.numel() // x.shape[-1], x.shape[-1]) if isinstance(layer, nn.Linear) else tuple(x.shape)
-            shape = shape if len(shape) != 3 else (1, *shape)  # one picture
-            if name not in found or math.prod(found[name].shape) < x.numel():
-                last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-                found[name] = Seen(shape, last)
-
-        return see
-
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
-    try:
-        batch.through(model)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
 
 
 def _folded(model: nn.Module) -> nn.Module:
@@ -545,10 +424,6 @@ def _at_once(layers: Mapping[str, Layer]) -> Iterator[dict[str, Layer]]:
 
 def _kept_dense(choice: Choice, why: str) -> Choice:
     return replace(choice, chosen="dense", why=why)
-
-
-def _sparsity(weight: Tensor) -> float:
-    return float((weight == 0).sum()) / weight.numel()
 
 
 def _difference(one: Any, other: Any) -> float:

@@ -97,7 +97,7 @@ def _example(opened: "Opened", tokens: int, task: str | None, given: dict[str, A
 
 
 def _formats(asked: str | None) -> "Sequence[Format]":
-    from secateur.accelerate import FORMATS
+    from secateur.candidates import FORMATS
     from secateur.errors import SettingError, did_you_mean
     from secateur.formats import FORMATS as ALL
 
@@ -116,7 +116,8 @@ def _limits(found: "Accelerated", formats: "Sequence[Format]") -> dict[str, Any]
     """What memory gives, and the sparsity from which each format wins at each shape."""
     import torch
 
-    from secateur.accelerate import FEWEST, break_even, holds, memory_speed
+    from secateur.accelerate import break_even, memory_speed
+    from secateur.candidates import FEWEST, holds
     from secateur.formats import GroupCols
 
     dtype = getattr(torch, found.dense.dtype)
