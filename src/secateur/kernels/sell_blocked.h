@@ -21,9 +21,10 @@ struct SellBlocked {
   const int64_t* offsets;  // [panels * blocks + 1]: the step at which a panel of a block begins
 };
 
-// What one chunk is, and one row of x and of y.
+// Where a chunk begins and what it has.
 struct Chunk {
-  int64_t output, outputs, panels, first, blocks;  // its first output, how many it has, and the first of its panels
+  int64_t output, outputs;        // its first output, and how many it has
+  int64_t panels, first, blocks;  // panels of a block, the first of all of them, and blocks of inputs
 
   Chunk(const SellBlocked& weight, int64_t chunk) {
     output = chunk * CHUNK;
@@ -47,7 +48,7 @@ extern "C" void sell_blocked_row_f32(const Matmul* call, int64_t chunk, int64_t 
 extern "C" void sell_blocked_row_bf16(const Matmul* call, int64_t chunk, int64_t row);
 extern "C" void sell_blocked_row_f16(const Matmul* call, int64_t chunk, int64_t row);
 
-// The oracle for each type, and the groups of rows for which the weights of a block are read once.
+// The same by the type of x.
 static inline void sell_blocked_row(const Matmul& call, int64_t chunk, int64_t row, float) {
   sell_blocked_row_f32(&call, chunk, row);
 }

@@ -49,7 +49,7 @@ bool lay_planes(const T* x, int64_t inputs, int64_t room, uint8_t* planes) {
   return !wild;
 }
 
-// By has the inputs of one block in registers, begin, and multiplies a panel with them, sums.
+// By has the inputs of a block in registers, from begin on, and multiplies a panel with them: sum.
 template <class T, class By>
 void matmul(const void* pointer, int64_t begin, int64_t end) {
   const Matmul& call = *static_cast<const Matmul*>(pointer);
