@@ -4,9 +4,9 @@
 
 Weights are cold: each call takes another copy of them, more in all than the caches hold. Every way is called once
 before any is called again. With one thread the time is the processor's for that thread: what other programs take of it
-is not counted, though they disturb the caches; with more it is that of the clock. bfloat16 has two dense peers:
-`F.linear`, as a model calls it, and the weight prepacked for oneDNN, as a frozen compiled model holds it; 8-bit values
-have torch's product with dense 8-bit weights besides.
+is not counted, though they disturb the caches; with more it is that of the clock. There are two dense peers: `F.linear`,
+as a model calls it, and the weight prepacked for oneDNN, as a frozen compiled model holds it; 8-bit values have torch's
+product with dense 8-bit weights besides.
 Writes results/speed.json, cell by cell, from which docs/speed.md is made; a row that was not measured is not there.
 """
 
@@ -96,11 +96,10 @@ def cell(at: Scenario, sparsity: float, rounds: int) -> dict[str, object]:
             weight, packed = distinct[shape]
             own, given = weight.clone(), x[shape[1]]
             passes.setdefault("F.linear", []).append(lambda w=own, x=given: F.linear(x, w))
-            if at.dtype is torch.bfloat16:
-                ready = prepacked(weight, at.rows)
-                passes.setdefault("prepacked", []).append(
-                    lambda w=ready, x=given: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
-                )
+            ready = prepacked(weight, at.rows)
+            passes.setdefault("prepacked", []).append(
+                lambda w=ready, x=given: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
+            )
             if any(isinstance(format, BitmapInt8) for format in at.formats):
                 eight, scales = in_eight_bits(weight)
                 passes.setdefault("int8", []).append(
