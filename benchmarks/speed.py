@@ -4,9 +4,9 @@
 
 Weights are cold: each call takes another copy of them, more in all than the caches hold. Every way is called once
 before any is called again. With one thread the time is the processor's for that thread: what other programs take of it
-is not counted, though they disturb the caches; with more it is that of the clock. There are two dense peers: `F.linear`,
-as a model calls it, and the weight prepacked for oneDNN, as a frozen compiled model holds it; 8-bit values have torch's
-product with dense 8-bit weights besides.
+is not counted, though they disturb the caches; with more it is that of the clock. There are two dense peers:
+`F.linear`, as a model calls it, and the weight prepacked for oneDNN, as a frozen compiled model holds it; 8-bit values
+have torch's product with dense 8-bit weights besides.
 Writes results/speed.json, cell by cell, from which docs/speed.md is made; a row that was not measured is not there.
 """
 
