@@ -4,7 +4,8 @@
 
 Layers of MobileNet-v1 that look at one pixel, a product as a prompt has it, and 3x3 convolutions; masks are random, of
 whole groups. One thread, whose processor time counts; every way is called once before any is called again, medians.
-The dense ways are the convolution as a model calls it, with channels last, and the product; and beside them the same
+The dense ways are the convolution as a model calls it, with channels last, the product, and of a product oneDNN's with a
+weight in its own order, whose columns are rows; and beside them the same
 kernel on a weight of which nothing is removed, in groups of 8: a dense kernel of the same quality. With --node the
 WebAssembly build is timed in Node instead, by the processor's time for that process, against itself on a whole weight
 and against onnxruntime-web, where FOLDER is one that `npm install onnxruntime-web` ran in. With --aarch64 the NEON
@@ -58,6 +59,7 @@ ON_AARCH64 = {"1x1, 128x128, 28x28": (128, 128, 1, (28, 28)), "3x3, 64x64, 14x14
 COUNTED = (0.3, 0.5, 0.7, 0.9)
 NODE_GOALS = {0.5: 1.8, 0.7: 2.7, 0.8: 4.0, 0.9: 7.0}
 """What was set out to be reached in Node over onnxruntime-web."""
+DENSE = ("convolution", "channels last", "product", "oneDNN")
 GOALS = {  # what was set out to be reached, over the best dense way: layers that begin so, rows of a group
     ("product", 1): {0.5: 1.2, 0.7: 1.9, 0.8: 2.7, 0.9: 4.5, 0.95: 7.5},
     ("product", 8): {0.5: 1.75, 0.7: 3.0, 0.8: 4.5, 0.9: 9.0, 0.95: 15.0},
@@ -107,6 +109,9 @@ def measure(name: str, rounds: int) -> dict[str, object]:
     if weight.shape[2] == 1:
         matrix, pixels = weight.flatten(1), x.flatten(2)[0]
         ways["product"] = lambda: torch.mm(matrix, pixels)
+    if name.startswith("product"):
+        columns, ready = pixels.T.contiguous(), torch.ops.mkldnn._reorder_linear_weight(matrix, pixels.shape[1])
+        ways["oneDNN"] = lambda: torch.ops.mkldnn._linear_pointwise(columns, ready, None, "none", [], "")
     dense = list(ways)
     whole = GroupCols(8).pack(weight)
     ways["whole"] = lambda: convolve(whole, x, padding=padding)
@@ -246,7 +251,8 @@ def page(found: dict) -> str:
         "# How fast groups that share their columns are",
         "",
         "Written by `python -m benchmarks.group_cols`. How many times as fast as the fastest dense way of torch in the "
-        "same run, float32, one picture: the convolution as a model calls it, with channels last, or the product. "
+        "same run, float32, one picture: the convolution as a model calls it, with channels last, the product, or of what "
+        "is a product oneDNN's with a weight in its own order. "
         "Groups of 1 are single weights, without any pattern. Medians of processor time, all ways in turn. The date "
         "is of the last run; layers that were not in it are of earlier ones.",
         "",
@@ -257,12 +263,13 @@ def page(found: dict) -> str:
         "Dense, in thousand millions of operations a second: the ways of torch, and the same kernel on a weight of "
         "which nothing is removed. Sparse kernels count here what they store.",
         "",
-        "| layer | convolution | channels last | product | same kernel | groups of 8 at 70% | single weights at 70% |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| layer | convolution | channels last | product | oneDNN | same kernel | groups of 8 at 70% "
+        "| single weights at 70% |",
+        "| --- |" + " --- |" * 7,
     ]
     for cell in found["cells"]:
         spent, work = cell["milliseconds"], cell["mega"]
-        ways = [f"{work / spent[w]:.0f}" if w in spent else "" for w in ("convolution", "channels last", "product")]
+        ways = [f"{work / spent[w]:.0f}" if w in spent else "" for w in DENSE]
         rest = [work / spent["whole"], 0.3 * work / spent["8 0.7"], 0.3 * work / spent["1 0.7"]]
         lines.append(f"| {cell['layer']} | " + " | ".join([*ways, *(f"{n:.0f}" for n in rest)]) + " |")
     lines += ["", "What was set out to be reached, and what was:", "", "| layer | rows | sparsity | goal | here |  |"]
