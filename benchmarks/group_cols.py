@@ -4,12 +4,12 @@
 
 Layers of MobileNet-v1 that look at one pixel, a product as a prompt has it, and 3x3 convolutions; masks are random, of
 whole groups. One thread, whose processor time counts; every way is called once before any is called again, medians.
-The dense ways are the convolution as a model calls it, with channels last, the product, and of a product oneDNN's with a
-weight in its own order, whose columns are rows; and beside them the same
-kernel on a weight of which nothing is removed, in groups of 8: a dense kernel of the same quality. With --node the
-WebAssembly build is timed in Node instead, by the processor's time for that process, against itself on a whole weight
-and against onnxruntime-web, where FOLDER is one that `npm install onnxruntime-web` ran in. With --aarch64 the NEON
-build runs under qemu-user, which tells nothing of time: the instructions of a call are counted, by a plugin of qemu.
+The dense ways are the convolution as a model calls it, with channels last, the product, and of a product oneDNN's with
+a weight in its own order, whose columns are rows; and beside them the same kernel on a weight of which nothing is
+removed, in groups of 8: a dense kernel of the same quality. With --node the WebAssembly build is timed in Node instead,
+by the processor's time for that process, against itself on a whole weight and against onnxruntime-web, where FOLDER is
+one that `npm install onnxruntime-web` ran in. With --aarch64 the NEON build runs under qemu-user, which tells nothing
+of time: the instructions of a call are counted, by a plugin of qemu.
 Writes results/group_cols.json, from which docs/group-cols-speed.md is made; what was not measured is not there.
 """
 
@@ -251,8 +251,8 @@ def page(found: dict) -> str:
         "# How fast groups that share their columns are",
         "",
         "Written by `python -m benchmarks.group_cols`. How many times as fast as the fastest dense way of torch in the "
-        "same run, float32, one picture: the convolution as a model calls it, with channels last, the product, or of what "
-        "is a product oneDNN's with a weight in its own order. "
+        "same run, float32, one picture: the convolution as a model calls it, with channels last, the product, or "
+        "where it has a figure below oneDNN's product, with a weight in its own order. "
         "Groups of 1 are single weights, without any pattern. Medians of processor time, all ways in turn. The date "
         "is of the last run; layers that were not in it are of earlier ones.",
         "",
