@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import kept
+from benchmarks.speed import prepacked, product
 from secateur import kernels
 from secateur.formats import GroupCols, Packed
 from secateur.formats.conv import convolve
@@ -110,8 +111,8 @@ def measure(name: str, rounds: int) -> dict[str, object]:
         matrix, pixels = weight.flatten(1), x.flatten(2)[0]
         ways["product"] = lambda: torch.mm(matrix, pixels)
     if name.startswith("product"):
-        columns, ready = pixels.T.contiguous(), torch.ops.mkldnn._reorder_linear_weight(matrix, pixels.shape[1])
-        ways["oneDNN"] = lambda: torch.ops.mkldnn._linear_pointwise(columns, ready, None, "none", [], "")
+        columns, ready = pixels.T.contiguous(), prepacked(matrix, pixels.shape[1])
+        ways["oneDNN"] = lambda: product(columns, ready)
     dense = list(ways)
     whole = GroupCols(8).pack(weight)
     ways["whole"] = lambda: convolve(whole, x, padding=padding)

@@ -123,7 +123,7 @@ def measure(name: str, samples: int, window: int, threads: int) -> dict[str, Any
     task = open_task("python-docs", tokenizer=opened.tokenizer, window=window)
     kind = load(name)
     given = dict(SETTINGS[name])
-    if "samples" in kind.__dataclass_fields__:  # type: ignore[attr-defined]
+    if "samples" in kind.__dataclass_fields__:  # type: ignore[attr-defined]  # methods are dataclasses, which `load` does not say
         given["samples"] = samples
     method = build(kind, given)
     gc.collect()

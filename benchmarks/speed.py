@@ -70,7 +70,12 @@ SCENARIOS = (
 
 
 def prepacked(weight: Tensor, rows: int) -> Tensor:
+    """A weight in oneDNN's own order, for `product` with so many rows."""
     return torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+
+
+def product(x: Tensor, ready: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, ready, None, "none", [], "")
 
 
 def in_eight_bits(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,9 +102,7 @@ def cell(at: Scenario, sparsity: float, rounds: int) -> dict[str, object]:
             own, given = weight.clone(), x[shape[1]]
             passes.setdefault("F.linear", []).append(lambda w=own, x=given: F.linear(x, w))
             ready = prepacked(weight, at.rows)
-            passes.setdefault("prepacked", []).append(
-                lambda w=ready, x=given: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
-            )
+            passes.setdefault("prepacked", []).append(lambda w=ready, x=given: product(x, w))
             if any(isinstance(format, BitmapInt8) for format in at.formats):
                 eight, scales = in_eight_bits(weight)
                 passes.setdefault("int8", []).append(

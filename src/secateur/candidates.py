@@ -144,7 +144,7 @@ def _why_not_single(weight: Tensor, rows: int) -> str | None:
     if weight.dtype is torch.float32:
         return None
     if weight.dtype is torch.bfloat16 and rows <= MOST_SINGLE:
-        zeros = float((weight == 0).float().mean())
+        zeros = sparsity_of(weight)
         return None if zeros >= SINGLE else f"it is for {SINGLE:.0%} zeros and more in bfloat16, and {zeros:.0%} are"
     return f"it is for float32, or up to {MOST_SINGLE} rows of bfloat16"
 

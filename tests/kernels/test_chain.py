@@ -13,7 +13,7 @@ from secateur import kernels
 from secateur.chaining import chained
 from secateur.errors import FormatError
 from secateur.formats import DepthTaps, GroupCols
-from secateur.formats.chain import ConvChain, Link, _around
+from secateur.formats.chain import ConvChain, Link, _around, _zeros
 from secateur.formats.conv import ANY, SHAPES, SparseConv2d
 from secateur.formats.planned import RELU
 from secateur.models.resnet import resnet20
@@ -137,6 +137,19 @@ def test_a_value_keeps_the_zeros_of_what_it_is_made_from():
             for seed in (1, 2):
                 x = pictures(3, 11, 14, seed=seed)
                 assert torch.equal(chain(x), reference(layers, links, [3], x)[0]), level
+
+
+@pytest.mark.parametrize(("loads", "elsewhere"), [(3, 1), (6, 1), (10, 0)])
+def test_how_often_a_pixel_is_loaded_says_whether_it_lies_anew(loads, elsewhere):
+    weight = torch.zeros(32, 4, 3, 3)
+    weight[: 3 * loads, :, 0, 0] = 1  # of each of three copies of an input, so many loads
+    conv = nn.Conv2d(4, 32, 3, padding=1, bias=False).requires_grad_(False)
+    conv.weight.copy_(weight)
+    layer = SparseConv2d.of(conv, GroupCols(1))
+    for level in kernels.levels():
+        with kernels.forced(level):
+            wanted = int(loads == 3) if level == "avx512bf16" else elsewhere
+            assert _zeros(layer, layer.packed) == wanted, level
 
 
 def test_what_reads_without_gaps_gets_none():

@@ -53,9 +53,7 @@ def blocked(
     values = F.pad(weight.masked_fill(~keep, 0), fill).view(groups, rows, -1)
     kept = F.pad(there, (0, 0, 0, padded - groups)).view(padded, blocks, depth).transpose(0, 1)
     counts = kept.sum(2)  # [blocks, padded]
-    # By chunk, then by count, most first; stable, so that the same weight is packed alike everywhere.
-    chunk = torch.arange(padded) // (CHUNK // rows)
-    order = (chunk * (depth + 1) + depth - counts).argsort(dim=1, stable=True)
+    order = fullest_first(counts, CHUNK // rows)
     pairs = abreast == ABREAST and int(counts.sum()) >= PAIRED * counts.numel()
     if pairs:
         order = paired(kept, order)
@@ -78,6 +76,15 @@ def blocked(
         "rows": order.to(torch.int32),
         "offsets": offsets,
     }
+
+
+def fullest_first(counts: Tensor, chunk: int = CHUNK) -> Tensor:
+    """Where outputs stand that keep so many weights [.., outputs]: chunk by chunk, those that keep most first.
+
+    Stable, so that the same weight is packed alike everywhere.
+    """
+    of = torch.arange(counts.shape[-1]) // chunk
+    return (of * (int(counts.max()) + 1) - counts).argsort(dim=-1, stable=True)
 
 
 def paired(kept: Tensor, order: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from secateur.formats.bitmap import LANES
-from secateur.formats.k_blocked import CHUNK
+from secateur.formats.k_blocked import fullest_first
 from secateur.formats.packed import VALUES, Call, Packed, broken, kept, pointer, refuse, unsuited
 
 MOST_INPUTS = 2**15 - 1
@@ -167,10 +167,7 @@ def sliced(outputs: int, rows: Tensor, columns: Tensor, values: Tensor) -> dict[
     """The tensors of entries that come row by row: their outputs [n], columns [n] and values [n]."""
     panels = -(-outputs // LANES)
     counts = torch.bincount(rows, minlength=panels * LANES)
-    # By chunk, then by count, most first; stable, so that the same weight is packed alike everywhere, and what is no
-    # output, which keeps nothing, comes last.
-    chunk = torch.arange(panels * LANES) // CHUNK
-    order = (chunk * (int(counts.max()) + 1) - counts).argsort(stable=True)
+    order = fullest_first(counts)  # what is no output keeps nothing, and comes last
     stands = order.argsort()[rows]  # where the output of each entry stands
     offsets = torch.zeros(panels + 1, dtype=torch.int64)
     offsets[1:] = counts[order].view(panels, LANES).amax(1).cumsum(0)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from secateur.formats.bitmap import LANES
-from secateur.formats.k_blocked import CHUNK
+from secateur.formats.k_blocked import CHUNK, fullest_first
 from secateur.formats.packed import VALUES, Call, Packed, broken, kept, pointer, refuse, unsuited
 
 DEPTH, EACH = 256, 2  # of kernels/sell_blocked.h: inputs of a block, and weights of an output in a step
@@ -73,9 +73,7 @@ class SellBlocked:
         (outputs, inputs), blocks, panels = weight.shape, _blocks(weight.shape[1]), _panels(weight.shape[0])
         fill = 0, blocks * DEPTH - inputs, 0, panels * LANES - outputs
         counts = F.pad(keep, fill).view(panels * LANES, blocks, DEPTH).sum(2)
-        # By chunk, then by count, most first; stable, so that the same weight is packed alike everywhere.
-        chunk = (torch.arange(panels * LANES) // CHUNK).unsqueeze(1)
-        order = (chunk * (DEPTH + 1) + DEPTH - counts).argsort(dim=0, stable=True)  # [outputs, blocks]
+        order = fullest_first(counts.T).T  # [outputs, blocks]
         stands = order.argsort(0)
         fullest = counts.gather(0, order).view(panels, LANES, blocks).amax(1)
         where = _where(panels, blocks)

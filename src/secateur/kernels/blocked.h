@@ -245,8 +245,8 @@ __attribute__((noinline)) int64_t add_bunches(const KBlocked& weight, int64_t bl
 }
 
 // Where single sums are of one vector, and short, two bunches go together: a multiplication would wait for the one
-// before it, and where steps end is foreseen more often. Long ones share more inputs than that gains, and for pixels,
-// whose columns are read as one, it gains nothing.
+// before it, and where steps end is foreseen more often. Long ones share more inputs than that gains, and for pixels
+// it gains nothing.
 template <class T, class Column, int N, int V, class Inputs>
 void add_blocked(const KBlocked& weight, int64_t block, int64_t begin, int64_t end, const Inputs& inputs,
                  const Tile& tile) {
