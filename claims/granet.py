@@ -166,6 +166,7 @@ CLAIM = Claim(
             central=False,
         ),
     ),
+    seeds=(0, 1, 2, 3, 4),
     settings={
         "network": "cnn",
         "width": 16,

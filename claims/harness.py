@@ -324,7 +324,7 @@ def measure(
         before = None
     if before is not None and not journal.cells:  # a seed or a condition more: keep what was measured
         for found in before.cells:
-            journal.add(found)
+            journal.add(replace(found, processor=found.processor or str(before.machine.get("processor", ""))))
     wanted = [(c, s) for c, s in claim.cells() if not only or c in only]
     missing = [(c, s) for c, s in wanted if not journal.has(c, s)]
     for place, (condition, seed) in enumerate(missing, 1):
@@ -338,7 +338,7 @@ def measure(
                     f"it is {value}",
                     "A cell returns finite numbers: cap what can diverge, and say so in the claim's settings.",
                 )
-        journal.add(Cell(condition, seed, values, seconds))
+        journal.add(Cell(condition, seed, values, seconds, str(about_machine()["processor"])))
         shown = "   ".join(f"{k} {v:.6g}" for k, v in values.items())
         say(f"{claim.name}   {place}/{len(missing)}   {condition}   seed {seed}   {shown}   {seconds:.1f} s")
     if any(not journal.has(c, s) for c, s in claim.cells()):
@@ -346,13 +346,17 @@ def measure(
     kept = set(claim.cells())
     cells = [c for c in journal.cells if (c.condition, c.seed) in kept]
     result = conclude(claim, cells, large, commit())
-    if before is not None and before.cells == cells:  # only judged anew: say where and when it was measured
+    if before is not None and _measured(before.cells) == _measured(cells):  # judged anew: say where it was measured
         result = replace(
             result, created=before.created, commit=before.commit, machine=before.machine, versions=before.versions
         )
     result.write(result_path)
     journal_path.unlink(missing_ok=True)
     return result
+
+
+def _measured(cells: Sequence[Cell]) -> list[tuple[str, int, Mapping[str, float]]]:
+    return [(cell.condition, cell.seed, cell.values) for cell in cells]
 
 
 def check(claim: Claim) -> None:

@@ -134,6 +134,7 @@ CLAIM = Claim(
         Expectation("Weight size, which ranks stages, does worse than chance", "chance", "size", "accuracy", "higher",
                     central=False),
     ),
+    seeds=(0, 1, 2, 3, 4),
     settings={
         "depth": 32,
         "width": 8,

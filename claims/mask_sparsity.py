@@ -145,6 +145,7 @@ CLAIM = Claim(
             "lower",
         ),
     ),
+    seeds=(0, 1, 2, 3, 4),
     settings={
         "images": 10_000,
         "test": 1000,

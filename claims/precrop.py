@@ -204,6 +204,7 @@ CLAIM = Claim(
             central=False,
         ),
     ),
+    seeds=(0, 1, 2, 3, 4),
     settings={
         "depth": 8,
         "width": 16,

@@ -213,6 +213,7 @@ CLAIM = Claim(
             central=False,
         ),
     ),
+    seeds=(0, 1, 2, 3, 4),
     settings={
         "width": 64,
         "layers": 2,

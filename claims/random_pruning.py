@@ -132,6 +132,7 @@ CLAIM = Claim(
             exact=True,
         ),
     ),
+    seeds=(0, 1, 2, 3, 4),
     settings={
         "images": 10_000,
         "batch": 64,

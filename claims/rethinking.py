@@ -163,6 +163,7 @@ CLAIM = Claim(
             central=False,
         ),
     ),
+    seeds=(0, 1, 2, 3, 4),
     settings={
         "width": 16,
         "images": 3000,

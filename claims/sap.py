@@ -225,6 +225,7 @@ CLAIM = Claim(
             central=False,
         ),
     ),
+    seeds=(0, 1, 2, 3, 4),
     settings={
         "images": 8000,
         "validation": 1000,

@@ -248,6 +248,7 @@ CLAIM = Claim(
             central=False,
         ),
     ),
+    seeds=(0, 1, 2, 3, 4),
     settings={
         "network": "small",
         "images": 20_000,

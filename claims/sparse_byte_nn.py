@@ -147,6 +147,7 @@ CLAIM = Claim(
             central=False,
         ),
     ),
+    seeds=(0, 1, 2, 3, 4),
     settings={
         "images": 2000,
         "val": 500,

@@ -94,6 +94,7 @@ CLAIM = Claim(
         *(f"unet magnitude@{s:g}" for s in IMAGE),
         *(f"both {name}" for name in PAIRS),
     ),
+    seeds=(0, 1, 2, 3, 4),
     settings={"pictures": 100, "steps": 10, "samples": 128},
     large={"pictures": 1000, "steps": 50, "samples": 128},
     expects=(

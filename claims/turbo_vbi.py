@@ -184,6 +184,7 @@ CLAIM = Claim(
         than(f"grid {MLP}", f"turbo {MLP}", "empty blocks", "A grid empties more blocks than rows do", central=False),
         than(f"turbo@found {MLP}", f"mean-field@found {MLP}", "sparsity", "The mean field removes less", central=False),
     ),
+    seeds=(0, 1, 2, 3, 4),
     settings={
         "images": 8000,
         "batch": 100,

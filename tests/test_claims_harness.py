@@ -206,6 +206,20 @@ def test_a_further_seed_keeps_what_was_measured(tmp_path):
     assert len(result.cells) == 8
 
 
+def test_a_seed_that_another_machine_measured_says_so(tmp_path):
+    here = measure(claim(), cell, where=tmp_path, say=lambda _: None)
+    assert here.processors == [here.machine["processor"]]
+    replace(here, machine=here.machine | {"processor": "another"}).write(tmp_path / "toy.json")
+    old = tmp_path / "toy.json"  # as results were written before cells named their processor
+    plain = json.loads(old.read_text())
+    for row in plain["cells"]:
+        del row["processor"]
+    old.write_text(json.dumps(plain))
+    result = measure(claim(seeds=(0, 1, 2, 3)), cell, where=tmp_path, say=lambda _: None)
+    assert result.processors == ["another", here.machine["processor"]]
+    assert {c.seed for c in result.cells if c.processor == "another"} == {0, 1, 2}
+
+
 def test_large_settings_lie_beside_the_others(tmp_path):
     asked = claim(settings={"more": 0, "kept": 1}, large={"more": 5})
     result = measure(asked, cell, large=True, where=tmp_path, say=lambda _: None)

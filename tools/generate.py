@@ -428,9 +428,7 @@ def claim_section(result: ClaimResult | None) -> list[str]:
     lines += ["", *table("condition", "metric", "mean", "95 % interval", "each seed")]
     lines += [figure_row(f) for f in result.figures]
     lines += ["", f"Verdict: **{result.verdict}**. {len(result.cells)} runs, {result.seconds / 60:.0f} minutes on "]
-    lines[-1] += (
-        f"{result.machine.get('processor', 'an unknown machine')}, {result.machine.get('threads', '?')} threads."
-    )
+    lines[-1] += f"{' and '.join(result.processors)}, {result.machine.get('threads', '?')} threads."
     return [*lines, ""]
 
 

@@ -26,6 +26,7 @@ class Cell:
     seed: int
     values: dict[str, float]  # "perplexity" -> 23.4
     seconds: float = 0.0
+    processor: str = ""  # where it was measured; empty where the result's machine measured all cells
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,14 @@ class ClaimResult:
     seconds: float  # of all cells together
     created: str
     commit: str = ""  # of the code that measured
-    machine: dict[str, Any] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=dict)  # the last to measure a cell
     versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def processors(self) -> list[str]:
+        """The processors that measured its cells, each once."""
+        last = str(self.machine.get("processor", "an unknown processor"))
+        return list(dict.fromkeys(cell.processor or last for cell in self.cells))
 
     def write(self, path: str | Path) -> None:
         """Write as JSON, whole or not at all."""
