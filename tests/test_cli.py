@@ -320,6 +320,13 @@ def test_the_seed_and_the_options_reach_the_run(tmp_path):
     assert record["task"]["seed"] == 1
 
 
+@pytest.mark.parametrize("given", [("--sparsity", "0.5"), ("--sparsity=0.5",)])
+def test_the_value_of_an_option_is_not_taken_for_the_method_that_is_missing(given):
+    assert "Missing argument 'METHOD', and --sparsity is no option without one" in said(
+        run("plan", "tiny:mlp", *given, code=2)
+    )
+
+
 def test_options_may_stand_anywhere(tmp_path):
     run("prune", "--sparsity", "0.25", "--out", tmp_path / "a", "tiny:mlp", "magnitude", "--task=tiny:toy_vectors")
     assert json.loads((tmp_path / "a/secateur.json").read_text())["settings"]["sparsity"] == 0.25

@@ -68,8 +68,11 @@ class Verb(click.Command):
             args = [model, *args]  # the recipe says what is to be pruned
             sure, bare = [model, *sure], [model, *bare]
         found = next((a for a in bare[1:] if is_recipe(a) or a.replace("-", "_") in names()), None)
-        found = sure[1] if len(sure) > 1 else found or (bare[1] if len(bare) > 1 else None)
+        found = sure[1] if len(sure) > 1 else found
         if found is None:
+            unknown = next((a.partition("=")[0] for a in args if a.startswith("--") and not self._knows(a)), None)
+            if sure and unknown is not None:
+                raise click.UsageError(f"Missing argument 'METHOD', and {unknown} is no option without one.", ctx)
             return args
         if is_recipe(found):
             from secateur.recipe import read
@@ -100,6 +103,11 @@ class Verb(click.Command):
             name = "dotted_" + re.sub(r"\W", "_", match[1])
             option = click.Option([name, f"--{match[1]}"], metavar="VALUE", hidden=True)
             ctx.meta["extra"][name] = (option, where, key)
+
+    def _knows(self, arg: str) -> bool:
+        """Whether an option is the verb's own."""
+        own = {opt for p in self.params for opt in (*p.opts, *p.secondary_opts)} | {"--", "--help"}
+        return arg.partition("=")[0] in own or arg.startswith("--task.")
 
     def _bare(self, args: Sequence[str]) -> tuple[list[str], list[str]]:
         """Arguments that are surely no option's value, and all that may be none."""
