@@ -18,6 +18,7 @@ from secateur.report import figures
 from secateur.report.compare import Point, compare_table, dense, metric, points, series, shown, zero_shot_table
 from secateur.report.damage import damage_table, rise
 from secateur.report.ledger import lines, ways
+from secateur.report.lessons import findings, passport
 from secateur.report.pictures import grids
 from secateur.report.sentence import headline
 
@@ -80,7 +81,7 @@ def page(records: Sequence[Record], title: str = "", extra: Sequence[Claim] = ()
     boot = environment.get_template("draw.js").render()
     name = first.model.get("name") or "model"
     return environment.get_template("page.html").render(
-        title=title or (f"{name} pruned with {first.method}" if single else f"{name}: {len(series(found))} methods"),
+        title=title or (f"{name} {_made(found[0])}" if single else f"{name}: {len(series(found))} methods"),
         sentence=headline(newest),
         single=single,
         first=first,
@@ -93,6 +94,8 @@ def page(records: Sequence[Record], title: str = "", extra: Sequence[Claim] = ()
         dense=dense(newest),
         table=compare_table(newest),
         zero_shot=zero_shot_table(newest),
+        lessons=findings(newest),
+        passports=[passport(p) for p in found],
         damage=damage_table(found),
         harmed=None if harmed is None else _figure(harmed),
         seeds=sorted({len(p.records) for p in found}),
@@ -109,6 +112,12 @@ def page(records: Sequence[Record], title: str = "", extra: Sequence[Claim] = ()
         boot=boot,
         hashes=[_hash(bundle), _hash(boot)],
     )
+
+
+def _made(point: Point) -> str:
+    """What a method did to a model, in its own word: who starts sparse was not pruned."""
+    sparse = passport(point).origin == "sparse-to-sparse"
+    return f"{'trained sparse' if sparse else 'pruned'} with {point.records[0].method}"
 
 
 def _figure(drawing: "Drawing") -> dict[str, str]:
