@@ -31,8 +31,12 @@ def findings(records: Sequence[Record]) -> list[Finding]:
     if len(found) < 2:
         return []
     before = [r.measured("before")[NOISY] for r in records if NOISY in r.measured("before")]
-    higher = bool(records[0].task.get("higher_is_better"))
-    return lint([passport(p) for p in found], dense(records), higher, dense_noisy=_mean(before))
+    higher, seen = bool(records[0].task.get("higher_is_better")), [passport(p) for p in found]
+    whole = next((p for p in seen if p.origin == "dense" and p.asked == 0), None)  # trained as long as the others
+    quality, noisy = dense(records), _mean(before)
+    if whole is not None:
+        quality, noisy = whole.quality if quality is None else quality, whole.noisy if noisy is None else noisy
+    return lint(seen, quality, higher, dense_noisy=noisy)
 
 
 def passport(point: Point) -> Passport:

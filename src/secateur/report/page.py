@@ -23,6 +23,8 @@ from secateur.report.pictures import grids
 from secateur.report.sentence import headline
 
 if TYPE_CHECKING:
+    from markupsafe import Markup
+
     from secateur.report.charts import Drawing
 
 
@@ -60,6 +62,7 @@ def page(records: Sequence[Record], title: str = "", extra: Sequence[Claim] = ()
         ) from error
 
     newest = [r for p in found for r in p.records]
+    passports = [passport(p) for p in found]
     single = len(newest) == 1
     at = shown(found)
     first = newest[0]
@@ -77,6 +80,7 @@ def page(records: Sequence[Record], title: str = "", extra: Sequence[Claim] = ()
     )
     environment.globals.update(figures=figures, role=charts.role, kept=charts.kept, rise=rise)
     harmed = charts.damage_by_example(at)
+    environment.filters["code"] = _code
     environment.filters["pretty"] = lambda value: json.dumps(value, indent=1, sort_keys=True, default=str)
     boot = environment.get_template("draw.js").render()
     name = first.model.get("name") or "model"
@@ -95,7 +99,8 @@ def page(records: Sequence[Record], title: str = "", extra: Sequence[Claim] = ()
         table=compare_table(newest),
         zero_shot=zero_shot_table(newest),
         lessons=findings(newest),
-        passports=[passport(p) for p in found],
+        passports=passports,
+        told=[(title, name, how) for title, name, how in _TOLD if any(getattr(p, name) is not None for p in passports)],
         damage=damage_table(found),
         harmed=None if harmed is None else _figure(harmed),
         seeds=sorted({len(p.records) for p in found}),
@@ -112,6 +117,25 @@ def page(records: Sequence[Record], title: str = "", extra: Sequence[Claim] = ()
         boot=boot,
         hashes=[_hash(bundle), _hash(boot)],
     )
+
+
+_TOLD = (
+    ("mean density in training", "mean_density", figures.percent),
+    ("peak", "peak_density", figures.percent),
+    ("training operations", "compute", figures.work),
+    ("weights ever there", "explored", figures.percent),
+    ("accuracy under noise", "noisy", figures.quality),
+    ("calibration error", "calibration", figures.quality),
+)
+"""Columns of what runs say of themselves, where one does: title, field of the passport, how it is written."""
+
+
+def _code(text: str) -> "Markup":
+    """What stands between backticks, as code."""
+    from markupsafe import Markup, escape
+
+    pieces = text.split("`")
+    return Markup("").join(Markup("<code>{}</code>").format(p) if i % 2 else escape(p) for i, p in enumerate(pieces))
 
 
 def _made(point: Point) -> str:

@@ -161,15 +161,15 @@ def dense_pair(seen: Comparison) -> Iterator[Finding]:
     unmatched = [p for p in seen.sparse if p.trained and not any(_as_large(p, twin) for twin in seen.twins)]
     near = {twin.asked: twin for twin in seen.twins}
     alone = [p for p in unmatched if p.asked not in near]
-    for p in unmatched:
-        if p.asked in near:
-            yield Finding(
-                "warning",
-                1,
-                f"the dense network beside {p.place} has {near[p.asked].parameters:,.0f} parameters, and it "
-                f"{p.parameters:,.0f} that are not zero",
-                "Wider networks can be cut nearer to a size.",
-            )
+    other = [p for p in unmatched if p.asked in near]
+    if other:
+        apart = max(abs(near[p.asked].parameters / max(p.parameters, 1) - 1) for p in other)
+        yield Finding(
+            "warning",
+            1,
+            f"the dense networks beside {_places(other)} differ from them in size, by up to {apart:.0%}",
+            "Wider networks can be cut nearer to a size.",
+        )
     if alone:
         yield Finding(
             "warning",
