@@ -289,6 +289,7 @@ class Rewire(Rule):
         if rises or exchanges:
             self._share = 1 - sparsity_of(self.keep)
             loop.log("sparsity", sparsity_of(self.keep))
+            loop.log("explored", self.explored)
 
     def finish(self, loop: Loop) -> None:
         """A remark when training stopped before the ramp's end."""

@@ -8,7 +8,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +68,7 @@ class Cell:
 @click.option("--curves", metavar="WHERE", help="Send curves of training to tensorboard, wandb or mlflow.")
 @click.option("--out", required=True, metavar="FILE.html", help="The page. Records go to a folder beside it.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A setting of every method that has it.")
+@click.option("--strict", is_flag=True, help="Fail where one of the ten lessons it is checked by is broken.")
 @click.option(
     "--timing/--no-timing", default=True, show_default=True, help="Time a forward pass of both models, in turn."
 )
@@ -89,6 +90,7 @@ def command(
     curves: str | None,
     out: str,
     overrides: tuple[str, ...],
+    strict: bool,
     timing: bool,
     zero_shot: str | None,
     limit: int | None,
@@ -126,7 +128,7 @@ def command(
 
         blank = Job(model, None, task, ctx.meta[TASK], seed or 0, eval_split, command_line(ctx), threads, dtype, device)  # type: ignore[arg-type]
         places = (sparsity or LEVELS, seeds or SEEDS)
-        _trained(speaker, blank, methods, places, overrides, epochs, (jobs, ray, curves), Path(out))
+        _trained(speaker, blank, methods, places, overrides, epochs, (jobs, ray, curves), Path(out), strict)
         return
     _only_training({"--jobs": jobs != 1, "--ray": ray is not None, "--curves": curves is not None})
     sparsity, seeds = sparsity or "0.5", seeds or 1
@@ -181,7 +183,7 @@ def command(
             )
             error.add_note(f"{out} shows the {done} runs of {len(cells)} that are there.")
         raise
-    _finish(speaker, cells, out, "")
+    _finish(speaker, cells, out, "", strict=strict)
 
 
 def _only_training(given: dict[str, bool]) -> None:
@@ -202,6 +204,7 @@ def _trained(
     epochs: float,
     where: tuple[int, str | None, str | None],
     page: Path,
+    strict: bool,
 ) -> None:
     """The grid of a comparison of training: what its hash says is done is not done again."""
     import os
@@ -253,7 +256,7 @@ def _trained(
         if done:
             _finish(speaker, cells, str(page), stopped, training.with_dense)
         raise
-    _finish(speaker, cells, str(page), stopped, training.with_dense)
+    _finish(speaker, cells, str(page), stopped, training.with_dense, strict)
 
 
 def _read(path: Path) -> "Record":
@@ -470,10 +473,12 @@ def _finish(
     out: str,
     stopped: str,
     completed: "Callable[[Sequence[Record]], list[Record]] | None" = None,
+    strict: bool = False,
 ) -> None:
-    from secateur.cli.report import claims_of
+    from secateur.cli.report import claims_of, refuse_broken, tell
     from secateur.errors import EvidenceError
     from secateur.report import compare_table, headline, write
+    from secateur.report.lessons import findings
 
     records, gathered = _gathered(cells)
     failures = [f for f in gathered if not f.get("left_out")]
@@ -493,11 +498,12 @@ def _finish(
     write(noted, out, "", claims_of(records))
     if stopped:
         return
-    rows = compare_table(records)
+    rows, lessons = compare_table(records), findings(records)
     speaker.emit(
         {
             "out": out,
             "headline": headline(records),
+            "lessons": [asdict(found) for found in lessons],
             "dense": rows[0]["dense"],
             "table": rows,
             "failures": failures,
@@ -508,8 +514,11 @@ def _finish(
         _show(speaker, records, rows, failures)
         for line in left_out:
             speaker.show(line)
+        tell(speaker, lessons)
         speaker.show(f"\n{headline(records)}")
         speaker.show(out)
+    if strict:
+        refuse_broken(lessons)
 
 
 def _calibration(records: "Sequence[Record]") -> str:

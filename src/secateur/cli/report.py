@@ -1,5 +1,7 @@
 """`secateur report`: runs that were saved, as one page."""
 
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,30 +10,60 @@ import click
 from secateur.cli.options import spoken, terminal
 
 if TYPE_CHECKING:
+    from secateur.cli.terminal import Terminal
     from secateur.outcome import Record
     from secateur.report import Claim
+    from secateur.studies.ten_lessons import Finding
 
 
 @click.command("report")
 @click.argument("runs", nargs=-1, required=True, metavar="DIR|RECORDS...")
 @click.option("--out", required=True, metavar="FILE.html", help="Where the page is written.")
 @click.option("--title", default="", metavar="TEXT", help="What stands above it.")
+@click.option("--strict", is_flag=True, help="Fail where one of the ten lessons it is checked by is broken.")
 @spoken
-def command(runs: tuple[str, ...], out: str, title: str, **spoken: Any) -> None:
+def command(runs: tuple[str, ...], out: str, title: str, strict: bool, **spoken: Any) -> None:
     """Runs that were saved, as one page that needs no network.
 
     Each is a folder that prune saved, a folder of records, or a record (secateur.json).
     """
     from secateur.report import compare_table, headline, write
+    from secateur.report.lessons import findings
 
     speaker = terminal(spoken)
     records = records_in(runs)
     Path(out).resolve().parent.mkdir(parents=True, exist_ok=True)
     write(records, out, title, claims_of(records))
-    speaker.emit({"out": out, "headline": headline(records), "table": compare_table(records)})
+    lessons = findings(records)
+    said = [asdict(found) for found in lessons]
+    speaker.emit({"out": out, "headline": headline(records), "lessons": said, "table": compare_table(records)})
     if not speaker.as_json:
+        tell(speaker, lessons)
         speaker.show(headline(records))
         speaker.show(f"{out}: {len(records)} run{'s' * (len(records) != 1)}")
+    if strict:
+        refuse_broken(lessons)
+
+
+def tell(speaker: "Terminal", lessons: "Sequence[Finding]") -> None:
+    """Warnings and errors, each with what can be done about it; the page has the rest."""
+    for found in lessons:
+        if found.level != "info":
+            speaker.show(f"lesson {found.lesson}: {found.message}. {found.remedy}")
+
+
+def refuse_broken(lessons: "Sequence[Finding]") -> None:
+    """Raise EvidenceError where there are warnings or errors."""
+    from secateur.errors import EvidenceError
+
+    broken = [found for found in lessons if found.level != "info"]
+    if broken:
+        numbers = ", ".join(str(n) for n in sorted({found.lesson for found in broken}))
+        raise EvidenceError(
+            "a comparison was to keep the ten lessons of sparse networks",
+            f"it breaks {numbers}; the gravest: {broken[0].message}",
+            broken[0].remedy,
+        )
 
 
 def records_in(places: tuple[str, ...]) -> "list[Record]":

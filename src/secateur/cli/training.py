@@ -77,6 +77,7 @@ def _record(job: Job) -> str:
     from secateur.cli.opening import model_from, set_threads, task_from
     from secateur.method import prune
     from secateur.outcome import Measurement
+    from secateur.tasks.robustness import robustness
 
     set_threads(job.threads)
     opened = model_from(job.model, dtype=job.dtype, device=job.device, online=False)
@@ -85,7 +86,8 @@ def _record(job: Job) -> str:
     start = copy.deepcopy(opened.model)
     outcome = prune(opened.model, job.method, task, inplace=True, name=opened.name, command=job.command)
     assert outcome.record is not None
-    measured = [Measurement("after", job.split, task.measure(outcome.model, job.split))]
+    values = {**task.measure(outcome.model, job.split), **robustness(outcome.model, task, job.split)}
+    measured = [Measurement("after", job.split, values)]
     curves = {**outcome.record.curves, **spent(start, outcome, task)}
     return json.dumps(asdict(replace(outcome.record, measurements=measured, curves=curves)), sort_keys=True)
 

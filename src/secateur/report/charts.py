@@ -13,7 +13,7 @@ import altair as alt
 
 from secateur.outcome import Ledger, Record, SiteRow
 from secateur.report import figures
-from secateur.report.compare import Point, dense, metric, points, series
+from secateur.report.compare import COMPUTE, DENSITY, Point, at_step, dense, metric, points, series
 
 # Of middling lightness, so that each stands out on white and on black; told apart by most colour-blind readers.
 COLOURS = ("#2b7bba", "#d5622a", "#1a9870", "#b45fa6", "#b58a10", "#44a5cf", "#9c5a3c", "#808080")
@@ -22,8 +22,6 @@ POINTS_PER_CURVE = 400
 BARS = 60
 CELLS = 3000
 SECONDS = "seconds"  # the curve that says when each step was reached
-COMPUTE = "training compute"  # the curve of operations spent in training up to a step, zeros counted as free
-DENSITY = "density of "  # begins the name of the curve of a site's density over training
 MOMENTS = 24  # of training, at which densities are drawn
 
 
@@ -106,7 +104,7 @@ def densities(found: Sequence[Point]) -> list[Drawing]:
         last = max([last, *(step for step, _ in p.records[0].curves.get(COMPUTE, []))])
         moments = sorted({round(last * i / (MOMENTS - 1)) for i in range(MOMENTS)})
         cells = [
-            {"x": str(moment), "y": short[name], "kept": _at_step(logged[name], moment), "site": name}
+            {"x": str(moment), "y": short[name], "kept": at_step(logged[name], moment), "site": name}
             for name in order[: CELLS // len(moments)]
             for moment in moments
         ]
@@ -115,11 +113,6 @@ def densities(found: Sequence[Point]) -> list[Drawing]:
             Drawing(drawn.spec, f"Layer densities over training: {p.series}", "Yellow: all of the layer is there.")
         )
     return drawings
-
-
-def _at_step(curve: Sequence[tuple[int, float]], moment: int) -> float:
-    """The value of a curve that stays as it is until its next point; all there before its first."""
-    return next((value for step, value in reversed(curve) if step <= moment), 1.0)
 
 
 def kept_by_site(rows: Sequence[SiteRow]) -> Drawing | None:

@@ -46,6 +46,15 @@ WHOLE = {
 }
 """What a sparsity of the whole model is off."""
 
+COMPUTE = "training compute"  # the curve of operations spent in training up to a step, zeros counted as free
+DENSITY = "density of "  # begins the name of the curve of a site's density over training
+EXPLORED = "explored"  # the curve of the fraction of the weights that were ever there, a point an update
+
+
+def at_step(curve: Sequence[tuple[int, float]], moment: int) -> float:
+    """The value of a curve that stays as it is until its next point; all there before its first."""
+    return next((value for step, value in reversed(curve) if step <= moment), 1.0)
+
 
 def asked(settings: dict[str, Any]) -> float | None:
     """The sparsity a run was asked for, links of a chain composed: 1 - (1 - s1)(1 - s2)...; None without a target."""

@@ -18,10 +18,13 @@ from secateur.report import figures
 from secateur.report.compare import Point, compare_table, dense, metric, points, series, shown, zero_shot_table
 from secateur.report.damage import damage_table, rise
 from secateur.report.ledger import lines, ways
+from secateur.report.lessons import findings, passport
 from secateur.report.pictures import grids
 from secateur.report.sentence import headline
 
 if TYPE_CHECKING:
+    from markupsafe import Markup
+
     from secateur.report.charts import Drawing
 
 
@@ -59,6 +62,7 @@ def page(records: Sequence[Record], title: str = "", extra: Sequence[Claim] = ()
         ) from error
 
     newest = [r for p in found for r in p.records]
+    passports = [passport(p) for p in found]
     single = len(newest) == 1
     at = shown(found)
     first = newest[0]
@@ -76,11 +80,12 @@ def page(records: Sequence[Record], title: str = "", extra: Sequence[Claim] = ()
     )
     environment.globals.update(figures=figures, role=charts.role, kept=charts.kept, rise=rise)
     harmed = charts.damage_by_example(at)
+    environment.filters["code"] = _code
     environment.filters["pretty"] = lambda value: json.dumps(value, indent=1, sort_keys=True, default=str)
     boot = environment.get_template("draw.js").render()
     name = first.model.get("name") or "model"
     return environment.get_template("page.html").render(
-        title=title or (f"{name} pruned with {first.method}" if single else f"{name}: {len(series(found))} methods"),
+        title=title or (f"{name} {_made(found[0])}" if single else f"{name}: {len(series(found))} methods"),
         sentence=headline(newest),
         single=single,
         first=first,
@@ -93,6 +98,9 @@ def page(records: Sequence[Record], title: str = "", extra: Sequence[Claim] = ()
         dense=dense(newest),
         table=compare_table(newest),
         zero_shot=zero_shot_table(newest),
+        lessons=findings(newest),
+        passports=passports,
+        told=[(title, name, how) for title, name, how in _TOLD if any(getattr(p, name) is not None for p in passports)],
         damage=damage_table(found),
         harmed=None if harmed is None else _figure(harmed),
         seeds=sorted({len(p.records) for p in found}),
@@ -109,6 +117,31 @@ def page(records: Sequence[Record], title: str = "", extra: Sequence[Claim] = ()
         boot=boot,
         hashes=[_hash(bundle), _hash(boot)],
     )
+
+
+_TOLD = (
+    ("mean density in training", "mean_density", figures.percent),
+    ("peak", "peak_density", figures.percent),
+    ("training operations", "compute", figures.work),
+    ("weights ever there", "explored", figures.percent),
+    ("accuracy under noise", "noisy", figures.quality),
+    ("calibration error", "calibration", figures.quality),
+)
+"""Columns of what runs say of themselves, where one does: title, field of the passport, how it is written."""
+
+
+def _code(text: str) -> "Markup":
+    """What stands between backticks, as code."""
+    from markupsafe import Markup, escape
+
+    pieces = text.split("`")
+    return Markup("").join(Markup("<code>{}</code>").format(p) if i % 2 else escape(p) for i, p in enumerate(pieces))
+
+
+def _made(point: Point) -> str:
+    """What a method did to a model, in its own word: who starts sparse was not pruned."""
+    sparse = passport(point).origin == "sparse-to-sparse"
+    return f"{'trained sparse' if sparse else 'pruned'} with {point.records[0].method}"
 
 
 def _figure(drawing: "Drawing") -> dict[str, str]:
