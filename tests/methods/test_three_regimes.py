@@ -288,6 +288,10 @@ def test_boundaries_are_calibrated_by_hand():
     assert found.eps == pytest.approx(0.04 / math.sqrt(2))
     assert found.kappa == pytest.approx(0.7)
     assert calibrated([cell(1, 0.1, 0.3, 0, s) for s in (0.5, 0.9)]).eps == 0.01  # one pair has no deviation
+    # a cell behind a barrier has no part in it, unless there are not two others
+    barrier = cell(4, 0.1, 0.3, -0.2, 0.1)
+    assert calibrated([barrier, cell(1, 0.1, 0.3, 0, 0.9), cell(2, 0.1, 0.3, 0, 0.7)]).kappa == pytest.approx(0.8)
+    assert calibrated([barrier, cell(1, 0.1, 0.3, 0, 0.9)]).kappa == pytest.approx(0.5)
 
 
 def test_seeds_are_joined_cell_by_cell():

@@ -564,11 +564,14 @@ class Boundaries:
 def calibrated(cells: Sequence[Cell]) -> Boundaries:
     """Boundaries of a map: eps is 1 % or two deviations between pairs, kappa lies in the widest gap of sorted CKA.
 
-    The deviation is the median over cells with two pairs or more. Raises EvidenceError for fewer than two different CKA
-    values.
+    The deviation is the median over cells with two pairs or more; the gap is looked for among cells that are connected,
+    which kappa is to tell apart, or among all where there are not two of them. Raises EvidenceError for fewer than two
+    different values of CKA.
     """
     spreads = [stdev(cell.lmc) for cell in cells if len(cell.lmc) > 1]
-    return Boundaries(max([0.01, *([2 * median(spreads)] if spreads else [])]), widest_gap([c.similar for c in cells]))
+    eps = max([0.01, *([2 * median(spreads)] if spreads else [])])
+    connected = {cell.similar for cell in cells if cell.connected >= -eps and not isnan(cell.similar)}
+    return Boundaries(eps, widest_gap(list(connected) if len(connected) > 1 else [cell.similar for cell in cells]))
 
 
 def widest_gap(values: Sequence[float]) -> float:
