@@ -253,7 +253,9 @@ EDGES = Boundaries(0.01, 0.9)
     ("lmc", "similar", "regime", "setting"),
     [
         (-0.05, 0.95, "I", 100),  # poorly connected, however similar: hotter, which is earlier
-        (-0.005, 0.8, "II-A", 400),  # connected and dissimilar: colder
+        (-0.0101, 0.95, "I", 100),
+        (-0.0099, 0.9001, "II-B", 200),
+        (-0.0099, 0.8999, "II-A", 400),  # connected and dissimilar: colder
         (0.0, 0.95, "II-B", 200),  # stay
         (0.05, 0.95, "II-B", 200),  # a better path between them is no barrier
         (0.0, math.nan, "collapsed", 200),
