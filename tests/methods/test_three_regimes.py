@@ -276,9 +276,11 @@ def test_advice_is_a_sentence_with_distances():
         "Regime I: LMC -5.00%, -4.00% from its boundary, and CKA 0.9500, +0.0500 from its own; stop training earlier, "
         "100 instead of 200. Measured after a shorter retraining, which is a proxy."
     )
+    short = advise(cell(200, 0.1, 0.3, 0.02, 0.95), EDGES, EarlyStop(), (100, 200))
+    assert short.says.endswith("from its own; stay. Between copies the error is lower: their retraining was short.")
     end = advise(cell(100, 0.1, 0.3, -0.05), EDGES, EarlyStop(), (100, 200))
     assert end.setting == 100
-    assert "beyond 100, which is the last of those given" in end.says
+    assert "stop training earlier, but 100 is the last of those given" in end.says
     assert advise(cell(0.1, 0.1, 0.3, 0.0, 0.2), EDGES, Radius(), (0.0, 0.05, 0.1)).setting == 0.05
 
 

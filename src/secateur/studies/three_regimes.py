@@ -18,9 +18,9 @@ and of each pair of copies measure, on training data,
     edges = calibrated(cells)
     advise(cells[0], edges, grid.knob, grid.settings).says
 
-What departs from the paper: it draws maps and no boundaries, so eps and kappa are calibrated here; copies with a better
-path between them (LMC > eps: their training was too short) count as connected; weights of ties go as the scores say,
-exactly as many as the density asks.
+What departs from the paper: it draws maps and gives no boundaries, so eps and kappa are calibrated here; copies with a
+better path between them (LMC > eps: their training was too short) count as connected; exactly as many weights are kept
+as the density asks.
 """
 
 import hashlib
@@ -609,13 +609,16 @@ def advise(cell: Cell, boundaries: Boundaries, knob: Knob, settings: Sequence[fl
     if beyond:
         does += f", {following:g} instead of {cell.setting:g}"
     elif way and settings:
-        does += f", beyond {cell.setting:g}, which is the last of those given"
+        does += f", but {cell.setting:g} is the last of those given"
+    better = (
+        " Between copies the error is lower: their retraining was short." if cell.connected > boundaries.eps else ""
+    )
     proxy = " Measured after a shorter retraining, which is a proxy." if cell.proxy else ""
     return Advice(
         following,
         placed,
         f"Regime {placed.regime.value}: LMC {cell.connected:+.2%}, {placed.connected_by:+.2%} from its boundary, and "
-        f"CKA {cell.similar:.4f}, {placed.similar_by:+.4f} from its own; {does}.{proxy}",
+        f"CKA {cell.similar:.4f}, {placed.similar_by:+.4f} from its own; {does}.{better}{proxy}",
     )
 
 
