@@ -14,7 +14,7 @@ from secateur.distributed import present, shared
 from secateur.errors import SettingError
 from secateur.site import Site
 from secateur.task import Task
-from secateur.train import History, Snapshot, fit
+from secateur.train import History, Rule, Snapshot, fit
 
 Keep = Mapping[str, Tensor]
 """Masks: site name -> bool [*site.shape], True keeps."""
@@ -204,9 +204,17 @@ class Candidate:
 
 
 def branch(
-    model: nn.Module, task: Task, sites: Sequence[Site], keep: Keep, ways: Sequence[Retraining], course: Restart
+    model: nn.Module,
+    task: Task,
+    sites: Sequence[Site],
+    keep: Keep,
+    ways: Sequence[Retraining],
+    course: Restart,
+    more: Sequence[Rule] = (),
 ) -> list[Candidate]:
     """Retrain one pruned network in several ways, all under the same masks; the model is left where it started.
+
+    `more` are rules for all of them, which come after the masks.
 
     Among processes that work together (see `secateur.distributed`), each retrains its share of the replicas, and
     all get all of them.
@@ -216,7 +224,7 @@ def branch(
     for number in range(ours.rank, len(ways), ours.count):
         start.restore_(model)
         way = ways[number]
-        rules = [course.rule(), Hold(sites, keep)]
+        rules = [course.rule(), Hold(sites, keep), *more]
         history = fit(model, task, way.steps, rules, way.optimizer(model, task), epoch=way.epoch)
         mine[number] = (dict(Snapshot.of(model).model), asdict(history))
     start.restore_(model)

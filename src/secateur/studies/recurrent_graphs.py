@@ -17,6 +17,7 @@ from statistics import fmean
 import torch
 
 from secateur.axes.clipping import Clip
+from secateur.axes.correlation import rank_correlation
 from secateur.axes.rewinding import reinitialize_
 from secateur.axes.rules import Hold
 from secateur.axes.wirings import Wiring, properties
@@ -109,18 +110,5 @@ def predictions(rows: Sequence[Drawn], splits: int = 10, seed: int = 0) -> dict[
 
 def correlations(rows: Sequence[Drawn]) -> dict[str, float]:
     """Spearman's rank correlation of each property with quality; 0 for a property that is the same for all."""
-    quality = _ranks([row.quality for row in rows])
-    return {name: _correlation(_ranks([row.known[name] for row in rows]), quality) for name in rows[0].known}
-
-
-def _ranks(values: Sequence[float]) -> list[float]:
-    """Ranks from 1, the mean rank for ties."""
-    order = sorted(values)
-    return [order.index(v) + (order.count(v) + 1) / 2 for v in values]
-
-
-def _correlation(a: Sequence[float], b: Sequence[float]) -> float:
-    ma, mb = fmean(a), fmean(b)
-    over = sum((x - ma) * (y - mb) for x, y in zip(a, b, strict=True))
-    under = (sum((x - ma) ** 2 for x in a) * sum((y - mb) ** 2 for y in b)) ** 0.5
-    return over / under if under else 0.0
+    quality = [row.quality for row in rows]
+    return {name: rank_correlation([row.known[name] for row in rows], quality) for name in rows[0].known}
