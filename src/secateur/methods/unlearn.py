@@ -212,6 +212,8 @@ def check_divided(name: str, splits: Mapping[str, tuple[Tensor, ...]]) -> None:
 
 def _rows(held: tuple[Tensor, ...]) -> Counter[bytes]:
     """How often each example is there, by its bytes, inputs and label together."""
+    if not len(held[-1]):
+        return Counter()
     flat = [tensor.reshape(len(tensor), -1).contiguous().cpu().numpy() for tensor in held]
     return Counter(b"".join(row.tobytes() for row in rows) for rows in zip(*flat, strict=True))
 
