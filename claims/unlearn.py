@@ -119,7 +119,7 @@ def unlearner(name: str, scenario: str, settings: Settings) -> Unlearner:
     return SparseFineTune(strength, steps=steps, rate=rate)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)
 def forgotten(
     name: str, scenario: str, sparsity: float, seed: int, frozen: tuple
 ) -> tuple[Forgotten, float, dict[str, float]]:
