@@ -524,8 +524,10 @@ def test_a_split_is_trained_on_as_training_data_is():
     assert len(there) == len(task.splits["retain"][1])
     assert not torch.equal(there, task.splits["retain"][0])  # shuffled
     asked = task.splits["forget"][0]
-    drawn_ = torch.cat([b.inputs[0] for b in retain.batches("calibration", 64)])
-    assert not (drawn_[:, None] == asked[None]).all(-1).any()
+    own = replace(task, splits={**task.splits, "calibration": task.splits["train"]})  # which would show what is gone
+    for held in (retain, own.trained_on("retain")):
+        shown = torch.cat([b.inputs[0] for b in held.batches("calibration", 64)])
+        assert not (shown[:, None] == asked[None]).all(-1).any()
     with pytest.raises(TaskError, match="split 'nothing' of toy-vectors was asked for"):
         task.trained_on("nothing")
 
