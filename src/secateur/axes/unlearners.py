@@ -236,7 +236,8 @@ class OnePass:
     """WoodFisher's recursion as the authors run it: two vectors, one pass.
 
     o = g_1, k = v; then for each further g: k -= (k.g / (n + o.g)) o and o -= (o.g / (n + o.g)) o. As o never leaves
-    the direction of g_1, the product is v less a multiple of the first gradient.
+    the direction of g_1, the product is v less a multiple of the first gradient, and a large one where o.g comes near
+    -n. `Woodbury` harms what is retained far less, where its n gradients fit into memory.
     """
 
     def product(self, vector: Tensor, gradients: Iterable[Tensor], count: int) -> Tensor:
