@@ -118,6 +118,24 @@ class Seedless(Protocol):
         ...
 
 
+@runtime_checkable
+class Forgettable(Protocol):
+    """A task some of whose training examples can be forgotten: it names them, or can be told which they are."""
+
+    @property
+    def splits(self) -> Mapping[str, tuple[Tensor, ...]]:
+        """The examples by split, inputs first and labels last; "forget" and "retain" where they are named."""
+        ...
+
+    def forgetting(self, *, share: float = 0.1, label: int | None = None) -> Any:
+        """The task with "train" divided into "forget" and "retain": a share drawn by the seed, or a whole class."""
+        ...
+
+    def trained_on(self, split: str) -> Task:
+        """The task whose "train" is another of its splits: shuffled and augmented as training data is."""
+        ...
+
+
 class Around:
     """A task that stands around another: as that one in all that a subclass does not change."""
 

@@ -24,6 +24,7 @@ from secateur.axes import (
     groups,
     growth,
     influence,
+    membership,
     orders,
     patterns,
     penalties,
@@ -42,6 +43,7 @@ from secateur.axes import (
     subsets,
     taylor,
     trained_masks,
+    unlearners,
     zeroth_order,
 )
 from secateur.axes.allocations import (
@@ -134,6 +136,7 @@ PARTS = (
     groups,
     growth,
     influence,
+    membership,
     orders,
     patterns,
     penalties,
@@ -152,6 +155,7 @@ PARTS = (
     subsets,
     taylor,
     trained_masks,
+    unlearners,
     zeroth_order,
 )
 """The modules whose parts go by name everywhere; a method's own go by name in its settings."""

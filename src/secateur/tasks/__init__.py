@@ -21,7 +21,7 @@ from secateur.tasks.answers import Answers, answers
 from secateur.tasks.captioned import Captioned, fashion_pairs
 from secateur.tasks.corpora import Bytes, Characters, Tokenizer, from_path, from_text, python_docs, wikitext2
 from secateur.tasks.detection import Detection, bccd
-from secateur.tasks.divided import federated, forgetting
+from secateur.tasks.divided import federated, forgetting, poisoned
 from secateur.tasks.grammar import reber
 from secateur.tasks.images import Images, cifar10, digits, fashion_mnist
 from secateur.tasks.labelled import Labelled, device_of, evaluating
@@ -61,6 +61,7 @@ __all__ = [
     "from_text",
     "names",
     "open_task",
+    "poisoned",
     "prompts",
     "python_docs",
     "reber",

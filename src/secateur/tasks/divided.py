@@ -1,4 +1,7 @@
-"""A task divided among owners (federated learning), or into what to forget and what to retain (unlearning)."""
+"""A task divided among owners (federated learning), or into what to forget and what to retain (unlearning).
+
+What to forget can be a share, a class, or the images of a backdoor.
+"""
 
 from dataclasses import replace
 
@@ -7,6 +10,7 @@ import torch
 
 from secateur.errors import TaskError
 from secateur.task import generator
+from secateur.tasks.images import Images
 from secateur.tasks.labelled import Labelled
 
 DRAWS = 100  # divisions tried before one that leaves a client without examples is an error
@@ -67,7 +71,8 @@ def forgetting(task: Labelled, *, share: float = 0.1, label: int | None = None) 
     """The task with its training examples divided into "forget" and "retain"; "train" stays whole.
 
     Forgets a share drawn by the seed, or every example of one class. Both splits come without augmentation and in
-    the same order each time. Raises TaskError when either would be empty.
+    the same order each time. A class that is forgotten whole is no longer asked for: "val" and "test" lose it. Raises
+    TaskError when either would be empty.
 
     Source: Jia et al. 2023, arXiv 2304.04934, section 2: random data forgetting and class-wise forgetting.
     """
@@ -86,4 +91,57 @@ def forgetting(task: Labelled, *, share: float = 0.1, label: int | None = None) 
         )
     parts = {"forget": out, "retain": ~out}
     divided = {split: tuple(tensor[where] for tensor in task.splits["train"]) for split, where in parts.items()}
+    if label is not None:
+        for split in ("val", "test"):
+            if split in task.splits:
+                asked = task.splits[split][-1] != label
+                divided[split] = tuple(tensor[asked] for tensor in task.splits[split])
     return replace(task, splits={**task.splits, **divided})
+
+
+def poisoned(task: Images, *, share: float = 0.05, label: int = 0, size: int = 4, margin: int = 2) -> Images:
+    """The task with a backdoor in its training images: a white square, and the label that goes with it.
+
+    A share of "train", drawn by the seed from the other classes, gets the square, `margin` pixels from the lower right
+    corner, and the label. Those are "forget", the others "retain"; "trigger" is the test images of the other classes
+    with the square and the label, so that the accuracy on it is the attack's success rate. Raises TaskError when
+    either would be empty, or the square does not fit.
+
+    Source: Gu, Dolan-Gavitt and Garg 2017, arXiv 1708.06733; Jia et al. 2023, arXiv 2304.04934, section 5.
+    """
+    images, labels = task.splits["train"]
+    others = (labels != label).nonzero().squeeze(1)
+    count, room = round(share * len(labels)), min(images.shape[-2:])
+    if not 0 < count <= len(others) or count == len(labels):
+        raise TaskError(
+            f"a share of {share:g} of {task.name} was to be poisoned with label {label}",
+            f"that is {count:,} images, and {len(others):,} of {len(labels):,} have another label",
+            "Poison some and keep some: 0.05, say.",
+        )
+    if size < 1 or margin < 0 or size + margin > room:
+        raise TaskError(
+            f"a square of {size} pixels was to be put {margin} from the corner of {task.name}",
+            f"its images have {room}",
+            "Give a smaller square.",
+        )
+    order = torch.randperm(len(others), generator=generator(task, "poison"))
+    out = torch.zeros(len(labels), dtype=torch.bool)
+    out[others[order[:count]]] = True
+    test, asked = task.splits["test"]
+    attacked = asked != label
+
+    def stamped(images: torch.Tensor) -> torch.Tensor:
+        images = images.clone()
+        last = [side - margin for side in images.shape[-2:]]
+        images[..., last[0] - size : last[0], last[1] - size : last[1]] = task.scale
+        return images
+
+    images, labels = images.clone(), labels.clone()
+    images[out], labels[out] = stamped(images[out]), label
+    parts = {
+        "train": (images, labels),
+        "forget": (images[out], labels[out]),
+        "retain": (images[~out], labels[~out]),
+        "trigger": (stamped(test[attacked]), torch.full_like(asked[attacked], label)),
+    }
+    return replace(task, splits={**task.splits, **parts})

@@ -96,6 +96,17 @@ class Labelled:
             raise TaskError(f"split {split!r} of {self.name} was asked for", "it is empty", "Give it examples.")
         return self.splits[split]
 
+    def trained_on(self, split: str) -> "Labelled":
+        """The task whose "train" is another of its splits, and "calibration" is drawn from that. Raises TaskError."""
+        held = {name: tensors for name, tensors in self.splits.items() if name != "calibration"}
+        return replace(self, splits={**held, "train": self._split(split)})
+
+    def forgetting(self, *, share: float = 0.1, label: int | None = None) -> "Labelled":
+        """See secateur.tasks.forgetting."""
+        from secateur.tasks.divided import forgetting
+
+        return forgetting(self, share=share, label=label)
+
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean cross-entropy in float32."""
         batch = batch.to(device_of(model))
