@@ -442,8 +442,8 @@ class Cost:
 class Server:
     """The sparse network that is sent out, its mask, and what becomes of the replies.
 
-    Whoever carries the messages calls `candidates`, `choose_`, and in every round `order` and `take_`; `outcome` at
-    the end. The model given is where devices of the same process work; `state` is what is sent.
+    Whoever carries the messages calls `pretrain_`, `candidates`, `choose_`, in every round `order` and `take_`, and
+    `outcome` at the end. The model given is where devices of the same process work; `state` is what is sent.
     """
 
     def __init__(self, method: "FedTiny", model: nn.Module, task: Task) -> None:
@@ -464,6 +464,11 @@ class Server:
         self.loss: list[tuple[int, float]] = []
         self.notes: list[str] = []
         self.moved = 0  # weights exchanged so far
+
+    def pretrain_(self) -> None:
+        """Train on the server's own data, where that was asked for."""
+        fit(self.model, self.task, self.method.pretrain)
+        self.state = state_of(self.model)
 
     def candidates(self) -> list[dict[str, Tensor]]:
         """Masks to choose from, the best of each layer by the criterion: as many as the counts of each say."""
@@ -661,9 +666,7 @@ class FedTiny(Method):
         server = Server(self, model, task)
         devices = [Device(client) for client in task.clients or (task,)]
         sizes = [device.held()[0] for device in devices]
-        if self.pretrain:
-            fit(model, task, self.pretrain)
-            server.state = state_of(model)
+        server.pretrain_()
         tried = []
         for keep in server.candidates():
             model.load_state_dict(server.masked(keep))
