@@ -102,15 +102,17 @@ def at(kind: str) -> str:
 CLAIM = Claim(
     name="fedtiny",
     number=43,
-    says="Over devices of unlike data, choosing a mask by averaged batch-norm statistics and moving it a block of layers "
-    "at a time gains 2.61 points over the best rival at extreme sparsity, with 95.91 % less computation and 94.01 % less "
-    "memory on a device.",
+    says="Over devices of unlike data, choosing a mask by averaged batch-norm statistics and moving it a block of "
+    "layers at a time gains 2.61 points over the best rival at extreme sparsity, with 95.91 % less computation "
+    "and 94.01 % less memory on a device.",
     source="arXiv:2212.01977, abstract",
-    here="ResNet-8 instead of ResNet-18, 16 channels wide, on 4,000 images of Fashion-MNIST at 14x14, divided among eight "
-    "devices with Dirichlet shares of 0.5; a server with some 900 others, of three classes, trains 100 steps before it "
-    "prunes. Twenty rounds of one epoch; a mask may move every second round up to the twelfth. Fixed mask: chosen, "
-    "not moved; without choice: moved, not chosen; one-shot: neither. The dense network is the ceiling. The learning "
-    "rate was chosen for the dense network on seed 7, which is not measured. Memory is of weights, places and gradients.",
+    here="A CNN of three convolutions, 24 channels wide at first, instead of ResNet-18, on 2,000 images of Fashion-"
+    "MNIST at 14x14, divided among eight devices in Dirichlet shares of 0.5; a server with some 900 others, all "
+    "of three classes, trains 100 steps before it prunes. Twenty rounds of one epoch; every second round up to "
+    "the tenth one layer of a mask moves. Fixed mask: chosen, not moved; without choice: moved, not chosen; one-"
+    "shot: neither; the dense network is the ceiling. The learning rate was chosen for one-shot, of 0.02, 0.05 "
+    "and 0.1, on seed 7, which is not measured; nothing was tuned for FedTiny. Memory is of weights, places and "
+    "gradients.",
     conditions=(
         "dense",
         *(at(kind) for kind in KINDS),
@@ -190,7 +192,7 @@ CLAIM = Claim(
         "devices": 8,
         "concentration": 0.5,
         "batch": 32,
-        "rate": 0.05,
+        "rate": 0.1,
         "decay": 5e-4,
         "rounds": 20,
         "epochs": 1,
@@ -210,7 +212,6 @@ CLAIM = Claim(
         "server images": 3_000,
         "devices": 10,
         "batch": 64,
-        "rate": 0.1,
         "rounds": 300,
         "epochs": 5,
         "every": 10,
