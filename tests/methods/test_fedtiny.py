@@ -44,7 +44,7 @@ from secateur.methods.fedtiny import (
     statistics_of,
     uses_of,
 )
-from secateur.tasks import federated
+from secateur.tasks import federated, open_task
 from secateur.tasks.labelled import Labelled
 from secateur.tasks.learners import Sgd
 
@@ -461,6 +461,17 @@ def test_a_task_that_is_not_divided_is_one_device_and_says_so():
         tiny.cnn(), tiny.toy_images(examples=300)
     )
     assert "toy-images is not divided among devices: one held all the data" in done.notes
+
+
+def test_a_task_by_name_is_divided_where_clients_are_asked_for():
+    pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
+    task = open_task("digits", clients="3", concentration="0.7", learning_rate="0.02")
+    assert len(task.clients) == 3
+    assert {client.learner.rate for client in task.clients} == {0.02}
+    assert sum(len(client.splits["train"][1]) for client in task.clients) == 1197
+    assert not open_task("digits").clients
+    with pytest.raises(SettingError, match="clients 'many' of task 'digits' was given(.|\n)*not a number"):
+        open_task("digits", clients="many")
 
 
 def test_the_core_does_without_flower():
