@@ -563,6 +563,8 @@ def test_a_device_that_fails_is_left_out_and_named():
     assert all(torch.equal(value, want[name]) for name, value in done.model.state_dict().items())
     with pytest.raises(EvidenceError, match="no device gave its loss for each of them"):
         federate(method, tiny.cnn(), task, LocalGrid(app_of(method, task, fail={0, 1, 2}), 3))
+    with pytest.raises(EvidenceError, match="over 5 devices or more(.|\n)*3 were there after 0 seconds"):
+        federate(method, tiny.cnn(), task, LocalGrid(app_of(method, task), 3), least=5, timeout=0)
 
 
 @over_flower

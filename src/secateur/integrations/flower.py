@@ -9,11 +9,12 @@
     outcome = federate(method, network(), task, LocalGrid(client_app(method, network, task_of), devices=10))
 
 Messages hold what a mask keeps and nothing else: values and, on the way to a device, their places. Nothing is kept on
-a device between rounds. Types of message: `query.bn_stats` and `query.bn_loss` while a mask is chosen, `train`, and
-`train.adjust` in rounds that ask for gradients.
+a device between rounds, and only a mask while it is judged. Types of message: `query.bn_stats` and `query.bn_loss`
+while a mask is chosen, `train`, and `train.adjust` in rounds that ask for gradients.
 """
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -169,19 +170,22 @@ def client_app(method: FedTiny, network: Callable[[], nn.Module], task_of: Calla
 class FedTinyStrategy(Strategy):  # type: ignore[misc, unused-ignore]
     """The server of FedTiny as a strategy: `choose` first, then `start` from what it gives, then `outcome`.
 
-    Devices that fail or do not answer are left out of the averages of their round.
+    Devices that fail or do not answer are left out of the averages of their round. Nothing is sent before `least`
+    devices are there; EvidenceError is raised where they are not in `timeout` seconds.
     """
 
-    def __init__(self, method: FedTiny, model: nn.Module, task: Task) -> None:
+    def __init__(
+        self, method: FedTiny, model: nn.Module, task: Task, *, least: int = 1, timeout: float = TIMEOUT
+    ) -> None:
         method.check()
-        self.server = Server(method, model, task)
+        self.server, self.least, self.timeout = Server(method, model, task), least, timeout
         self._order: Order | None = None
 
     def arrays(self) -> ArrayRecord:
         """The network as it is sent now."""
         return packed(self.server.state, self._masks(self.server.keep))
 
-    def choose(self, grid: Grid, timeout: float = TIMEOUT) -> ArrayRecord:
+    def choose(self, grid: Grid) -> ArrayRecord:
         """Let devices choose a mask; what training starts from. Raises EvidenceError where none judged all masks."""
         server, method = self.server, self.server.method
         server.pretrain_()
@@ -191,13 +195,13 @@ class FedTinyStrategy(Strategy):  # type: ignore[misc, unused-ignore]
             if method.number > 1:
                 content = {"arrays": sent}
                 if method.statistics.asked:
-                    replies = self._ask(grid, "query.bn_stats", content, timeout)
+                    replies = self._ask(grid, "query.bn_stats", content)
                     if not replies:
                         break
                     found = [tensors_of(reply.content.array_records["arrays"]) for reply in replies]
                     statistics = method.statistics.merge(found, [_examples(reply) for reply in replies])
                     content = {"statistics": record_of(statistics)}
-                replies = self._ask(grid, "query.bn_loss", content, timeout)
+                replies = self._ask(grid, "query.bn_loss", content)
                 losses.append({r.metadata.src_node_id: float(_metric(r, "loss")) for r in replies})
             tried.append((keep, statistics))
         judges = sorted(set.intersection(*(set(one) for one in losses))) if len(losses) == len(masks) else []
@@ -220,7 +224,7 @@ class FedTinyStrategy(Strategy):  # type: ignore[misc, unused-ignore]
         if order.counts:
             asked.update(sites=list(order.counts), counts=list(order.counts.values()))
         content = RecordDict({"arrays": arrays, "config": ConfigRecord(asked)})
-        nodes = sorted(grid.get_node_ids())
+        nodes = self._nodes(grid)
         kind = "train.adjust" if order.counts else "train"
         return [Message(content, nodes[i], kind) for i in self.server.sampled(len(nodes), server_round)]
 
@@ -261,9 +265,22 @@ class FedTinyStrategy(Strategy):  # type: ignore[misc, unused-ignore]
     def _masks(self, keep: Keep) -> dict[str, Tensor]:
         return masks_of(self.server.state, self.server.sites, keep)
 
-    def _ask(self, grid: Grid, kind: str, content: Mapping[str, ArrayRecord], timeout: float) -> list[Message]:
-        messages = [Message(RecordDict(dict(content)), node, kind) for node in sorted(grid.get_node_ids())]
-        return self._answered(kind, grid.send_and_receive(messages, timeout=timeout))
+    def _ask(self, grid: Grid, kind: str, content: Mapping[str, ArrayRecord]) -> list[Message]:
+        messages = [Message(RecordDict(dict(content)), node, kind) for node in self._nodes(grid)]
+        return self._answered(kind, grid.send_and_receive(messages, timeout=self.timeout))
+
+    def _nodes(self, grid: Grid) -> list[int]:
+        """The devices that are there, once there are enough."""
+        until = time.monotonic() + self.timeout
+        while len(found := sorted(grid.get_node_ids())) < self.least:
+            if time.monotonic() >= until:
+                raise EvidenceError(
+                    f"a network was to be trained over {self.least} devices or more",
+                    f"{len(found)} were there after {self.timeout:g} seconds",
+                    "Start more of them, wait longer, or ask for fewer with least.",
+                )
+            time.sleep(1)
+        return found
 
     def _answered(self, kind: str, replies: Iterable[Message]) -> list[Message]:
         """Replies without an error, by device; errors are noted."""
@@ -283,21 +300,29 @@ def _metric(reply: Message, name: str) -> Any:
     return reply.content.metric_records["metrics"][name]
 
 
-def federate(method: FedTiny, model: nn.Module, task: Task, grid: Grid, timeout: float = TIMEOUT) -> Outcome:
-    """The whole of FedTiny over a grid; the model is changed. Raises what FedTiny.run and `choose` raise."""
-    strategy = FedTinyStrategy(method, model, task)
-    strategy.start(grid, strategy.choose(grid, timeout), num_rounds=method.rounds, timeout=timeout)
+def federate(
+    method: FedTiny, model: nn.Module, task: Task, grid: Grid, *, least: int = 1, timeout: float = TIMEOUT
+) -> Outcome:
+    """The whole of FedTiny over a grid; the model is changed. Raises what FedTiny.run and the strategy raise."""
+    strategy = FedTinyStrategy(method, model, task, least=least, timeout=timeout)
+    strategy.start(grid, strategy.choose(grid), num_rounds=method.rounds, timeout=timeout)
     return strategy.outcome()
 
 
 def server_app(
-    method: FedTiny, network: Callable[[], nn.Module], task: Task, finish: Callable[[Outcome], None]
+    method: FedTiny,
+    network: Callable[[], nn.Module],
+    task: Task,
+    finish: Callable[[Outcome], None],
+    *,
+    least: int = 1,
+    timeout: float = TIMEOUT,
 ) -> ServerApp:
     """The app of the server; `finish` is given the outcome."""
     app = ServerApp()
 
     def main(grid: Grid, context: Context) -> None:
-        finish(federate(method, network(), task, grid))
+        finish(federate(method, network(), task, grid, least=least, timeout=timeout))
 
     app.main()(main)
     return app
