@@ -277,7 +277,8 @@ class Reply:
 
 def statistics_of(model: nn.Module, device: Task, samples: int) -> dict[str, Tensor]:
     """Mean and variance that some of a device's examples leave in every batch norm, nothing being trained."""
-    recalibrate_(model, some(device, samples))
+    where = _place(model)
+    recalibrate_(model, (batch.to(where) for batch in some(device, samples)))
     return {
         f"{path}.{name}" if path else name: getattr(module, name).detach().cpu().clone()
         for path, module in norms(model).items()
