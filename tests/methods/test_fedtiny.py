@@ -169,6 +169,15 @@ def test_the_mask_of_the_least_loss_is_trained():
     assert "mask 2 of 3" in server.notes[0]
 
 
+def test_a_mask_whose_loss_is_not_finite_is_not_chosen():
+    server = Server(SMALL, tiny.cnn(), divided())
+    masks, nan = server.candidates(), float("nan")
+    server.choose_([(masks[0], {}, nan), (masks[1], {}, 0.5), (masks[2], {}, float("inf"))])
+    assert torch.equal(server.keep["conv.weight"], masks[1]["conv.weight"])
+    with pytest.raises(EvidenceError, match="none of their losses on the devices is finite"):
+        server.choose_([(keep, {}, nan) for keep in masks])
+
+
 def test_the_choice_is_that_of_losses_under_averaged_norms():
     """Done once more from its parts: the loss that the note tells is the least of the three."""
     model, task = tiny.cnn(), divided()

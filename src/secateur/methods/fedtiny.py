@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from math import inf, isfinite
 from statistics import fmean
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -487,8 +488,17 @@ class Server:
         return {**found, **(statistics or {})}
 
     def choose_(self, found: Sequence[tuple[Keep, Tensors, float]]) -> None:
-        """Begin with the mask of the least loss, among masks, statistics of their norms, and mean losses."""
-        keep, statistics, loss = min(found, key=lambda one: one[2])
+        """Begin with the mask of the least loss, among masks, statistics of their norms, and mean losses.
+
+        Raises EvidenceError where no loss is finite.
+        """
+        keep, statistics, loss = min(found, key=lambda one: one[2] if isfinite(one[2]) else inf)
+        if not isfinite(loss):
+            raise EvidenceError(
+                f"the best of {len(found)} masks was to be chosen",
+                "none of their losses on the devices is finite",
+                "Look for NaN in the weights, the statistics of the norms and the data.",
+            )
         place = next(i for i, one in enumerate(found) if one[0] is keep)
         sent = sum(v.nbytes for v in statistics.values())
         down = sum(carried(self.state, masks_of(self.state, self.sites, one))[0] + sent for one, _, _ in found)
@@ -619,6 +629,8 @@ class FedTiny(Method):
         differs=(
             "the first candidate has no noise, so that one candidate is the plain allocation",
             "learning rates fall as a cosine over the rounds",
+            "autograd makes the whole gradient of a layer for a moment; the ledger counts what a device holds that "
+            "goes through it in pieces",
             "the first author's library sends whole gradients of all layers and prunes before it grows: "
             "blocks=1, sends=everything, exchange=prune-first",
             "its selection averages the norms' scales and shifts, which a forward pass leaves alone; here it is their "
