@@ -88,6 +88,9 @@ KINDS: dict[str, type[Labelled]] = {"reber": Labelled, "spoken-digits": Speech}
 """Those that are not of images."""
 
 
+SHARES = ("clients", "concentration")
+"""Settings by which labelled examples are divided among devices."""
+
 BYTES = 256
 """A model of so many tokens that has no tokenizer reads bytes."""
 
@@ -119,19 +122,21 @@ def open_task(
     """A ready-made task by name, or one over a text file or folder by path.
 
     `settings` are the scalars of the task (window, batch, windows, samples; train_size, val_size, test_size, flat,
-    augment; scale, patch, side) and `learning_rate`; numbers may come as text. With a `model`, the window is cut to
-    what it can take, the scale is the model's, and the data is checked against it. Raises TaskError for an unknown
-    name or data that does not fit, SettingError for an unknown setting.
+    augment; scale, patch, side) and `learning_rate`; numbers may come as text. Labelled examples are divided among
+    `clients` in shares of a `concentration`: see federated. With a `model`, the window is cut to what it can take, the
+    scale is the model's, and the data is checked against it. Raises TaskError for an unknown name or data that does not
+    fit, SettingError for an unknown setting.
     """
     given = {key: _scalar(value) for key, value in settings.items()}
     if name == "answers":
         return _answered(model, seed, given)
     if name in DRAWN or isinstance(model, Pipeline):
         return _drawn(name, model, seed, given)
-    rate = given.pop("learning_rate", None)
+    rate, shares = given.pop("learning_rate", None), {}
     if name in LABELLED:
         _check(name, given, LABELLED[name], KINDS.get(name, Images))
         _refuse(name, model, text=name == "reber")
+        shares = {key: given.pop(key) for key in SHARES if key in given}
         task: Text | Labelled | Captioned | SuperResolution | Detection = LABELLED[name](seed=seed, **given)
     elif name in ENLARGED:
         _check(name, given, ENLARGED[name], SuperResolution)
@@ -165,7 +170,7 @@ def open_task(
         _fits(task, model)
     if rate is not None:
         task = replace(task, learner=replace(task.learner, rate=float(rate)))  # type: ignore[type-var]
-    return task
+    return federated(cast(Labelled, task), **shares) if shares else task
 
 
 def _answered(model: nn.Module | None, seed: int, given: dict[str, Any]) -> Answers:
@@ -241,6 +246,7 @@ def _check(
     known = {f.name for f in fields(kind) if f.init} - inner
     own = inspect.signature(make).parameters.values()
     known |= {p.name for p in own if p.kind is p.KEYWORD_ONLY}
+    known |= set(SHARES) if issubclass(kind, Labelled) else set()
     for key, value in given.items():
         if key in known and key != "calibration" and isinstance(value, str):
             raise SettingError(
