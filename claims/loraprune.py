@@ -160,10 +160,11 @@ CLAIM = Claim(
     "leave a better small model than LLM-Pruner's one cut by the gradients of all weights (LLaMA-7B at 50 %: "
     "WikiText-2 perplexity 30.12 against 38.12), with half the memory.",
     source="arXiv:2305.18403, abstract and table 1",
-    here="A Llama of 5 blocks, width 96 and 6 heads, trained for 600 steps on Shakespeare by characters, 8 windows of 64; "
-    "then half of the heads and neurons of the 3 blocks in the middle go in 200 steps of adapters of rank 8 on the same "
-    "text, the same for all conditions, measured cut on 512 windows. Steps, sizes and the learning rate (the better of "
-    "two both for the paper's score and for chance) were chosen on seed 100. Gradients are counted on SmolLM2-135M.",
+    here="A Llama of 5 blocks, width 96 and 6 heads, trained for 600 steps on Shakespeare by characters, 8 windows of "
+    "64; then half of the heads and neurons of the 3 blocks in the middle go in 200 steps of adapters of rank 8 "
+    "on the same text, the same for all conditions, measured cut on 512 windows. Steps, sizes and the learning "
+    "rate (the better of two both for the paper's score and for chance) were chosen on seed 100. Gradients are "
+    "counted on SmolLM2-135M.",
     conditions=(
         "dense",
         "lora",

@@ -450,6 +450,8 @@ def test_adapters_that_some_matrices_lack_are_told_of():
     assert widths(done.model) == [(32, 1), (32, 1)]
     assert any("no say in what goes" in note and "layers.0.mlp.gate_proj" in note for note in done.notes)
     refused(SettingError, "none of its matrices has one", include=("*.mlp.up_proj",))
+    with pytest.raises(SiteError, match="a makes them and is no layer"):
+        Shutting([SITE], {"n": 1}, {"b": adapted(COLUMNS, [[1.0, 0.0], [0.0, 2.0]])}, Schedule(end=0.5))
     done = prune(model, LoRAPrune(**SMALL, include=("*.mlp.up_proj",), protect=("*self_attn*",)), task)
     assert widths(done.model) == [(32, 2), (32, 2)]
     with pytest.raises(SiteError, match="none of the matrices chosen is that of a linear layer"):

@@ -230,6 +230,13 @@ class Shutting(Rule):
                     "none of its matrices has one",
                     "Widen include=, or leave the site alone by protect=.",
                 )
+            for part in site.parts:
+                if part.makes and part.name not in layers:
+                    raise SiteError(
+                        f"units of {site.name} were to be shut",
+                        f"{part.name} makes them and is no layer that was given",
+                        "Give a layer for it, without an adapter if need be.",
+                    )
 
     @property
     def scored(self) -> dict[str, Adapted]:
@@ -422,6 +429,7 @@ class LoRAPrune(Method):
             " takes 32 heads for granted, and scores and slices them wrongly",
             "the last cut is made exactly at the ramp's end; in the authors' code it is the one before, and the"
             " sparsity asked for is not reached",
+            "what scores multiply by is W + c B A, as in the authors' code; the paper's equation leaves c out",
             "weight scores are squared as in the paper's equation, and no 1e-8 is added to lengths: beside sums of"
             " squares it is not small",
             "units that are shut do not count in the lengths that scores are divided by",
