@@ -378,6 +378,19 @@ def test_scores_follow_optimizer_steps_and_what_is_shut_gets_no_gradient():
                 assert bool(layers[part.name].low.b.grad[~gone].ne(0).any())
 
 
+def test_what_is_shut_stays_shut_whatever_it_would_be_worth():
+    model, task, method, cut, counts, layers = ready()
+    rule = Shutting(cut, counts, layers, method.schedule())
+    loop = Loop(model, torch.optim.SGD(rule.parameters(), 1.0), 20, task)
+    rule.scores = {s.name: torch.arange(s.units).double() for s in cut}
+    rule.shut(loop, 0.25)
+    gone = {name: ~keep for name, keep in rule.keep.items()}
+    rule.scores = {name: -values for name, values in rule.scores.items()}
+    rule.shut(loop, 0.5)
+    assert not any(bool((rule.keep[name] & before).any()) for name, before in gone.items())
+    assert {name: int(keep.sum()) for name, keep in rule.keep.items()} == {s.name: counts[s.name] for s in cut}
+
+
 def test_scores_that_are_not_finite_are_left_out():
     @dataclass(frozen=True)
     class Broken:
