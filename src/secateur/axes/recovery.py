@@ -244,7 +244,7 @@ def _train(
     rules = [LearningRate(Linear(), training.warmup), Hold(sites, {n: keep[n] for n in held})]
     before = {n: b.clone() for n, b in model.named_buffers()}
     # Frozen before the adapters are there, or they would be frozen with the rest.
-    with _only(model, whole.values()), adapted(model, chosen.adapters) as merged:
+    with only(model, whole.values()), adapted(model, chosen.adapters) as merged:
         parameters = [*whole.values(), *(p for a in chosen.adapters.values() for p in a.parameters())]
         optimizer = torch.optim.AdamW(parameters, training.rate, weight_decay=training.decay)
         history = fit(model, task, training.steps, rules, optimizer)
@@ -254,7 +254,7 @@ def _train(
 
 
 @contextmanager
-def _only(model: nn.Module, chosen: Iterable[nn.Parameter]) -> Iterator[None]:
+def only(model: nn.Module, chosen: Iterable[nn.Parameter]) -> Iterator[None]:
     """Within this, these parameters are trained and no others."""
     before = {p: p.requires_grad for p in model.parameters()}
     for parameter in before:
