@@ -48,10 +48,9 @@ def _alike(method: Method) -> tuple[Method, list[str]]:
         ]
     if {"spare_first", "spare_last"} <= own:
         first, last = getattr(method, "spare_first"), getattr(method, "spare_last")  # noqa: B009  fields of some methods
+        start = f"the first {first:.0%} of the blocks" if isinstance(first, float) else f"the first {first} blocks"
         changed = replace(method, spare_first=0, spare_last=0)  # type: ignore[type-var]
-        said = (
-            f"{method.name} would leave the {first} first and {last} last blocks alone; here they are cut like the rest"
-        )
+        said = f"{method.name} would leave {start} and the last {last} alone; here they are cut like the rest"
         return changed, [said] if first or last else []
     if "uniform" in own:
         changed = replace(method, uniform=True)  # type: ignore[type-var]
