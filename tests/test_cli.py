@@ -320,6 +320,17 @@ def test_the_seed_and_the_options_reach_the_run(tmp_path):
     assert record["task"]["seed"] == 1
 
 
+@pytest.mark.parametrize("columns", ["80", "100", "140"])
+def test_the_list_breaks_no_word(columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    lines = CliRunner().invoke(main, ["list"]).stdout.splitlines()
+    assert all(len(line) <= int(columns) for line in lines)
+    words = {word for line in lines for word in line.split()}
+    assert {"inconclusive", "calibration,", "structure_selection"} <= words
+    assert {"transformer", "training"} <= {word.strip(",") for word in words}
+    assert not words & {"e", "n", "ion", "mer", "inconclusiv"}
+
+
 @pytest.mark.parametrize("given", [("--sparsity", "0.5"), ("--sparsity=0.5",)])
 def test_the_value_of_an_option_is_not_taken_for_the_method_that_is_missing(given):
     assert "Missing argument 'METHOD', and --sparsity is no option without one" in said(

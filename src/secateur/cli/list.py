@@ -63,6 +63,9 @@ def command(when: str | None, granularity: str | None, family: str | None, needs
         _show(speaker, rows)
 
 
+WIDE = 100  # columns of a terminal, from which on the year has room
+
+
 def _known(option: str, value: str, values: Iterable[str]) -> None:
     from secateur.errors import SettingError, did_you_mean
 
@@ -80,26 +83,50 @@ def _in_short(families: list[str]) -> str:
     return f"all but {', '.join(missing)}" if 0 < len(missing) < 3 and "any" not in families else ", ".join(families)
 
 
+def _widths(heads: list[str], cells: list[dict[str, str]], room: int, between: int) -> list[int]:
+    """Widths of columns that break no word, the rest of the room given where lines are saved; whole where all fits."""
+    each = [[head, *(cell[head] for cell in cells)] for head in heads]
+    widths = [max(len(word) for text in texts for word in text.split()) for texts in each]
+    left = room - sum(widths) - between * (len(heads) - 1)
+    for place, texts in enumerate(each):
+        more = min(max(left, 0), max(map(len, texts)) - widths[place])
+        widths[place] += more
+        left -= more
+    return widths
+
+
 def _show(speaker: Any, rows: list[dict[str, Any]]) -> None:
     from rich.markup import escape
 
     from secateur.cli.terminal import table
 
     style = {"holds": "green", "does not hold at this size": "red", "inconclusive": "yellow"}
-    heads = ("method", "NN", "year", "when", "removes", "needs", "models", "claim, here")
-    shown = table(*heads, right=("NN", "year"), whole=("method", "when"))
-    for row in rows:
-        verdict = row["verdict"]
-        shown.add_row(
-            f"[bold]{escape(row['name'])}[/]",
-            str(row["number"]) if row["number"] else "-",
-            str(row["year"] or ""),
-            row["when"],
-            ", ".join(row["granularity"]),
-            ", ".join(row["needs"]) or "nothing",
-            _in_short(row["families"]),
-            f"[{style.get(verdict, 'dim')}]{verdict}[/]",
-        )
+    cells = [
+        {
+            "method": row["name"],
+            "NN": str(row["number"]) if row["number"] else "-",
+            "year": str(row["year"] or ""),
+            "when": row["when"],
+            "removes": ", ".join(row["granularity"]),
+            "needs": ", ".join(row["needs"]) or "nothing",
+            "models": _in_short(row["families"]),
+            "claim, here": row["verdict"],
+        }
+        for row in rows
+    ]
+    heads = [head for head in cells[0] if head != "year" or speaker.result.width >= WIDE] if cells else []
+    shown = table(*heads, right=("NN", "year"), whole=("method",))
+    shown.collapse_padding = speaker.result.width < WIDE
+    between = 1 if shown.collapse_padding else 2
+    for column, width in zip(shown.columns, _widths(heads, cells, speaker.result.width, between), strict=True):
+        column.width = width
+    for cell in cells:
+        verdict = cell["claim, here"]
+        marked = cell | {
+            "method": f"[bold]{escape(cell['method'])}[/]",
+            "claim, here": f"[{style.get(verdict, 'dim')}]{verdict}[/]",
+        }
+        shown.add_row(*(marked[head] for head in heads))
     if not rows:
         speaker.show("No method is all of that.")
         return
