@@ -355,6 +355,10 @@ def test_one_method_with_two_patterns_is_two_series():
 def test_links_of_a_chain_compose_their_sparsities():
     links = {"methods": [{"method": "stun", "sparsity": 0.5}, {"method": "wanda", "sparsity": 0.2}]}
     assert report.compare_table([record("stun+wanda", settings=links)])[0]["asked"] == pytest.approx(0.6)
+    masks = {"methods": [{"method": "magnitude", "sparsity": 0.5}, {"method": "wanda", "sparsity": 0.75}]}
+    assert report.compare_table([record("magnitude+wanda", settings=masks)])[0]["asked"] == 0.75  # zeros count once
+    own = {"methods": [{"method": "mine", "sparsity": 0.5}, {"method": "wanda", "sparsity": 0.2}]}
+    assert report.compare_table([record("mine+wanda", settings=own)])[0]["asked"] == pytest.approx(0.6)
 
 
 def test_a_method_without_a_target_stands_where_it_arrived():

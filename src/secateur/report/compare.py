@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from secateur.errors import SettingError, TaskError
+from secateur.method import load
 from secateur.outcome import Ledger, Record
 
 # Two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom, where the expansion below is too coarse.
@@ -57,13 +58,26 @@ def at_step(curve: Sequence[tuple[int, float]], moment: int) -> float:
 
 
 def asked(settings: dict[str, Any]) -> float | None:
-    """The sparsity a run was asked for, links of a chain composed: 1 - (1 - s1)(1 - s2)...; None without a target."""
+    """The sparsity a run was asked for; None without a target.
+
+    Links of a chain compose, 1 - (1 - s1)(1 - s2)...; a mask counts what is zero by then, so of several the largest.
+    """
     if isinstance(links := settings.get("methods"), list):
-        each = [asked(link) for link in links if isinstance(link, dict)]
-        known = [s for s in each if s is not None]
-        return 1 - math.prod(1 - s for s in known) if known and len(known) == len(each) else None
+        each = [(_masks(link), asked(link)) for link in links if isinstance(link, dict)]
+        known = [(masks, s) for masks, s in each if s is not None]
+        masked = max((s for masks, s in known if masks), default=0.0)
+        left = (1 - masked) * math.prod(1 - s for masks, s in known if not masks)
+        return 1 - left if known and len(known) == len(each) else None
     found = settings.get("sparsity")
     return float(found) if isinstance(found, (int, float)) and not isinstance(found, bool) else None
+
+
+def _masks(link: dict[str, Any]) -> bool:
+    """Whether a link of a chain zeroes single weights or blocks of them: see `composed`."""
+    try:
+        return set(load(str(link.get("method"))).card.granularity) <= {"weight", "block"}
+    except SettingError:
+        return False
 
 
 def metric(record: Record) -> str:
