@@ -10,7 +10,7 @@ from torch import nn
 
 from secateur import prune
 from secateur.errors import SettingError, TaskError
-from secateur.method import load
+from secateur.method import Chain, load
 from secateur.outcome import Exported, Timing
 from secateur.report.compare import points
 from secateur.report.lessons import findings, passport
@@ -90,6 +90,16 @@ def test_origins_may_be_ranked_at_equal_cost() -> None:
     assert "cost is not known" in lessons(*WHOLE, replace(sparse, compute=None))[4]
 
 
+def test_origins_are_ranked_at_one_sparsity() -> None:
+    low = [replace(p, name=p.name + "!", asked=0.3, sparsity=0.3, compute=90.0) for p in (PLAIN, RANDOM, MAGNITUDE)]
+    low.append(replace(TWIN, asked=0.3))
+    early = replace(PLAIN, name="rigl", origin="sparse-to-sparse", compute=50.0)
+    assert 4 not in lessons(*WHOLE, *low, early), "at 50 % all took as much, and at 30 % all began dense"
+    apart = replace(PLAIN, name="granet", compute=80.0), replace(early, name="granet", asked=0.3, sparsity=0.3)
+    told = lessons(*WHOLE, *low, early, *apart)[4]
+    assert "granet at 50% began dense" not in told and "granet at 50%" in told and "granet at 30% sparse" in told
+
+
 @pytest.mark.parametrize(
     ("updates", "explored", "told"), [(10, 1.0, False), (9, 1.0, True), (50, 0.99, True), (50, None, False)]
 )
@@ -103,10 +113,31 @@ def test_masks_are_called_simulated() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"sparsity": 0.498}, {"steps": 90}, {"seeds": 2}], ids=["sparsity", "steps", "seeds"]
+    "change", [{"sparsity": 0.498}, {"steps": 90, "compute": 45.0}, {"seeds": 2}], ids=["sparsity", "steps", "seeds"]
 )
 def test_budgets_are_met_and_equal(change: dict[str, float]) -> None:
     assert 8 in lessons(replace(PLAIN, **change), *WHOLE[1:])
+
+
+def test_a_budget_is_of_steps_or_of_operations() -> None:
+    cheap = replace(PLAIN, name="rigl", origin="sparse-to-sparse", steps=200)
+    assert not {4, 8} & lessons(*WHOLE, cheap).keys(), "twice the steps of half the cost"
+    (remark,) = (f for f in lint([*WHOLE, cheap], 0.9) if f.lesson == 8)
+    assert remark.message.endswith("trained for fewer steps than the longest of 200, and as many operations")
+    for compute in (25.0, 100.0):
+        assert lessons(*WHOLE, replace(cheap, compute=compute))[8].endswith("fewer steps than the longest of 200")
+    assert 8 in lessons(*WHOLE, replace(cheap, compute=None))
+
+
+def test_what_removed_nothing_is_no_dense_twin() -> None:
+    nothing = replace(PLAIN, name="nothing", sparsity=0.0, parameters=1000)
+    assert lessons(nothing, *WHOLE)[8].startswith("nothing at 50% reached 0.00% of the prunable weights where 50.00%")
+
+
+def test_structures_are_not_held_against_masks_of_single_weights() -> None:
+    channels = replace(PLAIN, name="channels", method="channels", pattern=frozenset({"channel"}), quality=0.3)
+    assert 9 not in lessons(*WHOLE, channels)
+    assert 9 not in lessons(channels, TWIN)
 
 
 def test_the_gain_is_over_the_better_baseline() -> None:
@@ -152,6 +183,40 @@ def test_passports_say_what_the_records_say() -> None:
     assert moving.updates == 5 and 0.5 < moving.explored <= 1
     assert after.parameters == magnitude.ledger.after.parameters - magnitude.ledger.after.zeros
     assert after.denominator == "prunable weights" and after.pattern == {"weight"}
+
+
+def test_who_starts_sparse_is_known_without_curves_of_density() -> None:
+    rigl = recorded("rigl", sparsity=0.5, steps=10, every=5)
+    for record in (rigl, replace(rigl, curves={}), recorded("set", sparsity=0.5, steps=10, every=5)):
+        assert passport(points([record])[0]).origin == "sparse-to-sparse"
+    devices = replace(rigl, method="fedtiny", settings={"sparsity": 0.5, "pretrain": 0})
+    assert passport(points([devices])[0]).origin == "sparse-to-sparse"
+    whole = replace(devices, settings={"sparsity": 0.5, "pretrain": 100})
+    assert passport(points([whole])[0]).origin == "dense-to-sparse"
+    assert passport(points([recorded("granet", sparsity=0.9, steps=20, every=5)])[0]).origin == "dense-to-sparse"
+
+
+def test_a_chain_of_masks_was_asked_for_the_largest() -> None:
+    masks = Chain((load("magnitude")(sparsity=0.5), load("wanda")(sparsity=0.75)))
+    chain = prune(mlp(), masks, toy_vectors(), measure="val", timing=False).record
+    assert not [f for f in findings([chain, recorded("magnitude", sparsity=0.5)]) if "was asked for" in f.message]
+
+
+def test_a_run_that_removed_nothing_is_told_of() -> None:
+    record = recorded("magnitude", sparsity=0.5)
+    nothing = replace(record, method="mine", ledger=replace(record.ledger, removed=0, after=record.ledger.before))
+    assert passport(points([nothing])[0]).origin == "post-training"
+    assert any("mine at 50% reached 0.00%" in f.message for f in findings([record, nothing]))
+
+
+def test_noise_is_compared_with_accuracy_alone() -> None:
+    plain = recorded("magnitude", sparsity=0.5)
+    noisy = {"before": 0.35, "after": 0.1}
+    measured = [replace(m, values={**m.values, "accuracy under noise": noisy[m.when]}) for m in plain.measurements]
+    both = [replace(plain, measurements=measured), replace(plain, method="mine", measurements=measured)]
+    assert [f for f in findings(both) if f.lesson == 10 and "noise" in f.message]
+    losses = [replace(r, task={**r.task, "metric": "loss", "higher_is_better": False}) for r in both]
+    assert not [f for f in findings(losses) if f.lesson == 10 and "noise" in f.message]
 
 
 def test_what_was_packed_is_not_simulated() -> None:

@@ -6,8 +6,20 @@ from statistics import fmean
 from secateur.errors import SettingError
 from secateur.method import load
 from secateur.outcome import Record
-from secateur.report.compare import COMPUTE, DENSITY, EXPLORED, Point, at_step, dense, points, shrank, speed_up
-from secateur.studies.ten_lessons import Execution, Finding, Origin, Passport, lint
+from secateur.report.compare import (
+    COMPUTE,
+    DENSITY,
+    EXPLORED,
+    Point,
+    asked,
+    at_step,
+    dense,
+    metric,
+    points,
+    shrank,
+    speed_up,
+)
+from secateur.studies.ten_lessons import STARTS_SPARSE, Execution, Finding, Origin, Passport, lint
 
 CALIBRATION, NOISY = "calibration error", "accuracy under noise"  # as `secateur.tasks.robustness` names them
 
@@ -36,7 +48,8 @@ def findings(records: Sequence[Record]) -> list[Finding]:
     quality, noisy = dense(records), _mean(before)
     if whole is not None:
         quality, noisy = whole.quality if quality is None else quality, whole.noisy if noisy is None else noisy
-    return lint(seen, quality, higher, dense_noisy=noisy)
+    comparable = metric(records[0]) == "accuracy"  # with what noise leaves of it
+    return lint(seen, quality, higher, dense_noisy=noisy if comparable else None)
 
 
 def passport(point: Point) -> Passport:
@@ -103,11 +116,12 @@ def _density(record: Record) -> list[float]:
 
 
 def _origin(record: Record, when: str, curve: Sequence[float]) -> Origin:
-    if record.method == "dense" or not record.ledger.removed:
+    if record.method == "dense" or not (record.ledger.removed or asked(record.settings)):
         return "dense"
     if curve:
         return "sparse-to-sparse" if curve[0] <= 1.1 * curve[-1] else "dense-to-sparse"
-    if when == "before training":
+    first = record.method.split("+")[0]
+    if when == "before training" or (first in STARTS_SPARSE and not record.settings.get("pretrain")):
         return "sparse-to-sparse"
     return "dense-to-sparse" if when in ("during training", "around training") else "post-training"
 

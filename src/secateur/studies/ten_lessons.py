@@ -42,6 +42,7 @@ FRAILER = 0.02  # of accuracy, that noise takes more of than of the dense networ
 SATURATED = 0.01  # of the dense quality: where a random mask is nearer, the task cannot tell methods apart
 RANDOM = ("random", "random_pruning")
 MAGNITUDE = ("magnitude", "global_mp", "gradual")
+STARTS_SPARSE = ("set", "rigl", "fedtiny")  # of the methods that work during training
 WEIGHTS = frozenset({"weight"})
 
 
@@ -214,14 +215,15 @@ def not_all_pruned(seen: Comparison) -> Iterator[Finding]:
 
 
 def different_origins(seen: Comparison) -> Iterator[Finding]:
-    """4: a ranking over origins needs what training cost."""
-    dense, sparse = ([p for p in seen.sparse if p.origin == o] for o in ("dense-to-sparse", "sparse-to-sparse"))
-    if not dense or not sparse:
+    """4: a ranking over origins, at one sparsity, needs what training cost."""
+    trained = [p for p in seen.sparse if p.trained]
+    levels = [[p for p in trained if p.asked == asked] for asked in dict.fromkeys(p.asked for p in trained)]
+    mixed = [p for level in levels if len({p.origin for p in level}) > 1 and not _as_dear(level) for p in level]
+    dense, sparse = ([p for p in mixed if p.origin == o] for o in ("dense-to-sparse", "sparse-to-sparse"))
+    if not mixed:
         return
-    spent = [p.compute for p in (*dense, *sparse)]
+    spent = [p.compute for p in mixed]
     known = [c for c in spent if c is not None]
-    if len(known) == len(spent) and max(known) <= min(known) * (1 + SAME_BUDGET):
-        return
     peaks = [p.peak_density for p in sparse if p.peak_density is not None]
     held = f", and never held more than {max(peaks):.0%} of the weights" if peaks and len(peaks) == len(sparse) else ""
     cost = (
@@ -230,7 +232,7 @@ def different_origins(seen: Comparison) -> Iterator[Finding]:
     yield Finding(
         "warning",
         4,
-        f"{_names(dense)} began dense and {_names(sparse)} sparse{held}: {cost}",
+        f"{_places(dense)} began dense and {_places(sparse)} sparse{held}: {cost}",
         "Rank them at equal training compute: give those that are cheaper more steps.",
     )
 
@@ -261,8 +263,8 @@ def peers(seen: Comparison) -> Iterator[Finding]:
         yield Finding(
             "warning",
             6,
-            f"methods of different moments are in one table ({', '.join(moments)}), and it is not known what training "
-            f"cost of {_names(unknown)}",
+            f"methods of different moments are in one table ({', '.join(moments)}), and what training cost is not "
+            f"known of {_names(unknown)}",
             "Compare within one moment, or with --epochs, which counts operations.",
         )
 
@@ -280,9 +282,9 @@ def simulated(seen: Comparison) -> Iterator[Finding]:
 
 
 def equal_budgets(seen: Comparison) -> Iterator[Finding]:
-    """8: as many steps for all; sparsity as asked; seeds enough for an interval."""
-    for p in seen.sparse:
-        if p.asked is not None and abs(p.sparsity - p.asked) > MET:
+    """8: as many steps for all, or operations; sparsity as asked; seeds enough for an interval."""
+    for p in seen.passports:
+        if p.origin != "dense" and p.asked is not None and abs(p.sparsity - p.asked) > MET:
             yield Finding(
                 "warning",
                 8,
@@ -290,9 +292,18 @@ def equal_budgets(seen: Comparison) -> Iterator[Finding]:
                 "Compare it at what it reached.",
             )
     trained = [p for p in seen.passports if p.steps]
-    most = max((p.steps or 0 for p in trained), default=0)
+    longest = max(trained, key=lambda p: (p.steps or 0, p.compute or 0.0), default=None)
+    most = 0 if longest is None else longest.steps or 0
     short = [p for p in trained if (p.steps or 0) < most * (1 - SAME_BUDGET)]
-    if short:
+    equal = [p for p in short if longest is not None and _as_dear([p, longest])]  # dearer steps, so fewer of them
+    if equal:
+        yield Finding(
+            "info",
+            8,
+            f"{_names(equal)} trained for fewer steps than the longest of {most:,}, and as many operations",
+            "Say so: what more steps on the same data reach is another claim.",
+        )
+    if short := [p for p in short if p not in equal]:
         yield Finding(
             "warning",
             8,
@@ -311,10 +322,14 @@ def equal_budgets(seen: Comparison) -> Iterator[Finding]:
 
 
 def baselines_first(seen: Comparison) -> Iterator[Finding]:
-    """9: random masks and magnitude beside every method, at its sparsity; the gain is over the better."""
+    """9: random masks and magnitude beside every method, at its sparsity; the gain is over the better.
+
+    Structures are not held against masks of single weights: see 2.
+    """
     naive = (*RANDOM, *MAGNITUDE)
-    for asked in sorted({p.asked for p in seen.sparse if p.asked is not None and p.method not in naive}):
-        here = [p for p in seen.sparse if p.asked is not None and abs(p.asked - asked) < MET]
+    single = [p for p in seen.sparse if not p.pattern or p.pattern & WEIGHTS]
+    for asked in sorted({p.asked for p in single if p.asked is not None and p.method not in naive}):
+        here = [p for p in single if p.asked is not None and abs(p.asked - asked) < MET]
         missing = [
             name
             for name, methods in (("random masks", RANDOM), ("magnitude", MAGNITUDE))
@@ -348,7 +363,7 @@ def easy_task(seen: Comparison) -> Iterator[Finding]:
     if seen.dense is None or not isfinite(seen.dense):
         return
     for p in seen.sparse:
-        if p.noisy is None or p.quality is None or seen.noisy is None:
+        if p.noisy is None or p.quality is None or seen.noisy is None or not isfinite(p.quality):
             continue
         more = (p.quality - p.noisy) - (seen.dense - seen.noisy)
         if more > FRAILER:
@@ -389,6 +404,12 @@ CHECKS: tuple[Check, ...] = (
 
 def _as_large(sparse: Passport, twin: Passport) -> bool:
     return abs(twin.parameters - sparse.parameters) <= SAME_SIZE * sparse.parameters
+
+
+def _as_dear(passports: Sequence[Passport]) -> bool:
+    """Whether all took as many operations of training."""
+    known = [p.compute for p in passports if p.compute is not None]
+    return len(known) == len(passports) and max(known) <= min(known) * (1 + SAME_BUDGET)
 
 
 def _best(seen: Comparison, among: Sequence[Passport]) -> Passport | None:
