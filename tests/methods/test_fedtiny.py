@@ -296,6 +296,21 @@ def test_devices_that_drop_out_are_left_out():
     assert all(torch.equal(server.keep[n], keep[n]) for n in others)  # no answer, no adjustment
 
 
+def test_what_was_ever_there_is_counted_by_hand():
+    server = Server(replace(SMALL, candidates=1), tiny.cnn(), divided())
+    server.choose_([(server.candidates()[0], {}, 0.0)])
+    order, (name, *_) = server.order(1), server.order(1).counts
+    place = (~server.keep[name]).reshape(-1).nonzero()[:1, 0].int()
+    whole, there = (sum(x) for x in zip(*((k.numel(), int(k.sum())) for k in server.keep.values()), strict=True))
+    for round_ in (1, 2):  # one comes; then none is told of that is not there
+        sent = {name: (place, torch.tensor([2.0]))}
+        server.take_(replace(order, round=round_), [reply_of(server, 10, 1.0, sent)])
+        assert server.explored[-1] == (round_, pytest.approx((there + 1) / whole))
+    assert server.outcome().history.curves["explored"] == server.explored
+    server.take_(Order(3, 1.0, {}), [reply_of(server, 10, 1.0)])
+    assert len(server.explored) == 2  # nothing was adjusted
+
+
 def test_a_round_of_some_devices_is_another_each_time_and_the_same_again():
     server = Server(replace(SMALL, share=0.5), tiny.cnn(), divided())
     drawn = [server.sampled(10, r) for r in range(1, 6)]
@@ -483,6 +498,24 @@ def test_a_task_by_name_is_divided_where_clients_are_asked_for():
         open_task("digits", clients="many")
 
 
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"clients": "2.5"}, "clients 2.5 of task 'digits' was given, but it is not a whole number above 0"),
+        ({"clients": "0"}, "clients 0 of"),
+        ({"clients": "none"}, "clients None of"),
+        ({"clients": "true"}, "clients True of"),
+        ({"clients": "3", "concentration": "none"}, "concentration None of task 'digits' was given, but it is not a"),
+        ({"clients": "3", "concentration": "nan"}, "concentration nan of"),
+        ({"concentration": "-1"}, "concentration -1 of"),
+    ],
+)
+def test_shares_that_cannot_be_are_refused_before_data_is_read(given, told, monkeypatch):
+    monkeypatch.setitem(secateur.tasks.LABELLED, "digits", lambda **_: pytest.fail("data was read"))
+    with pytest.raises(SettingError, match=told):
+        open_task("digits", **given)
+
+
 def test_the_core_does_without_flower():
     package = Path(secateur.__file__).parent
     taken = re.compile(r"^\s*(import|from) flwr\b", re.MULTILINE)
@@ -574,6 +607,29 @@ def test_a_device_that_fails_is_left_out_and_named():
         federate(method, tiny.cnn(), task, LocalGrid(app_of(method, task, fail={0, 1, 2}), 3))
     with pytest.raises(EvidenceError, match="over 5 devices or more(.|\n)*3 were there after 0 seconds"):
         federate(method, tiny.cnn(), task, LocalGrid(app_of(method, task), 3), least=5, timeout=0)
+
+
+@over_flower
+def test_a_device_that_did_not_see_a_mask_does_not_judge_it_and_keeps_none():
+    from secateur.integrations.flower import LocalGrid, federate
+
+    task, method = divided(clients=3, examples=400), replace(SMALL, rounds=1)
+    asked = []
+
+    class Lossy(LocalGrid):
+        def send_and_receive(self, messages, *, timeout=None):
+            sent = list(messages)
+            kinds = [message.metadata.message_type for message in sent]
+            if kinds[:1] == ["query.bn_stats"] and asked.count("query.bn_stats") == 3:  # of the second mask
+                sent = sent[:-1]  # the last device does not get it
+            asked.extend(kinds)
+            return super().send_and_receive(sent, timeout=timeout)
+
+    grid = Lossy(app_of(method, task), 3)
+    federate(method, tiny.cnn(), task, grid)
+    assert asked.count("query.bn_stats") == 9
+    assert asked.count("query.bn_loss") == 8
+    assert not any(context.state.array_records for context in grid.contexts.values())
 
 
 @over_flower

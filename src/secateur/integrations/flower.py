@@ -137,7 +137,7 @@ def client_app(method: FedTiny, network: Callable[[], nn.Module], task_of: Calla
 
     def bn_loss(message: Message, context: Context) -> Message:
         device, given = Device(task_of(context)), message.content.array_records
-        model, _ = opened(given["arrays"] if "arrays" in given else context.state.array_records["candidate"])
+        model, _ = opened(given["arrays"] if "arrays" in given else context.state.pop("candidate"))
         if "statistics" in given:
             model.load_state_dict({**model.state_dict(), **tensors_of(given["statistics"])})
         return reply(message, {EXAMPLES: device.held()[0], "loss": loss_of(model, device, method.samples)})
@@ -192,16 +192,18 @@ class FedTinyStrategy(Strategy):  # type: ignore[misc, unused-ignore]
         masks, tried, losses = server.candidates(), [], []
         for keep in masks:
             sent, statistics = packed(server.masked(keep), self._masks(keep)), {}
+            there: list[int] | None = None
             if method.number > 1:
                 content = {"arrays": sent}
                 if method.statistics.asked:
                     replies = self._ask(grid, "query.bn_stats", content)
                     if not replies:
                         break
+                    there = [reply.metadata.src_node_id for reply in replies]  # others hold no mask, or an earlier one
                     found = [tensors_of(reply.content.array_records["arrays"]) for reply in replies]
                     statistics = method.statistics.merge(found, [_examples(reply) for reply in replies])
                     content = {"statistics": record_of(statistics)}
-                replies = self._ask(grid, "query.bn_loss", content)
+                replies = self._ask(grid, "query.bn_loss", content, there)
                 losses.append({r.metadata.src_node_id: float(_metric(r, "loss")) for r in replies})
             tried.append((keep, statistics))
         judges = sorted(set.intersection(*(set(one) for one in losses))) if len(losses) == len(masks) else []
@@ -265,8 +267,11 @@ class FedTinyStrategy(Strategy):  # type: ignore[misc, unused-ignore]
     def _masks(self, keep: Keep) -> dict[str, Tensor]:
         return masks_of(self.server.state, self.server.sites, keep)
 
-    def _ask(self, grid: Grid, kind: str, content: Mapping[str, ArrayRecord]) -> list[Message]:
-        messages = [Message(RecordDict(dict(content)), node, kind) for node in self._nodes(grid)]
+    def _ask(
+        self, grid: Grid, kind: str, content: Mapping[str, ArrayRecord], nodes: Sequence[int] | None = None
+    ) -> list[Message]:
+        asked = self._nodes(grid) if nodes is None else nodes
+        messages = [Message(RecordDict(dict(content)), node, kind) for node in asked]
         return self._answered(kind, grid.send_and_receive(messages, timeout=self.timeout))
 
     def _nodes(self, grid: Grid) -> list[int]:

@@ -33,7 +33,7 @@ from secateur.axes import Allocation, Cosine, Criterion, Erk, Magnitude, PerMatr
 from secateur.axes.allocations import check_scoreless, inhabited, rescaled
 from secateur.axes.probes import as_in_training
 from secateur.axes.recalibration import recalibrate_, some
-from secateur.axes.rules import Hold, LearningRate
+from secateur.axes.rules import Hold, LearningRate, sparsity_of
 from secateur.cut import DEFAULT_EXCLUDE, weights
 from secateur.edit import Edit, Mask, apply_
 from secateur.errors import EvidenceError, ModelError, SettingError, TaskError
@@ -466,6 +466,8 @@ class Server:
         self.loss: list[tuple[int, float]] = []
         self.notes: list[str] = []
         self.moved = 0  # weights exchanged so far
+        self.ever: dict[str, Tensor] = {}  # weights that were there at some time
+        self.explored: list[tuple[int, float]] = []  # their fraction, after each adjustment
 
     def pretrain_(self) -> None:
         """Train on the server's own data, where that was asked for."""
@@ -508,7 +510,7 @@ class Server:
                 f"{found[0][2]:.4f} without noise and {max(one[2] for one in found):.4f} at most"
             )
             self.costs.append((0, Cost(down, len(found) * (sent + VALUE), self._memory(keep, {}), 0.0)))
-        self.state, self.keep = self.masked(keep, statistics), dict(keep)
+        self.state, self.keep, self.ever = self.masked(keep, statistics), dict(keep), dict(keep)
 
     def order(self, round_: int) -> Order:
         """What a round asks for: where masks are due to move, gradients of the next block of layers."""
@@ -537,11 +539,15 @@ class Server:
         shares = [float(n) for n in examples]
         self.state = dict(Snapshot.average([Snapshot(reply.state) for reply in replies], shares).model)
         self.loss.append((order.round, sum(r.loss * r.examples for r in replies) / sum(examples)))
+        adjusted = False
         for site in self.sites:
             answered = [r for r in replies if site.name in r.gradients]
             if site.name in order.counts and answered:
                 sparse, by = [r.gradients[site.name] for r in answered], [r.examples for r in answered]
                 self._exchange(site, merged(sparse, by, site.units), order.counts[site.name])
+                adjusted = True
+        if adjusted:
+            self.explored.append((order.round, 1 - sparsity_of(self.ever)))
         self.state = self.masked(self.keep)
 
     def _exchange(self, site: Site, slope: Tensor, count: int) -> None:
@@ -550,6 +556,7 @@ class Server:
         new = self.method.exchange.exchanged(size, old, slope.float(), count)
         self.moved += int((new & ~old).sum())
         self.keep[site.name] = new.reshape(site.shape)
+        self.ever[site.name] = self.ever[site.name] | self.keep[site.name]
 
     def _memory(self, keep: Keep, counts: Mapping[str, int]) -> int:
         units = {site.name: site.units for site in self.sites}
@@ -577,6 +584,7 @@ class Server:
             "bytes up": [(r, float(cost.up)) for r, cost in self.costs],
             "device memory": [(r, float(cost.memory)) for r, cost in self.costs],
             "device flops": [(r, cost.flops) for r, cost in self.costs],
+            **({"explored": list(self.explored)} if self.explored else {}),
         }
         trained = [cost for round_, cost in self.costs if round_]
         if trained:

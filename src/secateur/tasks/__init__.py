@@ -136,7 +136,7 @@ def open_task(
     if name in LABELLED:
         _check(name, given, LABELLED[name], KINDS.get(name, Images))
         _refuse(name, model, text=name == "reber")
-        shares = {key: given.pop(key) for key in SHARES if key in given}
+        shares = _shares(name, {key: given.pop(key) for key in SHARES if key in given})
         task: Text | Labelled | Captioned | SuperResolution | Detection = LABELLED[name](seed=seed, **given)
     elif name in ENLARGED:
         _check(name, given, ENLARGED[name], SuperResolution)
@@ -171,6 +171,24 @@ def open_task(
     if rate is not None:
         task = replace(task, learner=replace(task.learner, rate=float(rate)))  # type: ignore[type-var]
     return federated(cast(Labelled, task), **shares) if shares else task
+
+
+def _shares(name: str, given: dict[str, Any]) -> dict[str, Any]:
+    """How examples are to be divided. Raises SettingError for what is no number of clients, or no concentration."""
+    clients, concentration = given.get("clients", 1), given.get("concentration", 1.0)
+    if isinstance(clients, bool) or not isinstance(clients, int) or clients < 1:
+        raise SettingError(
+            f"clients {clients!r} of task {name!r} was given",
+            "it is not a whole number above 0",
+            "Give one, such as 8.",
+        )
+    if isinstance(concentration, bool) or not isinstance(concentration, (int, float)) or not concentration > 0:
+        raise SettingError(
+            f"concentration {concentration!r} of task {name!r} was given",
+            "it is not a number above 0",
+            "Give 0.5, say.",
+        )
+    return given
 
 
 def _answered(model: nn.Module | None, seed: int, given: dict[str, Any]) -> Answers:
