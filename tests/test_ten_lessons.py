@@ -101,10 +101,28 @@ def test_origins_are_ranked_at_one_sparsity() -> None:
 
 
 @pytest.mark.parametrize(
-    ("updates", "explored", "told"), [(10, 1.0, False), (9, 1.0, True), (50, 0.99, True), (50, None, False)]
+    ("sparsity", "updates", "explored", "told"),
+    [
+        (0.8, 10, 0.4, False),
+        (0.8, 9, 0.4, True),
+        (0.8, 50, 0.39, True),
+        (0.8, 50, None, False),
+        (0.5, 50, 0.7, False),  # twice of a half is all there is
+    ],
 )
-def test_a_mask_that_moves_tries_twice_what_it_keeps(updates: int, explored: float | None, told: bool) -> None:
-    assert (5 in lessons(*WHOLE, replace(PLAIN, name="rigl", updates=updates, explored=explored))) is told
+def test_a_mask_that_moves_tries_twice_what_it_keeps(
+    sparsity: float, updates: int, explored: float | None, told: bool
+) -> None:
+    moving = replace(PLAIN, name="rigl", asked=sparsity, sparsity=sparsity, updates=updates, explored=explored)
+    assert (5 in lessons(*WHOLE, moving)) is told
+
+
+def test_what_was_trained_is_not_held_against_what_was_not() -> None:
+    plain = [replace(p, origin="post-training") for p in (RANDOM, MAGNITUDE)]
+    untrained = replace(PLAIN, name="wanda", method="wanda", origin="post-training", quality=0.72)
+    assert "wanda is 0.02 ahead of magnitude" in str(lint([*WHOLE, untrained, *plain], 0.9))
+    assert "nothing of random masks and magnitude" in lessons(*WHOLE, untrained)[9]
+    assert "--epochs" in next(f.remedy for f in lint([PLAIN, TWIN, *plain], 0.9) if f.lesson == 9)
 
 
 def test_masks_are_called_simulated() -> None:

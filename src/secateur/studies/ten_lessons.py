@@ -244,7 +244,8 @@ def enough_exploration(seen: Comparison) -> Iterator[Finding]:
             continue
         few = p.updates < ENOUGH_UPDATES
         density = 1 - p.sparsity
-        little = p.explored is not None and p.explored < min(1.0, ENOUGH_SEEN * density)
+        enough = ENOUGH_SEEN * density  # all there is and more, where half of it is kept: that is not asked
+        little = p.explored is not None and p.explored < enough < 1
         if few or little:
             tried = "" if p.explored is None else f", and tried {p.explored:.1%} of the weights to keep {density:.1%}"
             yield Finding(
@@ -324,23 +325,25 @@ def equal_budgets(seen: Comparison) -> Iterator[Finding]:
 def baselines_first(seen: Comparison) -> Iterator[Finding]:
     """9: random masks and magnitude beside every method, at its sparsity; the gain is over the better.
 
-    Structures are not held against masks of single weights: see 2.
+    Structures are not held against masks of single weights (see 2), nor what was trained against what was not.
     """
     naive = (*RANDOM, *MAGNITUDE)
     single = [p for p in seen.sparse if not p.pattern or p.pattern & WEIGHTS]
-    for asked in sorted({p.asked for p in single if p.asked is not None and p.method not in naive}):
-        here = [p for p in single if p.asked is not None and abs(p.asked - asked) < MET]
+    methods = {(p.asked, p.trained) for p in single if p.asked is not None and p.method not in naive}
+    for asked, trained in sorted(methods):
+        here = [p for p in single if p.asked is not None and abs(p.asked - asked) < MET and p.trained == trained]
         missing = [
             name
             for name, methods in (("random masks", RANDOM), ("magnitude", MAGNITUDE))
             if not any(p.method in methods for p in here)
         ]
         if missing:
+            verb = "secateur compare --epochs N" if trained else "secateur compare"
             yield Finding(
                 "warning",
                 9,
                 f"at {asked:.0%} there is nothing of {' and '.join(missing)} beside the methods",
-                "`secateur compare` adds both; give random masks ERK shares where layers differ.",
+                f"`{verb}` adds both; give random masks ERK shares where layers differ.",
             )
             continue
         best = _best(seen, [p for p in here if p.method in naive])
