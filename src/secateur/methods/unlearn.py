@@ -146,8 +146,8 @@ class Unlearn(Method):
         """See Recovery: masks of any kind are kept."""
 
     def ready(self, model: nn.Module, task: Task) -> None:
-        """See Recovery. Raises TaskError for a task whose examples cannot be told apart, or are divided badly."""
-        divided(task, self.forget)
+        """See Recovery. Raises TaskError for examples that cannot be told apart or divided, and without test data."""
+        divided(task, self.forget).trained_on("test")  # a split that is not there, or empty, is refused
 
     def run(self, model: nn.Module, task: Task) -> Outcome:
         """See Method. Raises TaskError for a task that cannot be divided into what to forget and what to retain."""
@@ -214,7 +214,8 @@ def _rows(held: tuple[Tensor, ...]) -> Counter[bytes]:
     """How often each example is there, by its bytes, inputs and label together."""
     if not len(held[-1]):
         return Counter()
-    flat = [tensor.reshape(len(tensor), -1).contiguous().cpu().numpy() for tensor in held]
+    # as bytes: numpy does not know bfloat16
+    flat = [tensor.reshape(len(tensor), -1).contiguous().cpu().view(torch.uint8).numpy() for tensor in held]
     return Counter(b"".join(row.tobytes() for row in rows) for rows in zip(*flat, strict=True))
 
 
