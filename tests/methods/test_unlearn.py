@@ -48,6 +48,7 @@ from secateur.methods.global_mp import GlobalMagnitude
 from secateur.methods.magnitude import Magnitude
 from secateur.methods.oneshot import OneShot
 from secateur.methods.unlearn import Label, Share, Unlearn, check_divided, divided, moved
+from secateur.site import tensors
 from secateur.task import Batch
 from secateur.tasks.images import Images
 from secateur.tasks.labelled import Labelled
@@ -276,6 +277,21 @@ def test_zeros_stay_and_the_rest_moves(way):
     again = copy.deepcopy(model)
     apply_(again, done.edits)  # the edits say all that was changed, running means too
     assert all(torch.equal(v, done.model.state_dict()[n]) for n, v in again.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore:Using `torch.compile")
+@pytest.mark.parametrize("way", [FineTune(steps=2), Influence(samples=8), FisherNoise(samples=4)], ids=name_of)
+def test_zeros_of_a_compiled_model_stay(way):
+    model, gone = trained("mlp"), torch.arange(512).reshape(32, 16) % 2 == 1
+    model[0].weight.data.masked_fill_(gone, 0)
+    way.unlearn(torch.compile(model, backend="eager"), Request(toy_vectors().forgetting(), {"0.weight": ~gone}))
+    assert not model[0].weight[gone].any()
+    assert model[0].weight[~gone].all()
+    task = toy_vectors()
+    cut = prune(torch.compile(trained("mlp"), backend="eager"), Magnitude(sparsity=0.5), task)
+    zeros = int((tensors(cut.model)["0.weight"] == 0).sum())
+    done = prune(cut.model, Unlearn(by=way, attack=Threshold(), examples=64), task)
+    assert int((tensors(done.model)["0.weight"] == 0).sum()) == zeros > 0
 
 
 @pytest.mark.parametrize("way", [Influence(samples=8), FisherNoise(samples=4)], ids=name_of)

@@ -72,9 +72,9 @@ class Request:
 
     def still_(self, model: nn.Module) -> None:
         """Put masked weights back to zero."""
-        for name, parameter in model.named_parameters():
-            if name in self.keep:
-                parameter.data.masked_fill_(~self.keep[name].to(parameter.device), 0)
+        named = tensors(model)  # a compiled model's own names have a prefix, and no mask would be found for them
+        for name, keep in self.keep.items():
+            named[name].data.masked_fill_(~keep.to(named[name].device), 0)
 
 
 @runtime_checkable

@@ -31,7 +31,7 @@ from secateur.edit import Edit, Mask, Update, apply_
 from secateur.errors import SettingError, TaskError
 from secateur.method import Budget, Card, Method
 from secateur.outcome import Outcome
-from secateur.site import tensors
+from secateur.site import tensors, unwrapped
 from secateur.task import Forgettable, Task
 
 
@@ -157,7 +157,7 @@ class Unlearn(Method):
 
     def recover(self, model: nn.Module, task: Task, masks: Sequence[Mask], dense: nn.Module | None) -> Outcome:
         """See Recovery: divide the data, forget with the zeros held, and measure before and after."""
-        request = Request(divided(task, self.forget), kept_weights(model, masks))
+        request = Request(divided(task, self.forget), kept_weights(unwrapped(model), masks))
         start = {name: value.detach().clone() for name, value in tensors(model).items()}
         before = Forgotten.of(model, request.task, self.attack, self.examples)
         cut, history = self.by.unlearn(model, request)
@@ -230,5 +230,6 @@ def changed(model: nn.Module, start: Mapping[str, Tensor]) -> list[Update]:
 
 def moved(model: nn.Module, start: Mapping[str, Tensor]) -> float:
     """|m * (w - w0)| over all parameters; what is masked was zero, and is."""
-    squares = [(p.detach() - start[name].to(p)).double().square().sum() for name, p in model.named_parameters()]
+    named = unwrapped(model).named_parameters()
+    squares = [(p.detach() - start[name].to(p)).double().square().sum() for name, p in named]
     return float(torch.stack(squares).sum().sqrt())
