@@ -337,6 +337,19 @@ def test_case_studies_by_hand():
     assert chosen(low[1:], edges).setting == 2  # none is connected: the best connected
 
 
+def test_cells_of_several_seeds_are_no_map_until_they_are_joined():
+    cells = [*a_map(), *(replace(c, errors=(c.error + 0.5,), seeds=(1,)) for c in a_map())]
+    for read in (
+        lambda some: directions(some, EDGES, EarlyStop()),
+        lambda some: followed(some, EDGES, EarlyStop(), 1, 0.1),
+        lambda some: trend(some, EarlyStop()),
+        lambda some: drawn(some, EDGES, EarlyStop()),
+    ):
+        with pytest.raises(EvidenceError, match="its 12 cells have 6 places, as those of several seeds do"):
+            read(cells)
+        read(joined(cells))
+
+
 def test_a_map_is_drawn_hot_above():
     lines = drawn(a_map(), Boundaries(0.01, 0.8), EarlyStop()).splitlines()
     assert lines[0].split() == ["10.0%", "50.0%"]

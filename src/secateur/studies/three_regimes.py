@@ -663,7 +663,7 @@ def drawn(cells: Sequence[Cell], boundaries: Boundaries, knob: Knob) -> str:
 
     The least error of each density is marked.
     """
-    named = {(cell.setting, cell.density): cell for cell in cells}
+    named = _one_each(cells)
     densities = list(by_density(cells))
     settings = sorted({cell.setting for cell in cells}, key=knob.temperature, reverse=True)
     least = best(cells)
@@ -690,8 +690,21 @@ def by_density(cells: Sequence[Cell]) -> Mapping[float, list[Cell]]:
     return {d: [cell for cell in cells if cell.density == d] for d in sorted({cell.density for cell in cells})}
 
 
+def _one_each(cells: Sequence[Cell]) -> dict[tuple[float, float], Cell]:
+    """Cells by setting and density. Raises EvidenceError where two of several seeds would be taken for one another."""
+    found = {(cell.setting, cell.density): cell for cell in cells}
+    if len(found) < len(cells):
+        raise EvidenceError(
+            "a map of temperatures and densities was to be read",
+            f"its {len(cells)} cells have {len(found)} places, as those of several seeds do",
+            "Join them first: joined(cells); or read the map of one seed.",
+        )
+    return found
+
+
 def best(cells: Sequence[Cell]) -> dict[float, float]:
-    """The setting of least test error at each density; of equals the first measured."""
+    """The setting of least test error at each density; of equals the first measured. One cell each: see `joined`."""
+    _one_each(cells)
     return {density: min(some, key=lambda cell: cell.error).setting for density, some in by_density(cells).items()}
 
 
@@ -720,7 +733,7 @@ class Move:
 
 def directions(cells: Sequence[Cell], boundaries: Boundaries, knob: Knob) -> list[Move]:
     """The first case study: from each cell of a map one step in the direction that its regime points to."""
-    named = {(cell.setting, cell.density): cell for cell in cells}
+    named = _one_each(cells)
     moves = []
     for cell in cells:
         there = [setting for setting, density in named if density == cell.density]
@@ -734,7 +747,7 @@ def followed(cells: Sequence[Cell], boundaries: Boundaries, knob: Knob, start: f
 
     Raises EvidenceError where the map has no such cell.
     """
-    named = {cell.setting: cell for cell in cells if cell.density == density}
+    named = {setting: cell for (setting, there), cell in _one_each(cells).items() if there == density}
     if start not in named:
         raise EvidenceError(
             f"advice was to be followed from {start:g} at a density of {density:g}",
