@@ -337,6 +337,19 @@ def test_case_studies_by_hand():
     assert chosen(low[1:], edges).setting == 2  # none is connected: the best connected
 
 
+def test_cells_of_several_seeds_are_no_map_until_they_are_joined():
+    cells = [*a_map(), *(replace(c, errors=(c.error + 0.5,), seeds=(1,)) for c in a_map())]
+    for read in (
+        lambda some: directions(some, EDGES, EarlyStop()),
+        lambda some: followed(some, EDGES, EarlyStop(), 1, 0.1),
+        lambda some: trend(some, EarlyStop()),
+        lambda some: drawn(some, EDGES, EarlyStop()),
+    ):
+        with pytest.raises(EvidenceError, match="its 12 cells have 6 places, as those of several seeds do"):
+            read(cells)
+        read(joined(cells))
+
+
 def test_a_map_is_drawn_hot_above():
     lines = drawn(a_map(), Boundaries(0.01, 0.8), EarlyStop()).splitlines()
     assert lines[0].split() == ["10.0%", "50.0%"]
@@ -427,6 +440,14 @@ def test_sam_keeps_masks_and_statistics():
         (lambda: Grid(EarlyStop(), (5.0,), (0.0,), Course(5), Retrain(5)), "a density of 0 was asked for"),
         (lambda: Grid(EarlyStop(), (5.0,), (20.0,), Course(5), Retrain(5)), "Did you mean 0.2?"),
         (lambda: Cut().masks(tiny.cnn(), 1.01), r"the share of weights that stay, in \(0, 1\]"),
+        (lambda: Meter(refresh=Refresh(-0.5)), "statistics of batch norms were to be taken anew on a share of -0.5"),
+        (lambda: Meter(refresh=Refresh(2.0)), "on a share of 2"),
+        (lambda: Retrain(10).short(3.0), "a retraining 3 times as long was to stand for one of 10 steps"),
+        (lambda: Retrain(10).short(0.0), "a proxy is shorter"),
+        (
+            lambda: advise(cell(math.nan, 0.1, 0.3), EDGES, EarlyStop(), (1.0, 2.0)),
+            "the cell does not say at which one",
+        ),
     ],
 )
 def test_settings_that_cannot_be_are_refused(make, says):
@@ -441,7 +462,7 @@ def test_a_density_of_one_prunes_nothing():
 def test_statistics_that_cannot_be_taken_anew_are_refused_before_anything_is_trained():
     model, task = tiny.trained("cnn"), tiny.make_task("cnn")
     with pytest.raises(SettingError, match="every pair would look unconnected"):
-        probe(model, task, 0.5, Retrain(2), meter=Meter(refresh=Refresh(0.0)))
+        Meter(refresh=Refresh(0.0)).check(model, replace(task, splits={}))
     bare = replace(task, splits={key: value for key, value in task.splits.items() if key != "train"})
     with pytest.raises(TaskError, match="split 'train' of toy-images was asked for"):
         probe(model, bare, 0.5, Retrain(2))
@@ -470,7 +491,48 @@ def test_tasks_that_tell_no_error_or_one_order_are_refused():
         EarlyStop().train(tiny.mlp(), tiny.make_task("mlp"), (20,), Course(5))
 
 
+@pytest.mark.parametrize(
+    ("knob", "wrong", "says"),
+    [
+        (Rate(), -1.0, "a learning rate of -1 times the task's was asked for"),
+        (Rate(), math.nan, "a learning rate of nan"),
+        (BatchSize(), 16.5, r"batches of 16\.5 examples were asked for"),
+        (BatchSize(), math.inf, "batches of inf"),
+        (EarlyStop(), math.nan, "a network stopped after nan steps was asked for"),
+        (Radius(), -1.0, "a radius of -1 was asked for"),
+    ],
+)
+def test_settings_of_knobs_that_cannot_be_are_refused_before_any_training(knob, wrong, says):
+    class Unread(Around):
+        def batches(self, split, n=None, epoch=0):
+            raise AssertionError("data was read")
+
+        batch = 8
+
+    with pytest.raises(SettingError, match=says):
+        family(tiny.mlp(), Unread(tiny.make_task("mlp")), knob, (1.0, wrong), Course(2))
+
+
+def test_a_model_is_as_it_was_after_a_training_that_failed():
+    model, before = tiny.make_model("mlp"), tiny.make_model("mlp").state_dict()
+    with pytest.raises(EvidenceError, match="was to be taken"):
+        family(model, tiny.make_task("mlp"), Rate(), (1e30,), Course(20))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_settings_that_hardly_differ_are_kept_apart_in_a_folder(tmp_path):
+    model, task, close = tiny.make_model("mlp"), tiny.make_task("mlp"), (0.12345671, 0.12345672)
+    found = family(model, task, Rate(), close, Course(2), tmp_path)
+    again = family(model, task, Rate(), close, Course(2), tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+    assert all(torch.equal(found[s].model["0.weight"], again[s].model["0.weight"]) for s in close)
+
+
 def test_maps_that_tell_nothing_are_refused():
+    with pytest.raises(
+        EvidenceError, match=r"to be followed from 7 at a density of 0\.1, but the map has 1, 2, 4 there"
+    ):
+        followed(a_map(), EDGES, EarlyStop(), 7, 0.1)
     with pytest.raises(EvidenceError, match="they have 1 different values of CKA"):
         calibrated([cell(1, 0.1, 0.3), cell(2, 0.1, 0.3)])
     with pytest.raises(EvidenceError, match="copies of all of them are collapsed"):

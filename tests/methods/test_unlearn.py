@@ -48,6 +48,7 @@ from secateur.methods.global_mp import GlobalMagnitude
 from secateur.methods.magnitude import Magnitude
 from secateur.methods.oneshot import OneShot
 from secateur.methods.unlearn import Label, Share, Unlearn, check_divided, divided, moved
+from secateur.site import tensors
 from secateur.task import Batch
 from secateur.tasks.images import Images
 from secateur.tasks.labelled import Labelled
@@ -278,6 +279,21 @@ def test_zeros_stay_and_the_rest_moves(way):
     assert all(torch.equal(v, done.model.state_dict()[n]) for n, v in again.state_dict().items())
 
 
+@pytest.mark.filterwarnings("ignore:Using `torch.compile")
+@pytest.mark.parametrize("way", [FineTune(steps=2), Influence(samples=8), FisherNoise(samples=4)], ids=name_of)
+def test_zeros_of_a_compiled_model_stay(way):
+    model, gone = trained("mlp"), torch.arange(512).reshape(32, 16) % 2 == 1
+    model[0].weight.data.masked_fill_(gone, 0)
+    way.unlearn(torch.compile(model, backend="eager"), Request(toy_vectors().forgetting(), {"0.weight": ~gone}))
+    assert not model[0].weight[gone].any()
+    assert model[0].weight[~gone].all()
+    task = toy_vectors()
+    cut = prune(torch.compile(trained("mlp"), backend="eager"), Magnitude(sparsity=0.5), task)
+    zeros = int((tensors(cut.model)["0.weight"] == 0).sum())
+    done = prune(cut.model, Unlearn(by=way, attack=Threshold(), examples=64), task)
+    assert int((tensors(done.model)["0.weight"] == 0).sum()) == zeros > 0
+
+
 @pytest.mark.parametrize("way", [Influence(samples=8), FisherNoise(samples=4)], ids=name_of)
 def test_ways_without_training_leave_the_running_means_alone(way):
     model = trained("cnn")
@@ -317,6 +333,33 @@ def test_the_best_threshold_by_hand():
     assert Threshold().outsiders(same, same, torch.tensor([0.4, 0.9])).tolist() == [True, True]
     with pytest.raises(EvidenceError, match="it is shown 0 such examples and 2 others"):
         best_threshold(inside[:0], same)
+
+
+def test_the_least_of_thresholds_that_are_right_as_often_is_taken():
+    # 0.25 and 0.375 are right of 3/3 + 1/6 and of 2/3 + 3/6, which are equal, but not when added as fractions
+    inside, outside = torch.tensor([0.25, 0.375, 0.625]), torch.tensor([0.125, 0.875, 0.25, 0.25, 0.375, 0.75])
+    assert best_threshold(inside, outside) == 0.25
+    for seed in range(50):
+        draw = torch.Generator().manual_seed(seed)
+        inside, outside = (torch.randint(0, 8, (n,), generator=draw) / 8 for n in (3, 7))
+        right = {
+            t: 7 * int((inside >= t).sum()) + 3 * int((outside < t).sum())
+            for t in torch.cat([inside, outside]).tolist()
+        }
+        most = max(right.values())
+        least = min(t for t, count in right.items() if count == most) if most > 21 else float("inf")
+        assert best_threshold(inside, outside) == least
+
+
+def test_confidences_that_are_not_numbers_tell_nothing():
+    task = toy_vectors().forgetting(share=0.1)
+    for attack in (Threshold(), *([Svm()] if importlib.util.find_spec("sklearn") else [])):
+        model = trained("mlp")
+        model[4].weight.data[0, 0] = float("inf")
+        with pytest.raises(EvidenceError, match=r"how sure it is of \d+ examples is not a number"):
+            Forgotten.of(model, task, attack)
+    with pytest.raises(EvidenceError, match="how well a network forgot was to be measured"):
+        prune(trained("mlp"), Unlearn(by=Influence(scale=1e30, samples=4), attack=Threshold()), toy_vectors())
 
 
 def test_the_machine_parts_what_can_be_parted():
@@ -464,6 +507,21 @@ def test_an_example_that_is_twice_in_the_data_may_be_in_both_halves():
         check_divided("twice", {"train": (x, y), "forget": (x[:1] + 7, y[:1]), "retain": (x[1:], y[1:])})
 
 
+def test_examples_of_half_precision_are_told_apart():
+    x, y = torch.eye(2, dtype=torch.bfloat16), torch.tensor([0, 1])
+    check_divided("half", {"train": (x, y), "forget": (x[:1], y[:1]), "retain": (x[1:], y[1:])})
+    with pytest.raises(TaskError, match="1 examples are in both"):
+        check_divided("half", {"train": (x, y), "forget": (x[:1], y[:1]), "retain": (x, y)})
+
+
+def test_tasks_without_training_or_test_data_are_refused_before_anything_is_pruned():
+    task = toy_vectors()
+    for gone in ("train", "test"):
+        bare = replace(task, splits={k: v for k, v in task.splits.items() if k != gone})
+        with pytest.raises(TaskError, match=f"split '{gone}' of toy-vectors was asked for, but it has none"):
+            Unlearn().ready(trained("mlp"), bare)
+
+
 def test_nothing_to_forget_is_refused():
     task = toy_vectors().forgetting(share=0.1)
     none = tuple(tensor[:0] for tensor in task.splits["forget"])
@@ -471,6 +529,11 @@ def test_nothing_to_forget_is_refused():
         prune(trained("mlp"), Unlearn(), replace(task, splits={**task.splits, "forget": none}))
     with pytest.raises(TaskError, match=r"class 9 of toy-vectors was to be forgotten, but that is 0 of 768"):
         prune(trained("mlp"), Unlearn(forget=Label(9)), toy_vectors())
+    for share in (float("nan"), -1.0):
+        with pytest.raises(TaskError, match=r"a share of .* was to be forgotten, but that is 0 of 768"):
+            toy_vectors().forgetting(share=share)
+    with pytest.raises(TaskError, match="that is 768 of 768"):
+        toy_vectors().forgetting(share=float("inf"))
     with pytest.raises(TaskError, match="no examples with labels"):
         divided(toy_text(), Share())
 
@@ -505,12 +568,18 @@ def test_settings_that_cannot_work_are_refused_before_any_data_is_read(method, s
         method.run(trained("mlp"), None)
 
 
-def test_a_mask_of_another_shape_or_tensor_is_refused():
+@pytest.mark.parametrize(
+    "way", [FineTune(steps=1), Influence(samples=2), FisherNoise(samples=2)], ids=lambda way: type(way).__name__
+)
+def test_a_mask_of_another_shape_or_tensor_is_refused_before_anything_moves(way):
     model, task = trained("mlp"), toy_vectors().forgetting()
-    with pytest.raises(SiteError, match=r"a mask of \(2, 2\) for 0\.weight was given, but its units are \(32, 16\)"):
-        FineTune(steps=1).unlearn(model, Request(task, {"0.weight": torch.ones(2, 2, dtype=torch.bool)}))
+    before = [p.detach().clone() for p in model.parameters()]
+    for shape in ((2, 2), (32, 1)):  # the second could be spread over the weights
+        with pytest.raises(SiteError, match=r"a mask of \(.*\) for 0\.weight was given, but its units are \(32, 16\)"):
+            way.unlearn(model, Request(task, {"0.weight": torch.ones(shape, dtype=torch.bool)}))
     with pytest.raises(SiteError, match=r"the model has no tensor '9\.weight'"):
-        FineTune(steps=1).unlearn(model, Request(task, {"9.weight": torch.ones(2, 2, dtype=torch.bool)}))
+        way.unlearn(model, Request(task, {"9.weight": torch.ones(2, 2, dtype=torch.bool)}))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert kept_weights(model) == {}
 
 
@@ -574,8 +643,17 @@ def test_a_backdoor_is_a_white_square_and_its_label():
         ({"share": 0.9}, "15 of 20 have another label"),
         ({"size": 7}, "a square of 7 pixels was to be put 2 from the corner"),
         ({"size": 0}, "a square of 0"),
+        ({"share": float("nan")}, "that is 0 images"),
+        ({"label": 4}, "to be poisoned with label 4, but its labels are 0, 1, 2, 3"),
+        ({"label": -1}, "to be poisoned with label -1"),  # 255, in bytes
     ],
 )
 def test_backdoors_that_cannot_be_are_refused(settings, says):
     with pytest.raises(TaskError, match=says):
         tasks.poisoned(pictures(), **settings)
+
+
+def test_a_backdoor_needs_test_images():
+    bare = replace(pictures(), splits={"train": pictures().splits["train"]})
+    with pytest.raises(TaskError, match="split 'test' of pictures was asked for"):
+        tasks.poisoned(bare)

@@ -103,9 +103,9 @@ def best_threshold(inside: Tensor, outside: Tensor) -> float:
     # right at t: insiders that are t or more, and outsiders below t
     inner = len(inside) - torch.searchsorted(inside.double().sort().values, candidates)
     outer = torch.searchsorted(outside.double().sort().values, candidates)
-    right = inner / len(inside) + outer / len(outside)
+    right = inner * len(outside) + outer * len(inside)  # whole numbers: in fractions equals would differ by rounding
     best = int(right.argmax())
-    return float(candidates[best]) if float(right[best]) > 1 else float("inf")
+    return float(candidates[best]) if int(right[best]) > len(inside) * len(outside) else float("inf")
 
 
 def _check_samples(samples: int) -> None:
@@ -181,8 +181,17 @@ class Forgotten:
 
     @classmethod
     def of(cls, model: nn.Module, task: Forgettable, attack: Attack, most: int = 10_000) -> "Forgotten":
-        """Measure a network on a divided task, on up to so many examples of each split, drawn by its seed."""
+        """Measure a network on a divided task, on up to so many examples of each split, drawn by its seed.
+
+        Raises EvidenceError for a network whose confidences are not numbers: no attack can tell anything from them.
+        """
         forget, retain, test = (seen(model, drawn(task, split, most)) for split in ("forget", "retain", "test"))
+        if lost := sum(int(found.sure.isnan().sum()) for found in (forget, retain, test)):
+            raise EvidenceError(
+                "how well a network forgot was to be measured",
+                f"how sure it is of {lost:,} examples is not a number",
+                "Take a smaller step, by a lower scale or rate; or look for NaN in the weights and the data.",
+            )
         pair = min(len(retain.sure), len(test.sure), attack.samples)  # as many of each, or the attack leans to one
         called = attack.outsiders(retain.sure[:pair], test.sure[:pair], forget.sure)
         return cls(1 - forget.accuracy, float(called.double().mean()), retain.accuracy, test.accuracy)

@@ -29,10 +29,10 @@ from secateur.axes.rules import Gradual, Hold, LearningRate
 from secateur.axes.schedules import Cosine, Curve, Exponential, Schedule
 from secateur.cut import weights, without_classifier
 from secateur.edit import Mask
-from secateur.errors import EvidenceError, SettingError
+from secateur.errors import EvidenceError, SettingError, SiteError, did_you_mean
 from secateur.evidence import calm, examples
 from secateur.method import check_sparsity
-from secateur.site import Part, Site
+from secateur.site import Part, Site, tensors
 from secateur.task import Batch, Forgettable, Task, generator
 from secateur.train import History, Loop, Rule, Snapshot, fit
 
@@ -59,19 +59,22 @@ class Request:
         return len(self.task.splits[split][-1])
 
     def hold(self, model: nn.Module) -> Hold:
-        """The rule that keeps masked weights at zero. Raises SiteError for a mask of another shape than its tensor."""
-        named = dict(model.named_parameters())
-        sites = []
-        for name, keep in self.keep.items():
-            shape = tuple(named[name].shape) if name in named else tuple(keep.shape)
+        """The rule that keeps masked weights at zero. Raises SiteError for a mask of another shape, or of no tensor."""
+        named, sites = tensors(model), []
+        for name in self.keep:
+            if name not in named:
+                raise SiteError(
+                    f"a mask of {name} was to be held", f"the model has no tensor {name!r}", did_you_mean(name, named)
+                )
+            shape = tuple(named[name].shape)
             sites.append(Site(name, "weight", shape, (Part(name, shape),)))
         return Hold(sites, self.keep)
 
     def still_(self, model: nn.Module) -> None:
         """Put masked weights back to zero."""
-        for name, parameter in model.named_parameters():
-            if name in self.keep:
-                parameter.data.masked_fill_(~self.keep[name].to(parameter.device), 0)
+        named = tensors(model)  # a compiled model's own names have a prefix, and no mask would be found for them
+        for name, keep in self.keep.items():
+            named[name].data.masked_fill_(~keep.to(named[name].device), 0)
 
 
 @runtime_checkable
@@ -292,7 +295,8 @@ class Influence:
         _check_scale(self.scale, self.samples, "1")
 
     def unlearn(self, model: nn.Module, request: Request) -> tuple[list[Mask], History]:
-        """See Unlearner. Raises EvidenceError where the step is not finite."""
+        """See Unlearner. Raises EvidenceError where the step is not finite, SiteError for masks that do not fit."""
+        request.hold(model)  # which refuses masks that do not fit, before anything moves
         task = request.retain
         moving = [p for p in model.parameters() if p.requires_grad]
         count = min(self.samples, request.count("retain"))
@@ -366,7 +370,8 @@ class FisherNoise:
         _check_scale(self.scale, self.samples, "1e-7")
 
     def unlearn(self, model: nn.Module, request: Request) -> tuple[list[Mask], History]:
-        """See Unlearner."""
+        """See Unlearner. Raises SiteError for masks that do not fit."""
+        request.hold(model)  # which refuses masks that do not fit, before anything moves
         count, task = min(self.samples, request.count("retain")), request.retain
         with calm(model):
             found = fisher_information(model, islice(examples(task.batches("calibration", count)), count))

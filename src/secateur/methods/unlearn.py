@@ -31,7 +31,7 @@ from secateur.edit import Edit, Mask, Update, apply_
 from secateur.errors import SettingError, TaskError
 from secateur.method import Budget, Card, Method
 from secateur.outcome import Outcome
-from secateur.site import tensors
+from secateur.site import tensors, unwrapped
 from secateur.task import Forgettable, Task
 
 
@@ -146,8 +146,8 @@ class Unlearn(Method):
         """See Recovery: masks of any kind are kept."""
 
     def ready(self, model: nn.Module, task: Task) -> None:
-        """See Recovery. Raises TaskError for a task whose examples cannot be told apart, or are divided badly."""
-        divided(task, self.forget)
+        """See Recovery. Raises TaskError for examples that cannot be told apart or divided, and without test data."""
+        divided(task, self.forget).trained_on("test")  # a split that is not there, or empty, is refused
 
     def run(self, model: nn.Module, task: Task) -> Outcome:
         """See Method. Raises TaskError for a task that cannot be divided into what to forget and what to retain."""
@@ -157,7 +157,7 @@ class Unlearn(Method):
 
     def recover(self, model: nn.Module, task: Task, masks: Sequence[Mask], dense: nn.Module | None) -> Outcome:
         """See Recovery: divide the data, forget with the zeros held, and measure before and after."""
-        request = Request(divided(task, self.forget), kept_weights(model, masks))
+        request = Request(divided(task, self.forget), kept_weights(unwrapped(model), masks))
         start = {name: value.detach().clone() for name, value in tensors(model).items()}
         before = Forgotten.of(model, request.task, self.attack, self.examples)
         cut, history = self.by.unlearn(model, request)
@@ -214,7 +214,8 @@ def _rows(held: tuple[Tensor, ...]) -> Counter[bytes]:
     """How often each example is there, by its bytes, inputs and label together."""
     if not len(held[-1]):
         return Counter()
-    flat = [tensor.reshape(len(tensor), -1).contiguous().cpu().numpy() for tensor in held]
+    # as bytes: numpy does not know bfloat16
+    flat = [tensor.reshape(len(tensor), -1).contiguous().cpu().view(torch.uint8).numpy() for tensor in held]
     return Counter(b"".join(row.tobytes() for row in rows) for rows in zip(*flat, strict=True))
 
 
@@ -229,5 +230,6 @@ def changed(model: nn.Module, start: Mapping[str, Tensor]) -> list[Update]:
 
 def moved(model: nn.Module, start: Mapping[str, Tensor]) -> float:
     """|m * (w - w0)| over all parameters; what is masked was zero, and is."""
-    squares = [(p.detach() - start[name].to(p)).double().square().sum() for name, p in model.named_parameters()]
+    named = unwrapped(model).named_parameters()
+    squares = [(p.detach() - start[name].to(p)).double().square().sum() for name, p in named]
     return float(torch.stack(squares).sum().sqrt())

@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import combinations, pairwise
-from math import isfinite, isnan, nan
+from math import inf, isfinite, isnan, nan
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -103,6 +103,12 @@ class Meter:
                 "two points are the ends themselves, and one example is like itself",
                 "Give 11 points and 6400 examples, as in the paper.",
             )
+        if not 0 <= self.refresh.share <= 1:
+            raise SettingError(
+                f"statistics of batch norms were to be taken anew on a share of {self.refresh.share:g}",
+                "it is a share of the training data, in [0, 1]",
+                "Give Refresh(1.0), or 0 where there are no batch norms.",
+            )
 
     def check(self, model: nn.Module, task: Task) -> None:
         """Raise unless errors can be measured, and batch norms can take their statistics anew."""
@@ -112,17 +118,17 @@ class Meter:
                 f"its metric is {task.metric}, and a barrier is told in a share of examples, which is bounded",
                 "Give a task of classification.",
             )
-        if next(iter(task.batches("train")), None) is None:
-            raise TaskError(
-                f"copies were to be retrained on {task.name}, and batch norms to take their statistics anew",
-                "its training split is empty",
-                "Give it data.",
-            )
         if not self.refresh.share and any(isinstance(m, _BatchNorm) for m in model.modules()):
             raise SettingError(
                 "the line between two copies was to be walked with the statistics of batch norms as they are averaged",
                 "those fit neither weights, and every pair would look unconnected",
                 "Give a share of the training data: refresh=Refresh(1.0).",
+            )
+        if next(iter(task.batches("train")), None) is None:
+            raise TaskError(
+                f"copies were to be retrained on {task.name}, and batch norms to take their statistics anew",
+                "its training split is empty",
+                "Give it data.",
             )
 
     def along(self, model: nn.Module, task: Task, sites: Sequence[Site], one: Candidate, other: Candidate) -> float:
@@ -189,7 +195,7 @@ class EarlyStop:
     def train(self, model: nn.Module, task: Task, settings: Sequence[float], course: Course) -> dict[float, Snapshot]:
         """See Knob. Raises SettingError for steps that the course does not reach."""
         for setting in settings:
-            if setting != int(setting) or not 0 < setting <= course.steps:
+            if not 0 < setting <= course.steps or setting != int(setting):
                 raise SettingError(
                     f"a network stopped after {setting:g} steps was asked for",
                     f"its training has {course.steps}",
@@ -212,6 +218,11 @@ class BatchSize:
 
     def train(self, model: nn.Module, task: Task, settings: Sequence[float], course: Course) -> dict[float, Snapshot]:
         """See Knob. Raises TaskError for a task whose batches cannot be made larger or smaller."""
+        for size in settings:
+            if not 1 <= size < inf or size != int(size):
+                raise SettingError(
+                    f"batches of {size:g} examples were asked for", "those are whole, one at least", "Give 64, say."
+                )
         given: Any = task
         if not hasattr(task, "batch") or not hasattr(task, "__dataclass_fields__"):
             raise TaskError(
@@ -234,7 +245,14 @@ class Rate:
         return setting
 
     def train(self, model: nn.Module, task: Task, settings: Sequence[float], course: Course) -> dict[float, Snapshot]:
-        """See Knob."""
+        """See Knob. Raises SettingError for a rate that is not above 0."""
+        for rate in settings:
+            if not 0 < rate < inf:
+                raise SettingError(
+                    f"a learning rate of {rate:g} times the task's was asked for",
+                    "it is above 0 and finite",
+                    "Give 1 for the task's own.",
+                )
 
         def train(rate: float) -> None:
             optimizer = Retraining(course.steps, rate=rate).optimizer(model, task)
@@ -257,8 +275,9 @@ class Radius:
         return setting
 
     def train(self, model: nn.Module, task: Task, settings: Sequence[float], course: Course) -> dict[float, Snapshot]:
-        """See Knob."""
-        return _each(model, settings, lambda radius: course.train(model, task, more=[Sam(radius, self.adaptive)]))
+        """See Knob. Raises SettingError for a radius below 0."""
+        rules = {radius: Sam(radius, self.adaptive) for radius in settings}  # all of them, before the first training
+        return _each(model, settings, lambda radius: course.train(model, task, more=[rules[radius]]))
 
 
 def _each(model: nn.Module, settings: Sequence[float], train: Callable[[float], object]) -> dict[float, Snapshot]:
@@ -288,12 +307,14 @@ def family(
         Path(folder).mkdir(parents=True, exist_ok=True)
         about = f"{fingerprint(model)}/{task.fingerprint()}/{task.seed}/{knob!r}/{course!r}"
         stem = hashlib.sha256(about.encode()).hexdigest()[:16]
-        places = {setting: Path(folder) / f"{stem}-{setting:g}.safetensors" for setting in settings}
+        places = {setting: Path(folder) / f"{stem}-{float(setting)!r}.safetensors" for setting in settings}
     found = {setting: Snapshot.load(place) for setting, place in places.items() if place.exists()}
     if missing := [setting for setting in settings if setting not in found]:
         start = Snapshot.of(model)
-        found |= knob.train(model, task, missing, course)
-        start.restore_(model)
+        try:
+            found |= knob.train(model, task, missing, course)
+        finally:
+            start.restore_(model)
     for setting in missing if places else ():
         found[setting].save(places[setting])
     return {setting: found[setting] for setting in settings}
@@ -350,6 +371,12 @@ class Retrain:
 
     def short(self, share: float) -> "Retrain":
         """A cheaper one that stands for this; what it says is a proxy, and is told to be."""
+        if not 0 < share <= 1:
+            raise SettingError(
+                f"a retraining {share:g} times as long was to stand for one of {self.steps} steps",
+                "a proxy is shorter",
+                "Give a share in (0, 1]: 0.1, say.",
+            )
         return replace(self, steps=max(1, round(share * self.steps)), whole=self.whole or self.steps)
 
     @property
@@ -597,7 +624,16 @@ class Advice:
 
 
 def advise(cell: Cell, boundaries: Boundaries, knob: Knob, settings: Sequence[float] = ()) -> Advice:
-    """The regime of a cell, and the next of some settings in the direction it points to; the cell's own at the end."""
+    """The regime of a cell, and the next of some settings in the direction it points to; the cell's own at the end.
+
+    Raises SettingError for a cell that does not say where it stands among them.
+    """
+    if settings and isnan(cell.setting):
+        raise SettingError(
+            f"the next of {len(settings)} settings was to be found",
+            "the cell does not say at which one its dense network was trained",
+            "Say it when measuring: probe(..., setting=800).",
+        )
     placed = boundaries.place(cell)
     way = placed.regime.direction
     here = knob.temperature(cell.setting)
@@ -627,7 +663,7 @@ def drawn(cells: Sequence[Cell], boundaries: Boundaries, knob: Knob) -> str:
 
     The least error of each density is marked.
     """
-    named = {(cell.setting, cell.density): cell for cell in cells}
+    named = _one_each(cells)
     densities = list(by_density(cells))
     settings = sorted({cell.setting for cell in cells}, key=knob.temperature, reverse=True)
     least = best(cells)
@@ -654,8 +690,21 @@ def by_density(cells: Sequence[Cell]) -> Mapping[float, list[Cell]]:
     return {d: [cell for cell in cells if cell.density == d] for d in sorted({cell.density for cell in cells})}
 
 
+def _one_each(cells: Sequence[Cell]) -> dict[tuple[float, float], Cell]:
+    """Cells by setting and density. Raises EvidenceError where two of several seeds would be taken for one another."""
+    found = {(cell.setting, cell.density): cell for cell in cells}
+    if len(found) < len(cells):
+        raise EvidenceError(
+            "a map of temperatures and densities was to be read",
+            f"its {len(cells)} cells have {len(found)} places, as those of several seeds do",
+            "Join them first: joined(cells); or read the map of one seed.",
+        )
+    return found
+
+
 def best(cells: Sequence[Cell]) -> dict[float, float]:
-    """The setting of least test error at each density; of equals the first measured."""
+    """The setting of least test error at each density; of equals the first measured. One cell each: see `joined`."""
+    _one_each(cells)
     return {density: min(some, key=lambda cell: cell.error).setting for density, some in by_density(cells).items()}
 
 
@@ -684,7 +733,7 @@ class Move:
 
 def directions(cells: Sequence[Cell], boundaries: Boundaries, knob: Knob) -> list[Move]:
     """The first case study: from each cell of a map one step in the direction that its regime points to."""
-    named = {(cell.setting, cell.density): cell for cell in cells}
+    named = _one_each(cells)
     moves = []
     for cell in cells:
         there = [setting for setting, density in named if density == cell.density]
@@ -694,8 +743,17 @@ def directions(cells: Sequence[Cell], boundaries: Boundaries, knob: Knob) -> lis
 
 
 def followed(cells: Sequence[Cell], boundaries: Boundaries, knob: Knob, start: float, density: float) -> Cell:
-    """Where the advice leads from a setting, at one density, until it says to stay, to turn round, or ends."""
-    named = {cell.setting: cell for cell in cells if cell.density == density}
+    """Where the advice leads from a setting, at one density, until it says to stay, to turn round, or ends.
+
+    Raises EvidenceError where the map has no such cell.
+    """
+    named = {setting: cell for (setting, there), cell in _one_each(cells).items() if there == density}
+    if start not in named:
+        raise EvidenceError(
+            f"advice was to be followed from {start:g} at a density of {density:g}",
+            f"the map has {', '.join(f'{setting:g}' for setting in named) or 'nothing'} there",
+            "Start at a cell that was measured.",
+        )
     here, before = named[start], 0
     while True:
         advice = advise(here, boundaries, knob, list(named))

@@ -25,7 +25,7 @@ def federated(task: Labelled, clients: int = 10, *, concentration: float = 0.5, 
 
     Source: Hsu, Qi and Brown 2019, arXiv 1909.06335, section 3.
     """
-    *_, labels = task.splits["train"]
+    *_, labels = _held(task, "train")
     if clients < 1 or not concentration > 0 or clients * least > len(labels):
         raise TaskError(
             f"{clients} clients of {task.name} with concentration {concentration:g} and {least} examples or more "
@@ -67,6 +67,16 @@ def federated(task: Labelled, clients: int = 10, *, concentration: float = 0.5, 
     return replace(task, clients=held)
 
 
+def _held(task: Labelled, split: str) -> tuple[torch.Tensor, ...]:
+    """The tensors of a split that has examples. Raises TaskError for any other."""
+    return task.trained_on(split).splits["train"]
+
+
+def _part(labels: torch.Tensor, share: float) -> int:
+    """How many examples a share is: none below 0, all above 1, and none where it is not a number."""
+    return round(min(max(0.0, share), 1.0) * len(labels))  # max(0, nan) is 0, and max(nan, 0) would be nan
+
+
 def forgetting(task: Labelled, *, share: float = 0.1, label: int | None = None) -> Labelled:
     """The task with its training examples divided into "forget" and "retain"; "train" stays whole.
 
@@ -76,11 +86,11 @@ def forgetting(task: Labelled, *, share: float = 0.1, label: int | None = None) 
 
     Source: Jia et al. 2023, arXiv 2304.04934, section 2: random data forgetting and class-wise forgetting.
     """
-    *_, labels = task.splits["train"]
+    *_, labels = _held(task, "train")
     if label is None:
         out = torch.zeros(len(labels), dtype=torch.bool)
         order = torch.randperm(len(labels), generator=generator(task, "forget"))
-        out[order[: max(round(share * len(labels)), 0)]] = True
+        out[order[: _part(labels, share)]] = True
     else:
         out = labels == label
     if not 0 < int(out.sum()) < len(labels):
@@ -109,9 +119,15 @@ def poisoned(task: Images, *, share: float = 0.05, label: int = 0, size: int = 4
 
     Source: Gu, Dolan-Gavitt and Garg 2017, arXiv 1708.06733; Jia et al. 2023, arXiv 2304.04934, section 5.
     """
-    images, labels = task.splits["train"]
+    (images, labels), (test, asked) = _held(task, "train"), _held(task, "test")
+    if not bool((labels == label).any()):
+        raise TaskError(
+            f"images of {task.name} were to be poisoned with label {label}",
+            f"its labels are {', '.join(map(str, torch.unique(labels).tolist()))}",
+            "Give a class that is there: 0, say.",
+        )
     others = (labels != label).nonzero().squeeze(1)
-    count, room = round(share * len(labels)), min(images.shape[-2:])
+    count, room = _part(labels, share), min(images.shape[-2:])
     if not 0 < count <= len(others) or count == len(labels):
         raise TaskError(
             f"a share of {share:g} of {task.name} was to be poisoned with label {label}",
@@ -127,7 +143,6 @@ def poisoned(task: Images, *, share: float = 0.05, label: int = 0, size: int = 4
     order = torch.randperm(len(others), generator=generator(task, "poison"))
     out = torch.zeros(len(labels), dtype=torch.bool)
     out[others[order[:count]]] = True
-    test, asked = task.splits["test"]
     attacked = asked != label
 
     def stamped(images: torch.Tensor) -> torch.Tensor:
