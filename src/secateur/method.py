@@ -35,7 +35,7 @@ from secateur.outcome import (
     site_rows,
     time_pair,
 )
-from secateur.site import Unit
+from secateur.site import Unit, uncompiled
 from secateur.task import Task
 from secateur.walk import journal
 
@@ -252,12 +252,14 @@ def prune(
 ) -> Outcome:
     """Run a method on a model and account for it: the front door.
 
-    The caller's model is left alone unless `inplace`. `measure` names a split on which quality is taken before and
+    The caller's model is left alone unless `inplace`. Of a compiled one, what it compiles is pruned and handed back, to
+    be compiled again. `measure` names a split on which quality is taken before and
     after; `timing` times a forward pass of both. `resume` is a folder in which a run that was cut off is taken up
     at the block it had reached. Raises SettingError for bad settings, ModelError for weights that are not finite,
     BudgetError when a target was not met.
     """
     method.check()
+    model = uncompiled(model)
     refuse_nan(model)
     start = time.perf_counter()
     check_fits(model, task)

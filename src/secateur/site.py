@@ -190,10 +190,16 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             model = model.module
-        elif (inner := model._modules.get(_COMPILED)) is not None:
+        elif (inner := uncompiled(model)) is not model:
             model = inner
         else:
             return model
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module that torch.compile holds; any other as it is."""
+    inner = model._modules.get(_COMPILED)
+    return model if inner is None else inner
 
 
 _COMPILED = "_orig_mod"  # what torch.compile calls the module it holds

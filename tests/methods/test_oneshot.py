@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import make_model, make_task, trained
+from tiny import make_model, make_task, mlp, toy_vectors, trained
 from torch import Tensor, nn
 
 from secateur import prune
@@ -12,6 +12,7 @@ from secateur.cut import weights
 from secateur.edit import Mask
 from secateur.errors import EvidenceError, ModelError, PatternError, SettingError, TaskError
 from secateur.evidence import Evidence, observe
+from secateur.method import load
 from secateur.methods.magnitude import Magnitude
 from secateur.methods.random import Random
 from secateur.methods.sparsegpt import SparseGPT
@@ -274,3 +275,16 @@ def test_the_factor_is_built_in_place_block_by_block(size: int) -> None:
     assert torch.allclose(made.T @ made, gram, rtol=1e-12, atol=1e-12)
     gram[0, 0] = -1
     assert not factor_(gram, block=16)
+
+
+@pytest.mark.parametrize("name", ["magnitude", "wanda", "l1_norm"])
+def test_of_a_compiled_model_what_it_compiles_is_pruned(name):
+    plain, task = mlp(), toy_vectors()
+    compiled = torch.compile(plain, backend="eager")
+    expected = prune(plain, load(name)(sparsity=0.5), task)
+    outcome = prune(compiled, load(name)(sparsity=0.5), task)
+    assert type(outcome.model) is type(plain)
+    assert outcome.ledger == expected.ledger and outcome.ledger.sparsity == 0.5
+    assert all(torch.equal(a, b) for a, b in zip(outcome.model.parameters(), expected.model.parameters(), strict=True))
+    prune(compiled, load(name)(sparsity=0.5), task, inplace=True)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), expected.model.parameters(), strict=True))
