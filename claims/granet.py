@@ -166,7 +166,6 @@ CLAIM = Claim(
             central=False,
         ),
     ),
-    seeds=(0, 1, 2, 3, 4),
     settings={
         "network": "cnn",
         "width": 16,

@@ -175,7 +175,6 @@ CLAIM = Claim(
         ahead("grouped", "global", "and leave the narrowest layer wider", "fewest", central=False),
         ahead("dynamic", 0.5, "a dynamic rate leaves half of all scales below 0.05", "below", central=False),
     ),
-    seeds=(0, 1, 2, 3, 4),
     settings={
         "test": 72,
         "batch": 4,

@@ -248,7 +248,6 @@ CLAIM = Claim(
             central=False,
         ),
     ),
-    seeds=(0, 1, 2, 3, 4),
     settings={
         "network": "small",
         "images": 20_000,
