@@ -19,6 +19,7 @@ from secateur.methods.flap import FLAP, Adaptive, PerLayer
 from secateur.methods.int8 import Int8
 from secateur.methods.l1_norm import L1Norm
 from secateur.methods.llm_pruner import LLMPruner
+from secateur.methods.loraprune import LoRAPrune
 from secateur.methods.wanda import Wanda
 from secateur.site import Part, Site
 
@@ -58,7 +59,10 @@ def test_what_transformers_takes_and_what_it_gives_up():
     assert method == FLAP(allocation=Alike(Adaptive()))
     assert said == ["flap gives layers widths of their own; here each gets the mean, as hf loads one width"]
     method, said = served(LLMPruner(), "hf", llama())
-    assert (method.spare_first, method.spare_last) == (0, 0) and "the 4 first and 2 last blocks" in said[0]
+    assert (method.spare_first, method.spare_last) == (0, 0) and "the first 4 blocks and the last 2" in said[0]
+    method, said = served(LoRAPrune(), "hf", llama())
+    assert (method.spare_first, method.spare_last) == (0, 0)
+    assert "the first 10% of the blocks and the last 1" in said[0]
     method, said = served(Chain((FLAP(), Int8())), "hf", llama())
     assert isinstance(method.methods[0].allocation, Alike) and len(said) == 1
 
