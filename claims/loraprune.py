@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from claims.adapt_pruner import character_llama
 from claims.harness import Claim, Expectation, Settings
 from claims.wanda import smollm2
 from secateur.axes.recovery import only
@@ -45,14 +46,7 @@ def task_of(seed: int, settings: Settings) -> Task:
 def llama(seed: int, steps: int, rate: float) -> nn.Module:
     """Five blocks of width 96, trained from scratch, each head with keys and values of its own as in LLaMA-7B."""
     task = task_of(seed, {"first_rate": rate})
-    vocabulary = 1 + max(int(ids.max()) for ids in task.ids.values())  # type: ignore[attr-defined]
-    config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=96, intermediate_size=256, num_hidden_layers=5, num_attention_heads=6,
-        num_key_value_heads=6, max_position_embeddings=128, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1,
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
+    model = character_llama(task, seed, blocks=5, key_values=6)
     fit(model, task, steps)
     return model.eval()
 

@@ -26,8 +26,10 @@ LEVELS = ("0.9", "0.95")
 KINDS = ("snip", "rigl", "static", "small dense")
 
 
-def task_of(seed: int, settings: Settings) -> Task:
-    learner = Sgd(settings["rate"], decay=5e-4, nesterov=True)
+def task_of(condition: str, seed: int, settings: Settings) -> Task:
+    """Fashion-MNIST with the learning rate that was best for a kind under its budget."""
+    kind, _, rest = condition.partition("@")
+    learner = Sgd(settings["rates"][f"{kind}, operations" if "operations" in rest else kind], decay=5e-4, nesterov=True)
     return fashion_mnist(train_size=settings["images"], flat=True, seed=seed, batch=settings["batch"], learner=learner)
 
 
@@ -61,7 +63,7 @@ def method_of(kind: str, sparsity: float, steps: int, settings: Settings) -> Met
 def cell(condition: str, seed: int, settings: Settings) -> dict[str, float]:
     kind, _, rest = condition.partition("@")
     level, _, budget = rest.partition(" at equal ")
-    task = task_of(seed, settings)
+    task = task_of(condition, seed, settings)
     steps = round(settings["epochs"] * settings["images"] / settings["batch"])
     if kind == "dense":
         model = network(WIDTHS, seed)
@@ -123,7 +125,7 @@ CLAIM = Claim(
     source="arXiv:2302.02596, abstract (a handbook without figures; the experiment is ours)",
     here="An MLP 784-300-100-10 on 6,000 pictures of Fashion-MNIST. Equal epochs: 9; equal operations: as many as "
     "training it whole for 6 and what magnitude left for 3, zeros counted as free. Accuracy on 10,000 test pictures. "
-    "One learning rate, the better of 0.02 and 0.05 for every kind on seed 9.",
+    "Learning rates are the best of 0.02, 0.05, 0.1, 0.2 and 0.4 for each kind and budget at 95 %, on seed 9.",
     conditions=(
         "dense",
         "magnitude@0.95",
@@ -187,7 +189,18 @@ CLAIM = Claim(
         "batch": 128,
         "epochs": 9,
         "first": 2 / 3,
-        "rate": 0.05,
+        "rates": {
+            "dense": 0.1,
+            "magnitude": 0.2,
+            "snip": 0.4,
+            "rigl": 0.1,
+            "static": 0.4,
+            "small dense": 0.05,
+            "snip, operations": 0.4,
+            "rigl, operations": 0.2,
+            "static, operations": 0.4,
+            "small dense, operations": 0.1,
+        },
         "samples": 512,
         "updates": 40,
     },

@@ -179,7 +179,7 @@ def asked(methods: str, levels: str, overrides: Sequence[str], steps: int) -> "l
     used: set[str] = set()
     for text in texts:
         kind = type(method_of(text))
-        known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
+        known = {f.name for f in fields(kind)}  # type: ignore[arg-type]  # methods are dataclasses, which `Method` does not say
         if "steps" not in known:
             raise SettingError(
                 f"{text} was to be compared over equally many epochs",
@@ -201,10 +201,10 @@ def asked(methods: str, levels: str, overrides: Sequence[str], steps: int) -> "l
                 given["sparsity"] = level
             method = _with(text, given)
             if text == "random_pruning":
-                method = replace(method, allocation=Erk())  # type: ignore[type-var]
+                method = replace(method, allocation=Erk())  # type: ignore[type-var]  # methods are dataclasses, which `Method` does not say
             every = getattr(method, "every", None)
             if isinstance(every, int) and every * 10 > steps and "every" not in own and "every=" not in text:
-                method = replace(method, every=max(1, steps // 20))  # type: ignore[type-var]
+                method = replace(method, every=max(1, steps // 20))  # type: ignore[type-var]  # methods are dataclasses, which `Method` does not say
             found.append(method)
     unknown = [key for key in changes if key not in used]
     if unknown:

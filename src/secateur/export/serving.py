@@ -35,25 +35,25 @@ def served(method: Method, to: str, model: nn.Module) -> tuple[Method, list[str]
 
 
 def _alike(method: Method) -> tuple[Method, list[str]]:
-    own = {field.name for field in fields(method)}  # type: ignore[arg-type]
+    own = {field.name for field in fields(method)}  # type: ignore[arg-type]  # methods are dataclasses, which `Method` does not say
     allocation = getattr(method, "allocation", None) if "allocation" in own else None
     if isinstance(allocation, Alike):
         return method, []
     if isinstance(allocation, Allocation):
         if not allocation.needs_scores:
             return method, []  # a share of every site alike
-        changed = replace(method, allocation=Alike(allocation))  # type: ignore[type-var]
+        changed = replace(method, allocation=Alike(allocation))  # type: ignore[type-var]  # methods are dataclasses, which `Method` does not say
         return changed, [
             f"{method.name} gives layers widths of their own; here each gets the mean, as hf loads one width"
         ]
     if {"spare_first", "spare_last"} <= own:
         first, last = getattr(method, "spare_first"), getattr(method, "spare_last")  # noqa: B009  fields of some methods
         start = f"the first {first:.0%} of the blocks" if isinstance(first, float) else f"the first {first} blocks"
-        changed = replace(method, spare_first=0, spare_last=0)  # type: ignore[type-var]
+        changed = replace(method, spare_first=0, spare_last=0)  # type: ignore[type-var]  # methods are dataclasses, which `Method` does not say
         said = f"{method.name} would leave {start} and the last {last} alone; here they are cut like the rest"
         return changed, [said] if first or last else []
     if "uniform" in own:
-        changed = replace(method, uniform=True)  # type: ignore[type-var]
+        changed = replace(method, uniform=True)  # type: ignore[type-var]  # methods are dataclasses, which `Method` does not say
         return changed, [f"{method.name} finds widths of its own; here sites alike get the mean of theirs"]
     raise ExportError(
         f"{method.name} was to leave every layer the same width, as hf loads them",

@@ -167,7 +167,7 @@ def client_app(method: FedTiny, network: Callable[[], nn.Module], task_of: Calla
 # The server
 
 
-class FedTinyStrategy(Strategy):  # type: ignore[misc, unused-ignore]
+class FedTinyStrategy(Strategy):  # type: ignore[misc, unused-ignore]  # no types where it is missing
     """The server of FedTiny as a strategy: `choose` first, then `start` from what it gives, then `outcome`.
 
     Devices that fail or do not answer are left out of the averages of their round. Nothing is sent before `least`
@@ -333,7 +333,7 @@ def server_app(
     return app
 
 
-class LocalGrid(Grid):  # type: ignore[misc, unused-ignore]
+class LocalGrid(Grid):  # type: ignore[misc, unused-ignore]  # no types where it is missing
     """Devices in this process: the app answers every message at once, one after another.
 
     Node k + 1 has "partition-id" k in its configuration and a state of its own. What an app raises comes back as an

@@ -10,6 +10,7 @@ from secateur.report.compare import (
     COMPUTE,
     DENSITY,
     EXPLORED,
+    WHOLE,
     Point,
     asked,
     at_step,
@@ -20,17 +21,9 @@ from secateur.report.compare import (
     speed_up,
 )
 from secateur.studies.ten_lessons import STARTS_SPARSE, Execution, Finding, Origin, Passport, lint
+from secateur.tasks.robustness import CALIBRATION, NOISY
 
-CALIBRATION, NOISY = "calibration error", "accuracy under noise"  # as `secateur.tasks.robustness` names them
-
-OF = {
-    "weights": "prunable weights",
-    "units": "units",
-    "parameters": "parameters",
-    "flops": "operations of a forward pass",
-    "bytes": "bytes in memory",
-    "latency": "time of a forward pass",
-}
+OF = {"weights": "prunable weights", "units": "units", **WHOLE}
 """What a sparsity is a fraction of, in words."""
 
 

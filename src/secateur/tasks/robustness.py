@@ -10,6 +10,9 @@ from secateur.errors import TaskError
 from secateur.task import Task, stream
 from secateur.tasks.labelled import Labelled, device_of, evaluating, logits_of
 
+CALIBRATION, NOISY = "calibration error", "accuracy under noise"
+"""What the values are called."""
+
 BINS = 15  # of confidence, as Guo et al. have them
 NOISE = 0.5  # standard deviation of the noise, as a fraction of that of the input
 
@@ -47,15 +50,15 @@ class Noisy(nn.Module):
 
 
 def robustness(model: nn.Module, task: Task, split: str, noise: float = NOISE) -> dict[str, float]:
-    """{"calibration error", "accuracy under noise"} of a classifier on a split; nothing for another task.
+    """{CALIBRATION, NOISY} of a classifier on a split; nothing for another task.
 
     Where inputs are not numbers, as tokens are, there is no noise to add, and that value is left out.
     """
     if not isinstance(task, Labelled):
         return {}
-    found = {"calibration error": _calibration(model, task, split)}
+    found = {CALIBRATION: _calibration(model, task, split)}
     if any(isinstance(x, Tensor) and x.is_floating_point() for x in task.example.inputs):
-        found["accuracy under noise"] = task.measure(Noisy(model, noise, task.seed), split)["accuracy"]
+        found[NOISY] = task.measure(Noisy(model, noise, task.seed), split)["accuracy"]
     return found
 
 
