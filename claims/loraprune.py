@@ -7,7 +7,6 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from claims.adapt_pruner import character_llama
 from claims.harness import Claim, Expectation, Settings
