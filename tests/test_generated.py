@@ -48,6 +48,13 @@ def test_papers_stand_before_baselines_with_their_verdict():
     assert lines[3].endswith("| not measured |")
 
 
+def test_speeds_are_ratios_to_every_rival_and_blank_where_one_was_not_measured():
+    took = {"torch bf16": 8.0, "torch bf16, compiled": 6.0, "ours": 4.0, "OpenVINO f32": 9.0, "OpenVINO bf16": 3.0}
+    assert generate.ratios(took, "ours", "bf16") == ["2.00", "1.50", "", "0.75", "", ""]
+    took |= {"llama.cpp bf16": 5.0, "llama.cpp Q4_0": 1.0}
+    assert generate.ratios(took, "ours", "bf16")[-1] == "1.25"
+
+
 def test_a_page_has_the_settings_with_their_comments():
     page = generate.method_page("toy", Toy, result())
     assert "| `sparsity` | `float` | `0.5` | fraction removed, in [0, 1) |" in page

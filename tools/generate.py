@@ -3,7 +3,8 @@
 python tools/generate.py            writes every generated file that is stale
 python tools/generate.py --check    says which are stale, and fails if any is
 
-README.md                       what stands between <!-- methods -->, <!-- session --> and <!-- figure --> marks
+README.md                       what stands between <!-- methods -->, <!-- session -->, <!-- speed --> and
+                                <!-- figure --> marks
 docs/figure.svg                 the README's figure, from the result of a claim
 src/secateur/methods/README.md  the catalogue
 docs/reference/*.md             a page per method and per study: idea, source, settings
@@ -30,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import secateur.studies  # noqa: E402
-from benchmarks import kept  # noqa: E402
+from benchmarks import kept, peers, whole_models  # noqa: E402
 from claims import harness  # noqa: E402
 from secateur import method as catalogue  # noqa: E402
 from secateur.claims import ClaimResult, Figure, Finding, claim_schema  # noqa: E402
@@ -65,6 +66,7 @@ def generated() -> dict[str, str]:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     readme = between(readme, "methods", method_table(methods, measured, "docs/reference/"))
     readme = between(readme, "session", session(records(RECORDS / "session")))
+    readme = between(readme, "speed", speed_text())
     drawn = measured.get(FIGURE)
     pages["README.md"] = between(readme, "figure", figure_text(drawn))
     if drawn is not None:
@@ -90,6 +92,57 @@ def session(found: list[Record]) -> str:
     """What was typed and what came of it, from the records of those runs."""
     lines = [line for record in found for line in (f"$ {record.command}", *wrap(summary(record), 110), "")]
     return "\n".join(["```", *lines[:-1], "```"]) if lines else ""
+
+
+SPEEDS = (  # what is told of, its zeros, the cell it is measured in, ours and, where a precision differs, theirs
+    ("SmolLM2-135M, bfloat16, a token", "smollm2 0.5", "secateur bf16", "bf16"),
+    ("SmolLM2-135M, 8 bits, a token", "smollm2 0.5", "secateur 8 bits", "Q8_0"),
+    ("ResNet-20, a picture", "resnet20 0.8", "secateur", ""),
+    ("ResNet-20 four times as wide, 16 pictures", "wide-resnet20 0.8", "secateur", ""),
+    ("MobileNet-v1, a picture", "mobilenet 0.5", "secateur", ""),
+    ("MobileNet-v1, a picture", "mobilenet 0.8", "secateur", ""),
+    (f"perceptron of {'-'.join(map(str, peers.SIZES))}", "mlp 0.8", "secateur", ""),
+)
+PEERS = ("ONNX Runtime", "OpenVINO", "DeepSparse", "llama.cpp")
+
+
+def speed_text() -> str:
+    """A table for each processor: how many times as fast zeros are as the same weights elsewhere."""
+    lines = [
+        "Masks are at random, and what zeros cost is another line. Each figure is how many times as fast the "
+        "accelerated model is as the same weights elsewhere: one thread, medians of runs that took turns. Below 1 it "
+        "is slower.",
+    ]
+    for result, page in kept.everywhere(peers.RESULT, peers.PAGE):
+        found = kept.read(result, {})
+        cells = {cell["name"]: cell["milliseconds"] for cell in found["cells"]}
+        said = f"{found['machine']['processor']}, {found['level']}"
+        lines += ["", *table(said, "zeros", "torch", "torch at its best", *PEERS)]
+        for what, cell, ours, precision in SPEEDS:
+            if cell in cells:
+                lines.append(row(what, f"{float(cell.split()[1]):.0%}", *ratios(cells[cell], ours, precision)))
+        lines += [reading(result.with_name(whole_models.RESULT.name))]
+        lines += ["", f"[All of them]({page.relative_to(ROOT)}), with versions and dates."]
+    return "\n".join(lines)
+
+
+def ratios(milliseconds: dict[str, float], ours: str, precision: str) -> list[str]:
+    """How many times as fast one way is as torch eager, torch at its best and each peer; blank where one is missing."""
+    torch = {name: ms for name, ms in milliseconds.items() if name.startswith("torch")}
+    eager = next(iter(torch.values()))
+    best = {name: [ms for at, ms in milliseconds.items() if at.startswith(name)] for name in PEERS}
+    best["llama.cpp"] = [ms for at, ms in milliseconds.items() if at == f"llama.cpp {precision}"]
+    rivals = [eager, min(torch.values()), *(min(found, default=None) for found in best.values())]
+    return ["" if ms is None else f"{ms / milliseconds[ours]:.2f}" for ms in rivals]
+
+
+def reading(path: Path) -> str:
+    """The line of a prompt that is read at once: where zeros gain least."""
+    ways = {way["name"]: way["read"] for way in kept.read(path, {})["ways"]}
+    dense = [ways["torch, bfloat16"], min(ms for name, ms in ways.items() if name.startswith("torch"))]
+    ours = ways["accelerated, 50% zeros"]
+    said = f"SmolLM2-135M, bfloat16, a prompt of {whole_models.WINDOW}"
+    return row(said, "50%", *(f"{ms / ours:.2f}" for ms in dense), *("" for _ in PEERS))
 
 
 FIGURE = "global_mp"  # the claim that the README's figure is drawn from
