@@ -14,10 +14,13 @@ from secateur.outcome import about_machine, write_text
 
 def here(result: Path, page: Path) -> tuple[Path, Path]:
     """Where this machine's result and page go, given where the first one's are."""
-    processor = about_machine()["processor"]
-    if not result.exists() or _processor(result) == processor:
+    machine = about_machine()
+    if not result.exists() or _alike(result, machine):
         return result, page
-    folder = re.sub(r"[^a-z0-9]+", "-", processor.lower()).strip("-")
+    folder = re.sub(r"[^a-z0-9]+", "-", machine["processor"].lower()).strip("-")
+    other = result.parent / folder / result.name
+    if other.exists() and not _alike(other, machine):
+        folder = f"{folder}-{machine['family']}"
     return result.parent / folder / result.name, page.parent / folder / page.name
 
 
@@ -45,5 +48,8 @@ def write_page(page: Path, text: str) -> None:
     write_text(page, text)
 
 
-def _processor(result: Path) -> str:
-    return json.loads(result.read_text(encoding="utf-8"))["machine"]["processor"]
+def _alike(result: Path, machine: dict[str, Any]) -> bool:
+    """Whether a result is of such a processor: of the same name and, where both say it, of the same generation."""
+    kept = json.loads(result.read_text(encoding="utf-8"))["machine"]
+    families = {found["family"] for found in (kept, machine) if "family" in found}
+    return kept["processor"] == machine["processor"] and len(families) < 2

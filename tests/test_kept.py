@@ -34,3 +34,15 @@ def test_another_machine_touches_nothing_of_the_first_one(places):
     assert kept.everywhere(result, page) == [places, mine]
     assert json.loads(mine[0].read_text())["cells"] == kept.read(mine[0], {})["cells"] == [2]
     assert mine[1].read_text() == "a table\n"
+
+
+def test_a_generation_of_the_same_name_has_a_place_of_its_own(places, monkeypatch):
+    result, page = places
+    kept.write(result, {"machine": {"processor": "a Xeon"}})
+    older = kept.here(result, page)[0]
+    kept.write(older, {"machine": {"processor": "AMD EPYC (R) 9", "family": "26"}})
+    assert kept.here(result, page)[0] == older  # a machine that does not say its own is taken for the same
+    for family, place in (("26", "amd-epyc-r-9"), ("25", "amd-epyc-r-9-25")):
+        machine = {"processor": "AMD EPYC (R) 9", "family": family}
+        monkeypatch.setattr(kept, "about_machine", lambda machine=machine: machine)
+        assert kept.here(result, page)[0].parent.name == place

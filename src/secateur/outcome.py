@@ -433,13 +433,20 @@ def fingerprint(model: nn.Module) -> str:
 def about_machine() -> dict[str, Any]:
     """The machine a number was measured on."""
     name = platform.processor() or platform.machine()
+    said: dict[str, str] = {}
     info = Path("/proc/cpuinfo")
     if info.exists():
-        models = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        name = models[0] if models else name
-    return {"processor": name, "cores": os.cpu_count(), "system": platform.system(), "threads": torch.get_num_threads()}
+        pairs = (line.partition(":") for line in info.read_text().splitlines())
+        said = {key.strip(): value.strip() for key, _, value in pairs}
+    # Behind a hypervisor one name may stand for several generations: "AMD EPYC" for Zen 4 and Zen 5.
+    generation = {"family": said["cpu family"]} if "cpu family" in said else {}
+    return {
+        "processor": said.get("model name", name),
+        **generation,
+        "cores": os.cpu_count(),
+        "system": platform.system(),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def about_versions() -> dict[str, str]:
