@@ -102,6 +102,8 @@ class Card:
     fusion: tuple[str, ...] = ()
     models: tuple[str, ...] = ()  # beside those of `families`
     transfer: tuple[str, ...] = ()
+    start: tuple[str, ...] = ()
+    input: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for axis in AXES:
