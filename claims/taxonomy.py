@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from claims.global_mp import pretrained
 from claims.gradual import network
-from claims.harness import Claim, Expectation, Settings
+from claims.harness import Settings
 from secateur.axes.rules import LearningRate
 from secateur.models.resnet import resnet20
 from secateur.studies.taxonomy import Ground, Side, pair_of
@@ -59,11 +59,14 @@ def untrained(seed: int) -> nn.Module:
 def residual(settings: Settings, pair: int) -> Ground:
     def task(seed: int, times: float) -> Task:
         learner = Sgd(settings["rate"] * times, decay=1e-4, nesterov=True)
-        return replace(photographs(settings["images"], settings["test"]), seed=seed, batch=settings["batch"], learner=learner)
+        return replace(
+            photographs(settings["images"], settings["test"]), seed=seed, batch=settings["batch"], learner=learner
+        )
 
     return Ground(
-        start=untrained, trained=lambda seed: pretrained(), task=task, examples=settings["images"], batch=settings["batch"],
-        sparsity=settings["sparsity"][str(pair)], epochs=settings["epochs"], rate=settings["fine"],
+        start=untrained, trained=lambda seed: pretrained(), task=task, examples=settings["images"],
+        batch=settings["batch"], sparsity=settings["sparsity"][str(pair)],
+        epochs=settings["epochs"], rate=settings["fine"],
     )  # fmt: skip
 
 
@@ -123,17 +126,17 @@ def cell(condition: str, seed: int, settings: Settings) -> dict[str, float]:
 
 
 SETTINGS = {
-        "images": 1536,
-        "batch": 64,
-        "test": 1000,
-        "epochs": 1.0,
-        "rate": 0.1,
-        "fine": 0.1,
-        "adapt": 0.05,
-        "sparsity": {"1": 0.5, "2": 0.8, "3": 0.75, "4": 0.95, "5": 0.3, "6": 0.75, "7": 0.5},
-        "mlp images": 6000,
-        "mlp test": 10_000,
-        "mlp epochs": 6.0,
-        "mlp after": 3.0,
-        "mlp rate": 2e-3,
-    }
+    "images": 1024,
+    "batch": 64,
+    "test": 500,
+    "epochs": 1.0,
+    "rate": 0.1,
+    "fine": 0.1,
+    "adapt": 0.05,
+    "sparsity": {"1": 0.5, "2": 0.8, "3": 0.75, "4": 0.95, "5": 0.3, "6": 0.75, "7": 0.5},
+    "mlp images": 6000,
+    "mlp test": 10_000,
+    "mlp epochs": 6.0,
+    "mlp after": 3.0,
+    "mlp rate": 2e-3,
+}

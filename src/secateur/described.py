@@ -10,8 +10,8 @@ DESCRIBED: dict[str, Card] = {
     "fpgm": Card(
         0, "Filter Pruning via Geometric Median for Deep Convolutional Neural Networks Acceleration",
         arxiv="1811.00250", venue="CVPR", year=2019, when="during training", granularity=("channel",),
-        needs=("labels", "training"), families=("cnn",), criterion=("similarity",), tasks=("classification",), stage=("score or mask",),
-        schedule=("custom",), allocation=("uniform",),
+        needs=("labels", "training"), families=("cnn",), criterion=("similarity",), tasks=("classification",),
+        stage=("score or mask",), schedule=("custom",), allocation=("uniform",),
     ),
     "hrank": Card(
         0, "HRank: Filter Pruning using High-Rank Feature Map", arxiv="2002.10179", venue="CVPR", year=2020,

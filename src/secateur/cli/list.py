@@ -197,9 +197,10 @@ def _remeasured(speaker: Any, found: Any) -> None:
         verdict = f"[{STYLE.get(each.verdict, 'dim')}]{each.verdict}[/]"
         shown.add_row(row.name, escape(says), f"{each.asked:g}{times}", f"{each.ours:.3g}{times}", off, verdict)
     speaker.show(shown)
+    claims = len({row.name for row, _ in told})
     speaker.show(
-        f"\n{len(told)} expectations of {len({row.name for row, _ in told})} claims; off by: what came out less what was"
-        " asked for, of factors in per cent. In brackets: the verdict on the claim does not hang on it."
+        f"\n{len(told)} expectations of {claims} claims; off by: what came out less what was asked for, of factors in "
+        "per cent. In brackets: the verdict on the claim does not hang on it."
     )
 
 

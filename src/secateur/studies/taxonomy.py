@@ -306,13 +306,16 @@ class Geometric:
 
 @dataclass(frozen=True)
 class Schedules:
-    """2: one cut, or several, each of the same share of what is left; under one training with one learning rate."""
+    """2: one cut, or several, each of the same share of what is left; under one training at a constant rate.
+
+    A rate that falls would leave the late cuts nothing to be made up by.
+    """
 
     cuts: int = 5
 
     number: ClassVar[int] = 2
     factor: ClassVar[str] = "one cut, or many"
-    fixed: ClassVar[str] = "criterion (magnitude), final sparsity, epochs in all, learning rate over them"
+    fixed: ClassVar[str] = "criterion (magnitude), final sparsity, epochs in all, learning rate, which is constant"
     compared: ClassVar[tuple[Compared, ...]] = (Compared("many cuts", "one cut", "many cuts"),)
 
     def __post_init__(self) -> None:
@@ -335,7 +338,7 @@ class Schedules:
 
     def _trained(self, name: str, schedule: Schedule, ground: Ground, seed: int) -> Side:
         model, task = ground.trained(seed), ground.task(seed, ground.rate)
-        hold = ramped(model, task, schedule, ground.steps)
+        hold = ramped(model, task, schedule, ground.steps, floor=1.0)
         side = side_of(2, name, ground, seed, model, hold=hold, epochs=ground.epochs, before=ground.before)
         # Until the last cut more was there than is now: the same share of every layer, so that work goes with it.
         mean = fmean(schedule.value(step, ground.steps) for step in range(ground.steps)) / schedule.end
@@ -343,10 +346,13 @@ class Schedules:
         return replace(side, work=side.work + more)
 
 
-def ramped(model: nn.Module, task: Task, schedule: Schedule, steps: int) -> Hold:
-    """Train while a schedule cuts the smallest weights of each layer for good; the rule that holds the masks."""
+def ramped(model: nn.Module, task: Task, schedule: Schedule, steps: int, floor: float = 0.0) -> Hold:
+    """Train while a schedule cuts the smallest weights of each layer for good; the rule that holds the masks.
+
+    `floor` is the learning rate at the end of its cosine, as a fraction of that at the start; 1 is constant.
+    """
     hold = Hold(weights(model))
-    fit(model, task, steps, [LearningRate(), Gradual(hold.sites, schedule, holder=hold)])
+    fit(model, task, steps, [LearningRate(floor=floor), Gradual(hold.sites, schedule, holder=hold)])
     return hold
 
 
