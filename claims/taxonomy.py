@@ -147,14 +147,14 @@ CLAIM = Claim(
     name="taxonomy",
     number=9,
     says="Single weights keep more accuracy than structures at equal sparsity; many cuts usually beat one, at more "
-    "cost; pruning trained weights beats pruning initial ones in the same pattern; whether fine-tuning beats training from "
-    "new weights depends on the budget and the structure.",
+    "cost; pruning trained weights beats pruning initial ones in the same pattern; whether fine-tuning beats training "
+    "from new weights depends on the budget and the structure.",
     source="arXiv:2308.06767, comparisons (recalled from memory: which side it names for data, transfer and dynamic "
     "pruning we do not know, and those expectations are ours)",
     here="Pairs 1, 2, 3 and 5: a trained ResNet-20 on 1,024 photographs of CIFAR-10, one epoch of 16 steps after the "
-    "cut, 500 test pictures. Pair 6: the same network, cut before or half-way through an epoch on Fashion-MNIST at 32x32. "
-    "Pairs 4 and 7: an MLP 784-300-100-10 on 6,000 pictures of Fashion-MNIST, 6 epochs and 3 after the cut, 10,000 "
-    "test pictures; in pair 7 the gates' own work is counted. Learning rates were chosen on seed 9.",
+    "cut, 500 test pictures. Pair 6: the same network, cut before or half-way through an epoch on Fashion-MNIST at "
+    "32x32. Pairs 4 and 7: an MLP 784-300-100-10 on 6,000 pictures of Fashion-MNIST, 6 epochs and 3 after the cut, "
+    "10,000 test pictures; in pair 7 the gates' own work is counted. Learning rates were chosen on seed 9.",
     conditions=tuple(f"{pair}: {name}" for pair, names in SIDES.items() for name in names),
     expects=(
         expected("1: single weights beat channels at equal parameters", "1: weights", "1: channels", central=True),
