@@ -6,6 +6,7 @@ import inspect
 import io
 import re
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -14,12 +15,14 @@ import torch
 from tiny import FAMILIES, make_task, trained
 from torch import nn
 
-from secateur.edit import Mask, Remove, apply_, load, save
+from secateur.edit import Mask, Merge, Remove, Rotate, Update, apply_, load, save
 from secateur.errors import SecateurError
 from secateur.evidence import observe
 from secateur.method import Method, names, prune, settings, tiny
 from secateur.method import load as load_method
 from secateur.outcome import Outcome, Record, record_schema
+from secateur.registry import of_method
+from secateur.task import Around
 
 ROOT = Path(__file__).parent.parent
 METHODS = names()
@@ -224,3 +227,64 @@ def test_its_ledger_counts_each_weight_once(name: str, family: str) -> None:
     assert ledger.removed <= ledger.prunable <= ledger.before.parameters
     assert ledger.units_removed <= ledger.units
     assert ledger.after.parameters >= ledger.before.parameters - ledger.removed
+
+
+# That cards keep to the code: see secateur.registry
+
+
+AXES = {name: of_method(name, load_method(name)).axes for name in METHODS}
+
+
+class Watched(Around):
+    """A task that notes which splits it is asked for, and gives a loss that nothing can be differentiated by."""
+
+    def __init__(self, task) -> None:
+        super().__init__(task)
+        self.asked: list[str] = []
+
+    def batches(self, split, n=None, epoch=0):
+        self.asked.append(split)
+        return self.task.batches(split, n, epoch)
+
+    def loss(self, model, batch):
+        return self.task.loss(model, batch).detach()
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if AXES[n]["data"] == {"none"}])
+def test_one_that_says_it_needs_no_data_asks_for_none(name: str) -> None:
+    family = families(load_method(name))[0]
+    task = Watched(make_task(family))
+    tiny(load_method(name)).run(trained(family), task)
+    assert not task.asked, f"{name} says that it needs no data, and asks for {task.asked}"
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if AXES[n]["gradients"] == {"none"}])
+def test_one_that_says_it_takes_no_gradient_takes_none_and_does_not_train(name: str) -> None:
+    family = families(load_method(name))[0]
+    task = Watched(make_task(family))
+    tiny(load_method(name)).run(trained(family), task)
+    assert "train" not in task.asked, f"{name} says that it does not train"
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if AXES[n]["updates"] == {"none"}])
+def test_one_that_says_it_updates_nothing_leaves_what_stays_as_it_was(name: str) -> None:
+    family = families(load_method(name))[0]
+    done, before = run(name, family), dict(trained(family).named_parameters())
+    assert not any(isinstance(e, (Merge, Rotate)) for e in done.edits)
+    for key, value in done.model.named_parameters():
+        old = before.get(key)
+        if old is not None and old.shape == value.shape:
+            assert bool(((value == old) | (value == 0)).all()), f"{name} changed {key}"
+    added = [e.name for e in done.edits if isinstance(e, Update) and e.name not in before]
+    assert not added, f"{name} added {added}"
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [(n, families(load_method(n))[0]) for n in METHODS if "universal" in AXES[n]["speedup"]],
+)
+def test_one_that_says_dense_kernels_suffice_leaves_fewer_parameters(name: str, family: str) -> None:
+    done, method = run(name, family), tiny(load_method(name))
+    if method.budget() is None and hasattr(method, "strength"):  # how much goes is not asked for: pull hard
+        done = prune(trained(family), replace(method, strength=100 * method.strength), make_task(family))
+    assert sum(p.numel() for p in done.model.parameters()) < sum(p.numel() for p in trained(family).parameters())

@@ -37,6 +37,7 @@ from secateur.outcome import (
 )
 from secateur.site import Unit, uncompiled
 from secateur.task import Task
+from secateur.vocabulary import AXES, checked
 from secateur.walk import journal
 
 When = Literal["before training", "during training", "after training", "around training", "at inference", "recovery"]
@@ -85,6 +86,28 @@ class Card:
     reports: str = ""  # what the paper reports, in a sentence
     checked: str = ""  # the test that pins it: "tests/methods/test_wanda.py::test_..."
     differs: tuple[str, ...] = ()  # each deliberate departure, with the reason
+
+    # The survey's axes, in the words of secateur.vocabulary. () is what secateur.registry derives from the rest of the
+    # card and from the code, where it can; a test names the cards that lack what cannot be derived.
+    criterion: tuple[str, ...] = ()  # never derived
+    tasks: tuple[str, ...] = ()  # the paper's; never derived
+    stage: tuple[str, ...] = ()  # derived unless during training
+    schedule: tuple[str, ...] = ()  # derived where nothing is trained, or it is after the cut
+    allocation: tuple[str, ...] = ()  # derived where it is a setting: the default's
+    retraining: tuple[str, ...] = ()
+    gradients: tuple[str, ...] = ()
+    updates: tuple[str, ...] = ()
+    choice: tuple[str, ...] = ()
+    learns: tuple[str, ...] = ()
+    fusion: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()  # beside those of `families`
+    transfer: tuple[str, ...] = ()
+    start: tuple[str, ...] = ()
+    input: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for axis in AXES:
+            checked(axis, getattr(self, axis, ()))
 
 
 class Method(ABC):
@@ -227,6 +250,14 @@ def names() -> list[str]:
 def load(name: str) -> type[Method]:
     """The method of a name. Raises SettingError, with the nearest name, when there is none."""
     if name not in names():
+        from secateur.described import DESCRIBED
+
+        if name in DESCRIBED:
+            raise SettingError(
+                f"method {name!r} was asked for",
+                f"it is described, not implemented: {DESCRIBED[name].title} ({DESCRIBED[name].year})",
+                "`secateur list` names those that run.",
+            )
         raise SettingError(f"method {name!r} was asked for", "there is none of that name", did_you_mean(name, names()))
     module = importlib.import_module(f"secateur.methods.{name}")
     found = [

@@ -293,6 +293,10 @@ class Activating(Method):
         when="around training",
         needs=("labels", "training"),
         axes="method order rewinding rule",
+        criterion=("magnitude", "activation"),
+        tasks=("classification",),
+        schedule=("geometric",),
+        allocation=("score-driven",),
         reports="around existing methods, 3 to 4 points more at high sparsity on CIFAR-10 and CIFAR-100, 2 to 3 on "
         "ImageNet",
         checked="tests/methods/test_activating.py::test_units_fire_more_often_with_it_than_without",

@@ -256,6 +256,10 @@ class AdaptPruner(Method):
         needs=("calibration", "training"),
         families=("decoder", "encoder", "vision transformer"),
         axes="criterion allocation schedule rule",
+        criterion=("first-order", "similarity"),
+        tasks=("language modelling",),
+        schedule=("linear",),
+        allocation=("score-driven",),
         reports="LLaMA-3.1-8B, pruning alone: 1 to 7 points of average accuracy above LLM-Pruner, FLAP and SliceGPT. "
         "MobileLLM 350M to 125M with 20 stages of training: MMLU 25.35, level with the one trained from scratch.",
         checked="tests/methods/test_adapt_pruner.py::test_a_step_by_hand",

@@ -191,6 +191,11 @@ class AverageParameters(Method):
         when="during training",
         needs=("labels", "training"),
         axes="schedule criterion allocation rule",
+        criterion=("magnitude",),
+        tasks=("language modelling",),
+        stage=("score or mask",),
+        schedule=("custom",),
+        allocation=("score-driven",),
         reports="pruned at 25 to 75 % of the compute, a network is as good as a dense one trained as long that has as "
         "many parameters as it had on average, and smaller in the end",
         checked="tests/methods/test_average_parameters.py::test_the_plan_is_that_of_the_released_models",

@@ -306,6 +306,12 @@ class BiP(Method):
         granularity=("weight", "block"),
         needs=("labels", "training"),
         axes="trained masks rule schedule",
+        criterion=("learned",),
+        tasks=("classification",),
+        stage=("score or mask",),
+        schedule=("one-shot",),
+        allocation=("score-driven",),
+        learns=("bi-level",),
         reports="finds tickets ahead of iterative magnitude pruning's in most of five networks on four data sets, in "
         "one phase, two to seven times as fast at equal accuracy and sparsity",
         checked="tests/methods/test_bip.py::test_a_learnt_mask_is_ahead_of_the_first_at_equal_passes",

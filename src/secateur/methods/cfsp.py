@@ -379,6 +379,8 @@ class CFSP(Method):
         needs=("calibration",),
         families=("decoder", "encoder", "vision transformer"),
         axes="criterion allocation recovery",
+        criterion=("activation",),
+        tasks=("language modelling",),
         reports="Llama and Qwen: better average zero-shot accuracy and perplexity than magnitude, Wanda and FLAP on "
         "feed-forward neurons at 20 to 50 %; about 1.5 times as fast at high sparsity.",
         checked="tests/methods/test_cfsp.py::test_widths_by_hand",

@@ -42,6 +42,8 @@ class DSnoT(Method):
         needs=("calibration",),
         families=("decoder", "encoder", "vision transformer", "moe"),
         axes="criterion pattern allocation refiner",
+        criterion=("activation",),
+        tasks=("language modelling",),
         reports="LLaMA-7B at 70 %: WikiText-2 perplexity 26.79 below Wanda's; gains are small at 50 %.",
         checked="tests/methods/test_dsnot.py::test_rows_equal_the_published_procedure",
         differs=(

@@ -48,6 +48,11 @@ class ECoFLaP(Method):
         needs=("calibration",),
         families=("mlp", "cnn", "decoder", "encoder", "vision transformer", "moe"),
         axes="allocation criterion pattern solver",
+        criterion=("activation", "magnitude", "second-order"),
+        tasks=("retrieval", "language modelling"),
+        gradients=("none",),
+        updates=("none", "solved"),
+        models=("vision-language",),
         reports="BLIP at 50 % without training: Flickr30k image retrieval at 1 is 86.9 dense, 72.3 by Wanda, 79.5 by "
         "ECoFLaP; COCO CIDEr 133.3, 97.1, 111.0.",
         checked="tests/methods/test_ecoflap.py::test_the_mean_slope_is_the_norm_of_the_gradient",

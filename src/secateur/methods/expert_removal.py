@@ -60,6 +60,10 @@ class ExpertRemoval(Method):
         needs=("calibration",),
         families=("moe",),
         axes="criterion",
+        criterion=("activation", "norm", "random"),
+        tasks=("language modelling",),
+        allocation=("uniform",),
+        transfer=("target task",),
         checked="tests/methods/test_expert_removal.py::test_the_least_used_experts_go_with_their_rows",
         differs=("One shot, on routing counts; the paper takes experts out step by step while it fine-tunes.",),
     )

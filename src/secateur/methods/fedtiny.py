@@ -631,6 +631,10 @@ class FedTiny(Method):
         needs=("labels", "training"),
         families=("cnn",),
         axes="allocation criterion rule schedule",
+        criterion=("magnitude", "first-order"),
+        tasks=("classification",),
+        stage=("sparse to sparse",),
+        schedule=("custom",),
         reports="at extreme sparsity 2.61 points more accuracy than the best rival, with 95.91 % less computation and "
         "94.01 % less memory on a device",
         checked="tests/methods/test_fedtiny.py::test_a_layer_is_adjusted_by_hand",

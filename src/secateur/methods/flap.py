@@ -246,6 +246,9 @@ class FLAP(Method):
         needs=("calibration",),
         families=("decoder", "encoder", "vision transformer"),
         axes="criterion allocation",
+        criterion=("activation",),
+        tasks=("language modelling",),
+        updates=("solved",),
         reports="LLaMA-7B, WikiText-2 perplexity at 128 tokens: dense 12.62; 20 % 14.62 (Wanda-sp 22.12), "
         "50 % 31.80 (Wanda-sp 366).",
         checked="tests/methods/test_flap.py::test_what_is_removed_costs_the_sum_of_its_scores",

@@ -57,6 +57,8 @@ class GBLMPruner(Method):
         needs=("calibration",),
         families=("mlp", "cnn", "decoder", "encoder", "vision transformer", "moe"),
         axes="criterion pattern allocation",
+        criterion=("activation", "first-order"),
+        tasks=("language modelling",),
         reports="LLaMA-2-7B, WikiText-2 perplexity at 50 %: 6.86, which is 0.05 to 0.1 below Wanda's.",
         checked="tests/methods/test_gblm.py::test_scores_equal_the_plain_formulas",
         differs=(

@@ -53,6 +53,10 @@ class GlobalMagnitude(Method):
         when="after training",
         needs=("labels", "training"),
         axes="criterion allocation schedule rule",
+        criterion=("magnitude",),
+        tasks=("classification",),
+        schedule=("one-shot", "cubic"),
+        allocation=("score-driven",),
         reports="one global threshold is ahead of elaborate allocations, and a minimum per layer prevents collapse",
         checked="tests/methods/test_global_mp.py::test_a_floor_restores_a_network_that_collapsed",
         differs=(

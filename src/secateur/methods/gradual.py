@@ -55,6 +55,10 @@ class GradualPruning(Method):
         when="during training",
         needs=("labels", "training"),
         axes="schedule criterion allocation pattern rule",
+        criterion=("magnitude",),
+        tasks=("classification", "language modelling"),
+        stage=("score or mask",),
+        schedule=("cubic",),
         reports="a large sparse model beats a small dense one with as many non-zero weights",
         checked="tests/methods/test_gradual.py::test_large_sparse_beats_small_dense",
         differs=(

@@ -59,6 +59,11 @@ class GraNet(Method):
         when="during training",
         needs=("labels", "training"),
         axes="schedule allocation rule growth",
+        criterion=("magnitude", "first-order"),
+        tasks=("classification",),
+        stage=("sparse to sparse", "score or mask"),
+        schedule=("cubic",),
+        allocation=("ERK", "score-driven"),
         reports="from half-dense it is ahead of RigL, and level with gradual pruning from dense at a fraction of its "
         "training cost; exchanged weights raise what a pruned network recovers",
         checked="tests/methods/test_granet.py::test_gradual_with_regrowth_beats_a_mask_that_never_moves",

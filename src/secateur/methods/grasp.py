@@ -41,6 +41,8 @@ class Grasp(Method):
         when="before training",
         needs=("labels", "training"),
         axes="probe allocation rule",
+        criterion=("second-order",),
+        tasks=("classification",),
         reports="ahead of SNIP where very little stays: ResNet-32 and VGG-19 with 2 % of the weights",
         checked="tests/methods/test_at_init.py::test_each_beats_chance_spent_as_evenly",
         differs=(

@@ -158,6 +158,12 @@ class GroupChannel(Method):
         needs=("labels", "training"),
         families=("cnn",),
         axes="rule criterion allocation edit",
+        criterion=("norm scale",),
+        tasks=("detection",),
+        stage=("sparsity regularisation",),
+        schedule=("custom",),
+        retraining=("finetune",),
+        fusion=("distillation",),
         reports="YOLOv4 on PASCAL VOC: 64.7 % fewer parameters and 34.9 % less work.",
         checked="tests/methods/test_group_channel.py::test_three_stages_on_a_detector_with_real_boxes",
         differs=(

@@ -188,6 +188,10 @@ class ICBS(Method):
         needs=("calibration", "labels"),
         families=("mlp", "cnn", "decoder", "encoder", "vision transformer", "moe"),
         axes="criterion pattern allocation refiner curvature search",
+        criterion=("second-order", "search"),
+        tasks=("classification", "language modelling"),
+        schedule=("custom",),
+        gradients=("first", "second"),
         reports="An MLP on Fashion-MNIST with a tenth of its weights: 60.7 % accuracy by magnitude, 69.5, 77.3 and "
         "82.6 % after 1, 2 and 10 epochs of 3 steps.",
         checked="tests/methods/test_icbs.py::test_the_quadratic_is_the_change_of_the_loss",

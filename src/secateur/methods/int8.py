@@ -42,6 +42,11 @@ class Int8(Method):
         arxiv="2208.07339",
         year=2022,
         axes="edit",
+        criterion=("none",),
+        tasks=("any",),
+        allocation=("none",),
+        updates=("solved",),
+        fusion=("quantisation",),
         checked="tests/methods/test_int8.py::test_rounding_by_hand",
         differs=(
             "Weights only: activations stay as they are, so that no outliers need a path of their own.",

@@ -341,6 +341,12 @@ class IssP(Method):
         when="during training",
         needs=("labels", "training"),
         axes="softening allocation pattern rule",
+        criterion=("magnitude",),
+        tasks=("super-resolution",),
+        stage=("score or mask",),
+        schedule=("custom",),
+        retraining=("finetune",),
+        models=("SR",),
         reports="ahead of one-shot L1 from random and from pretrained weights, of ASSL and of SRP at 90 to 99 % in "
         "EDSR, SwinIR and CAT, without a dense network to start from",
         checked="tests/methods/test_iss_p.py::test_shrinking_softly_beats_a_mask_of_random_weights",

@@ -57,6 +57,13 @@ class Jackpots(Method):
         when="after training",
         needs=("labels", "training"),
         axes="allocation criterion trained masks rule",
+        criterion=("learned", "magnitude"),
+        tasks=("classification",),
+        stage=("score or mask",),
+        schedule=("one-shot",),
+        retraining=("none",),
+        updates=("none",),
+        learns=("masks or gates",),
         reports="ResNet-32 on CIFAR-10 has 93.70 % top-1 at 90 % after 30 epochs of searching, no weight changed, and "
         "ResNet-50 more than 70 % on ImageNet at 90 % after five; starting from the largest weights is three times as "
         "fast as from random ones",

@@ -55,6 +55,8 @@ class L1Norm(Method):
         granularity=KINDS,
         families=("decoder", "encoder", "vision transformer", "cnn", "mlp", "moe", "rnn"),
         axes="criterion allocation",
+        criterion=("norm",),
+        tasks=("classification",),
         reports="CIFAR-10, after retraining: 34 % less work for VGG-16 and up to 38 % for ResNet-110.",
         checked="tests/methods/test_l1_norm.py::test_small_filters_go_and_large_ones_stay",
         differs=(

@@ -434,6 +434,10 @@ class LayerLottery(Method):
         needs=("labels", "training"),
         families=("cnn", "decoder", "encoder", "vision transformer", "moe"),
         axes="probe graph rule",
+        criterion=("first-order", "similarity", "random"),
+        tasks=("classification",),
+        allocation=("score-driven",),
+        retraining=("from scratch",),
         reports="ResNet-32 on CIFAR-10 without 1 to 5 of its 15 blocks: +0.08 to -1.00 points chosen by SNIP before "
         "training, +0.40 to +0.12 by GraSP; 1.1 to 1.6 times faster training",
         checked="tests/methods/test_layer_lottery.py::test_a_shallower_network_trains_as_well_on_toy_images",

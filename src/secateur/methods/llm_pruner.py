@@ -88,6 +88,9 @@ class LLMPruner(Method):
         needs=("calibration",),
         families=("decoder", "encoder", "vision transformer"),
         axes="criterion allocation",
+        criterion=("first-order",),
+        tasks=("language modelling",),
+        allocation=("uniform",),
         reports="LLaMA-7B at 20 %, WikiText-2 perplexity: dense 12.62, about 19.1 untuned, 17.6 with adapters.",
         checked="tests/methods/test_llm_pruner.py::test_scores_by_hand",
         differs=(

@@ -421,6 +421,13 @@ class LoRAPrune(Method):
         needs=("labels", "training"),
         families=("decoder", "encoder", "vision transformer"),
         axes="criterion schedule rule adapters",
+        criterion=("first-order",),
+        tasks=("language modelling",),
+        stage=("score or mask",),
+        schedule=("cubic",),
+        allocation=("score-driven",),
+        fusion=("low-rank",),
+        transfer=("target task",),
         reports="LLaMA-7B at 50 %: WikiText-2 perplexity 30.12 (LLM-Pruner 38.12), PTB 50.30 (66.35), with 52.6 % less "
         "memory.",
         checked="tests/methods/test_loraprune.py::test_the_surrogate_gradient_by_hand",

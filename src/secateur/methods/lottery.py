@@ -61,6 +61,10 @@ class Lottery(Method):
         when="around training",
         needs=("labels", "training"),
         axes="criterion rule snapshot",
+        criterion=("magnitude",),
+        tasks=("classification",),
+        schedule=("geometric",),
+        allocation=("uniform",),
         reports="tickets of 21 % of LeNet's weights learn faster and better than the whole, and than other weights "
         "under the same mask; at 3.6 % they still match it",
         checked="tests/methods/test_lottery.py::test_a_ticket_beats_its_controls_on_digits",

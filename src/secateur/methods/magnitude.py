@@ -34,6 +34,8 @@ class Magnitude(Method):
         arxiv="1506.02626",
         year=2015,
         axes="criterion pattern allocation",
+        criterion=("magnitude",),
+        tasks=("any",),
         reports="LLaMA-2-7B at 50 %: WikiText-2 perplexity 14.89 against 5.12 dense (figures of the Wanda paper).",
         checked="tests/methods/test_oneshot.py::test_magnitude_keeps_the_largest",
     )

@@ -171,6 +171,12 @@ class MaskSparsity(Method):
         needs=("labels", "training"),
         families=("cnn",),
         axes="criterion allocation rule edit",
+        criterion=("norm scale",),
+        tasks=("classification", "detection"),
+        allocation=("uniform",),
+        stage=("sparsity regularisation",),
+        schedule=("one-shot",),
+        retraining=("finetune",),
         reports="ResNet-110 on CIFAR-10: 63 % less work, no loss; ResNet-50 on ImageNet: 51 % less, 0.76 points lost.",
         checked="tests/methods/test_mask_sparsity.py::test_scales_that_stay_are_left_alone_and_the_cut_costs_nothing",
         differs=(

@@ -395,6 +395,13 @@ class MetaPruning(Method):
         needs=("labels", "training"),
         families=("mlp", "cnn"),
         axes="graph metanetwork criterion method",
+        criterion=("norm",),
+        tasks=("classification",),
+        stage=("prune and finetune",),
+        schedule=("one-shot",),
+        allocation=("score-driven",),
+        retraining=("finetune",),
+        learns=("meta-network", "graph network"),
         reports="ResNet-56 on CIFAR-10 at 2.9 times fewer multiply-adds and VGG-19 on CIFAR-100 at 9 times, as good as "
         "or ahead of group norms with a sparse regulariser",
         checked="tests/methods/test_meta_pruning.py::test_what_comes_out_has_weaker_groups_and_is_ahead_where_most_goes",

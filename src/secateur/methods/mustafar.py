@@ -43,6 +43,9 @@ class Mustafar(Method):
         granularity=("cache",),
         families=("decoder", "moe"),
         axes="criterion pattern format",
+        criterion=("magnitude",),
+        tasks=("language modelling",),
+        allocation=("uniform",),
         reports="LongBench average of Llama-3-8B-Instruct 43.19 dense, 40.96 with 70 % of keys and values gone; whole "
         "channels by ThinK 26.55 with 70 % of keys alone. The cache takes 45 % of its bytes, up to 2.23 times the "
         "tokens a second.",

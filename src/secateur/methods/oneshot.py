@@ -62,6 +62,9 @@ class OneShot(Method):
         needs=("calibration",),
         families=("mlp", "cnn", "decoder", "encoder", "vision transformer", "moe"),
         axes="criterion pattern allocation solver refiner recovery",
+        criterion=("magnitude", "activation", "first-order", "second-order", "random"),
+        tasks=("any",),
+        updates=("none", "solved"),
         checked="tests/methods/test_oneshot_combinations.py::test_every_legal_combination_runs_and_meets_its_budget",
     )
     tiny: ClassVar = {"samples": 4}

@@ -58,6 +58,11 @@ class Perp(Method):
         when="recovery",
         needs=("training",),
         axes="recovery adapters rule",
+        criterion=("none",),
+        tasks=("classification", "language modelling"),
+        schedule=("one-shot",),
+        allocation=("none",),
+        fusion=("low-rank",),
         reports="OPT-2.7B to 30B: 0.27 to 0.35 % of the parameters suffice to match full retraining after magnitude "
         "pruning; at 50 % OPT-6.7B falls from 10.86 perplexity to 969 before any.",
         checked="tests/methods/test_perp.py::test_a_small_part_recovers_nearly_what_everything_does",

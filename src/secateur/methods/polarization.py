@@ -238,6 +238,12 @@ class Polarization(Method):
         needs=("labels", "training"),
         families=("cnn", "decoder", "encoder", "vision transformer", "moe"),
         axes="rule gate graph",
+        criterion=("learned",),
+        tasks=("classification",),
+        stage=("sparsity regularisation",),
+        schedule=("custom",),
+        allocation=("learned",),
+        learns=("masks or gates",),
         reports="half of the connections of networks for CIFAR-10 and CIFAR-100 go at less than 1 % of accuracy, in "
         "one pass of training",
         checked="tests/methods/test_polarization.py::test_gates_agree_and_hardening_costs_nothing_on_toy_images",

@@ -182,6 +182,9 @@ class PreCrop(Method):
         needs=("labels", "training"),
         families=("cnn", "mlp"),
         axes="allocation probe graph",
+        criterion=("none",),
+        tasks=("classification",),
+        choice=("data-free",),
         reports="as good as weight-level pruning at initialisation with the same densities, and up to 2.7 points ahead "
         "of SynFlow on ImageNet with MobileNetV2",
         checked="tests/methods/test_precrop.py::test_the_narrow_network_does_as_well_as_masks_of_the_same_densities",

@@ -54,6 +54,11 @@ class ProgressiveNM(Method):
         when="during training",
         needs=("labels", "training"),
         axes="pattern schedule rule",
+        criterion=("magnitude",),
+        tasks=("classification", "language modelling"),
+        stage=("score or mask",),
+        schedule=("custom",),
+        allocation=("uniform",),
         reports="at high sparsity up to 2 % better in vision and 5 % in language than SR-STE and its like",
         checked="tests/methods/test_progressive_nm.py::test_at_high_sparsity_a_decaying_mask_settles_and_a_hard_one_flickers",
         differs=(

@@ -31,6 +31,8 @@ class Random(Method):
         venue="folklore",
         year=1990,
         axes="criterion pattern allocation",
+        criterion=("random",),
+        tasks=("any",),
         checked="tests/methods/test_oneshot.py::test_random_depends_on_the_seed_alone",
     )
 

@@ -50,6 +50,8 @@ class RandomPruning(Method):
         when="before training",
         needs=("labels", "training"),
         axes="allocation criterion rule",
+        criterion=("random",),
+        tasks=("classification",),
         reports="a random mask with good shares per layer trains as well as a dense network once that is wide and deep "
         "enough, ahead of a dense Wide ResNet-50 on ImageNet",
         checked="tests/methods/test_random_pruning.py::test_the_gap_to_dense_shrinks_with_width",

@@ -198,6 +198,11 @@ class RandomSearch(Method):
         needs=("labels", "training"),
         families=("mlp", "cnn", "decoder", "encoder", "vision transformer", "rnn"),
         axes="draw judge",
+        criterion=("random", "search"),
+        tasks=("classification",),
+        allocation=("uniform",),
+        learns=("search",),
+        fusion=("architecture search",),
         reports="Sub-networks found by random search neither perform better nor converge faster than random ones.",
         checked="tests/methods/test_random_search.py::test_the_winner_is_the_first_of_the_lowest",
         differs=(

@@ -55,6 +55,9 @@ class RecurrentPruning(Method):
         needs=("labels", "training"),
         families=("rnn",),
         axes="criterion allocation rule",
+        criterion=("magnitude",),
+        tasks=("classification",),
+        schedule=("one-shot",),
         reports="without retraining all four cells bear 60 % and one epoch makes up for 90 %; GRU and LSTM "
         "recover from the loss of every hidden-to-hidden weight, plain cells do not",
         checked="tests/methods/test_recurrent.py::test_the_threshold_is_of_all_matrices_chosen_together",

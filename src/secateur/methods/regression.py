@@ -150,6 +150,11 @@ class Regression(Method):
         needs=("calibration", "labels", "training"),
         families=("cnn",),
         axes="solver",
+        criterion=("activation",),
+        tasks=("classification",),
+        schedule=("custom",),
+        allocation=("uniform",),
+        updates=("solved", "trained"),
         reports="VGG-16 five times faster on ImageNet with 0.3 points more top-5 error, ResNet-50 twice with 1.4",
         checked="tests/methods/test_filter_methods.py::test_the_output_is_told_from_channels_and_weights_are_solved_by_hand",
         differs=(

@@ -108,6 +108,10 @@ class Sap(Method):
         when="around training",
         needs=("labels", "training"),
         axes="amount allocation rule snapshot stopping",
+        criterion=("magnitude", "information"),
+        tasks=("classification",),
+        schedule=("custom",),
+        allocation=("score-driven",),
         reports="the PQ index falls, rises and falls again as pruning goes on; a pruner led by it compresses more than "
         "the lottery's fixed 20 % a round, in fewer rounds",
         checked="tests/methods/test_sap.py::test_fewer_rounds_than_the_lottery_to_the_same_sparsity_on_digits",

@@ -49,6 +49,10 @@ class SparseEvolution(Method):
         when="during training",
         needs=("labels", "training"),
         axes="schedule allocation rule growth",
+        criterion=("magnitude", "random"),
+        tasks=("classification",),
+        stage=("sparse to sparse",),
+        schedule=("custom",),
         reports="MLPs with a few percent of the weights from start to end match or beat dense ones",
         checked="tests/methods/test_granet.py::test_set_worked_by_hand",
         differs=(

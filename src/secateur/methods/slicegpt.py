@@ -146,6 +146,10 @@ class SliceGPT(Method):
         needs=("calibration",),
         families=("decoder",),
         axes="evidence edit",
+        criterion=("activation",),
+        tasks=("language modelling",),
+        allocation=("uniform",),
+        updates=("solved",),
         reports="LLaMA-2-7B, WikiText-2 perplexity: dense 5.47; 20 % 6.64, 25 % 7.24, 30 % 8.12 of the width sliced.",
         checked="tests/methods/test_slicegpt.py::test_principal_axes_beat_deleting_channels",
         differs=(

@@ -53,6 +53,12 @@ class Slimming(Method):
         needs=("labels", "training"),
         families=("cnn",),
         axes="rule allocation graph",
+        criterion=("norm scale",),
+        tasks=("classification",),
+        stage=("sparsity regularisation",),
+        schedule=("one-shot",),
+        allocation=("score-driven",),
+        retraining=("finetune",),
         reports="VGG on CIFAR-10 and other sets 20 times smaller with 5 times less work",
         checked="tests/methods/test_filter_methods.py::test_the_smallest_scales_anywhere_go_and_no_layer_may_vanish",
         differs=(

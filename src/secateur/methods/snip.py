@@ -40,6 +40,8 @@ class Snip(Method):
         when="before training",
         needs=("labels", "training"),
         axes="probe allocation rule",
+        criterion=("first-order",),
+        tasks=("classification",),
         reports="networks of 5 to 10 % of the weights train as well as the whole, chosen before training in one pass",
         checked="tests/methods/test_at_init.py::test_each_beats_chance_spent_as_evenly",
         differs=("it scores the very weights it then trains; the authors' code draws others to score",),

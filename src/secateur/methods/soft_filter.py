@@ -113,6 +113,11 @@ class SoftFilter(Method):
         needs=("labels", "training"),
         families=("cnn",),
         axes="criterion rule",
+        criterion=("norm",),
+        tasks=("classification",),
+        stage=("score or mask",),
+        schedule=("custom",),
+        allocation=("uniform",),
         reports="ResNet-101 on ImageNet with 42 % less work and 0.2 points more top-5 accuracy",
         checked="tests/methods/test_filter_methods.py::test_a_filter_that_was_zeroed_may_come_back",
         differs=(

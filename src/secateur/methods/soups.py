@@ -96,6 +96,10 @@ class Soups(Method):
         when="after training",
         needs=("labels", "training"),
         axes="criterion allocation pattern snapshot rule recovery",
+        criterion=("magnitude",),
+        tasks=("classification",),
+        schedule=("geometric",),
+        retraining=("LR-rewind",),
         reports="averaging replicas retrained in one mask beats the best of them by one to two points at high "
         "sparsity, and retraining one model as long as all of them together",
         checked="tests/methods/test_soups.py::test_a_soup_beats_its_candidates_and_longer_retraining",

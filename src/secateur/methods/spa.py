@@ -172,6 +172,9 @@ class Spa(Method):
         needs=("calibration",),
         families=("mlp", "cnn", "rnn", "decoder", "encoder", "vision transformer", "moe"),
         axes="criterion allocation solver",
+        criterion=("norm", "first-order", "second-order"),
+        tasks=("classification", "language modelling"),
+        updates=("none", "solved"),
         reports="Without fine-tuning or data, ahead of DFPC on ResNet-50 and VGG-19; DistilBERT and ViT pruned too.",
         checked="tests/methods/test_spa.py::test_a_channel_that_two_others_make_up_for_costs_nothing",
         differs=(

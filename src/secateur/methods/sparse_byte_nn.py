@@ -86,6 +86,9 @@ class SparseByteNN(Method):
         granularity=("block",),
         needs=("labels", "training"),
         axes="pattern order allocation rule",
+        criterion=("norm",),
+        tasks=("classification",),
+        schedule=("one-shot", "cubic"),
         reports="MobileNet-v1 on a Snapdragon 855 at 30 %: 1.27 times as fast as dense, 1.29 times as fast as MNN's "
         "sparse engine, 0.224 points of accuracy lost",
         checked="tests/methods/test_sparse_byte_nn.py::test_fewer_rows_a_block_and_rearranged_rows_keep_more",

@@ -301,6 +301,11 @@ class SparseThenPrune(Method):
         needs=("labels", "training"),
         families=("decoder", "encoder", "vision transformer", "moe"),
         axes="rule criterion allocation",
+        criterion=("magnitude",),
+        tasks=("classification",),
+        stage=("sparsity regularisation", "prune and finetune"),
+        schedule=("one-shot",),
+        allocation=("score-driven",),
         reports="with the penalty ViT-B/16 keeps 0.3 to 1.8 points more accuracy, averaged over pruning ratios of 0.1 "
         "to 0.9, on CIFAR-10, CIFAR-100 and ImageNet-100",
         checked="tests/methods/test_sparse_then_prune.py::test_the_penalty_flattens_attention",

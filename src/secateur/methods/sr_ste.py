@@ -50,6 +50,11 @@ class SrSte(Method):
         when="during training",
         needs=("labels", "training"),
         axes="pattern rule",
+        criterion=("magnitude",),
+        tasks=("classification",),
+        stage=("score or mask",),
+        schedule=("one-shot",),
+        allocation=("uniform",),
         reports="masks settle, and a ResNet-50 with 2:4 from scratch is level with the dense one",
         checked="tests/methods/test_progressive_nm.py::test_sr_ste_by_hand_and_its_pull_settles_the_masks",
         differs=(

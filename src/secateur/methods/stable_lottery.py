@@ -254,6 +254,10 @@ class StableLottery(Method):
         when="around training",
         needs=("labels", "training"),
         axes="criterion rule snapshot rewinding",
+        criterion=("magnitude",),
+        tasks=("classification",),
+        schedule=("geometric",),
+        allocation=("score-driven",),
         reports="ResNet-50 at 80 % sparsity matches the whole network on ImageNet when rewound early in training, and "
         "fails when rewound to the start; 0.1 to 7 % of training is early enough",
         checked="tests/methods/test_stable_lottery.py::test_twins_of_a_ticket_are_closer_than_those_of_a_random_mask",

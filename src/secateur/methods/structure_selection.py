@@ -215,6 +215,12 @@ class StructureSelection(Method):
         needs=("labels", "training"),
         families=("cnn",),
         axes="rule graph",
+        criterion=("learned",),
+        tasks=("classification",),
+        stage=("sparsity regularisation",),
+        schedule=("custom",),
+        allocation=("learned",),
+        learns=("masks or gates",),
         reports="ResNet-50 on ImageNet cut to 41, 32 and 26 layers, each in one training",
         checked="tests/methods/test_filter_methods.py::test_a_factor_of_zero_is_the_unit_gone_and_others_fold_in",
         differs=(

@@ -286,6 +286,9 @@ class STUN(Method):
         needs=("calibration",),
         families=("moe",),
         axes="criterion pattern allocation merge",
+        criterion=("similarity", "activation"),
+        tasks=("language modelling",),
+        updates=("none", "solved"),
         reports="Snowflake Arctic at 40 %, GSM8K: dense 70.74, STUN 70.28, OWL alone 63.76; Mixtral-8x7B-Instruct at "
         "65 %: 25.09 and 1.29.",
         checked="tests/methods/test_stun.py::test_agglomeration_by_hand",

@@ -217,6 +217,10 @@ class TextToImage(Method):
         needs=("calibration",),
         families=("encoder",),
         axes="criterion pattern allocation",
+        criterion=("magnitude", "activation"),
+        tasks=("text to image",),
+        allocation=("uniform",),
+        models=("diffusion",),
         reports="Stable Diffusion 2, FID on 10,000 captions: dense 18.07; text encoder 47.5 % and UNet 35 % by "
         "magnitude 18.1, 60 % and 47.5 % 140; by itself the text encoder falls behind 57.5 %, the UNet behind 35 %.",
         checked="tests/methods/test_text_to_image.py::test_two_components_by_hand",

@@ -121,6 +121,11 @@ class ThiNet(Method):
         needs=("calibration", "labels", "training"),
         families=("cnn",),
         axes="solver rule",
+        criterion=("activation",),
+        tasks=("classification",),
+        schedule=("custom",),
+        allocation=("uniform",),
+        updates=("solved", "trained"),
         reports="VGG-16 on ImageNet with 3.3 times less work at 0.5 points of top-5 accuracy, ResNet-50 with half of "
         "its work and parameters at 1 point",
         checked="tests/methods/test_filter_methods.py::test_filters_go_that_the_next_layer_does_not_notice_by_hand",

@@ -584,6 +584,12 @@ class TurboVbi(Method):
         needs=("labels", "training"),
         families=("mlp", "cnn", "encoder", "vision transformer", "decoder"),
         axes="rule prior graph",
+        criterion=("learned",),
+        tasks=("classification",),
+        stage=("sparsity regularisation",),
+        schedule=("custom",),
+        allocation=("learned",),
+        learns=("masks or gates",),
         reports="higher compression at equal or better accuracy than VBI and dropout with independent or group priors, "
         "and non-zeros in clusters, for LeNet-5 and AlexNet; no target can be set: what is reached is what is found",
         checked="tests/methods/test_turbo_vbi.py::test_runs_are_longer_with_the_chain_than_without_on_digits",

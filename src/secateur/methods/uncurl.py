@@ -282,6 +282,11 @@ class UNCURL(Method):
         needs=("calibration",),
         families=("moe",),
         axes="evidence merge",
+        criterion=("similarity",),
+        tasks=("language modelling",),
+        allocation=("uniform",),
+        updates=("solved",),
+        transfer=("target task",),
         reports="Mixtures of 8 to 128 experts on SuperGLUE: at a factor of 2, sometimes 4, as good as a mixture of "
         "that size trained from scratch, where taking out the least used loses accuracy.",
         checked="tests/methods/test_uncurl.py::test_an_expert_merged_with_its_own_permutation_is_itself",

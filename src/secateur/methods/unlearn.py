@@ -101,6 +101,10 @@ class Unlearn(Method):
         needs=("labels", "training"),
         families=("mlp", "cnn", "encoder", "vision transformer", "rnn"),
         axes="unlearner attack rule",
+        criterion=("none",),
+        tasks=("unlearning",),
+        schedule=("one-shot",),
+        allocation=("none",),
         reports="on CIFAR-10 with ResNet-18, fine-tuning unlearns 22.5 % of a class when dense and 73.6 % at 95 % "
         "sparsity, influence unlearning 87.8 and 99.5 %; the L1 penalty brings 77 points without a mask",
         checked="tests/methods/test_unlearn.py::test_influence_finds_where_the_minimum_is_without_the_examples",

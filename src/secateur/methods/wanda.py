@@ -43,6 +43,8 @@ class Wanda(Method):
         needs=("calibration",),
         families=("mlp", "cnn", "decoder", "encoder", "vision transformer", "moe"),
         axes="criterion pattern allocation",
+        criterion=("activation",),
+        tasks=("language modelling",),
         reports="LLaMA-2-7B, WikiText-2 perplexity: dense 5.12, 50 % 6.42 (magnitude 14.89), 2:4 11.02.",
         checked="tests/methods/test_oneshot.py::test_wanda_by_hand",
     )

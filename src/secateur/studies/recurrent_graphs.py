@@ -23,10 +23,17 @@ from secateur.axes.rules import Hold
 from secateur.axes.wirings import Wiring, properties
 from secateur.edit import apply_
 from secateur.errors import SettingError
+from secateur.method import Card
 from secateur.methods.recurrent import Flat
 from secateur.models.recurrent import Cell, WiredClassifier
 from secateur.task import Task
 from secateur.train import fit
+
+CARD = Card(
+    20, "Investigating Sparsity in Recurrent Neural Networks", arxiv="2407.20601", year=2021, when="before training",
+    needs=("labels", "training"), families=("rnn",), criterion=("random",), tasks=("classification",),
+    allocation=("by shape",),
+)  # fmt: skip
 
 LEAST = 20
 """Graphs a regression is made on at least: a tenth of them is what it is judged by."""

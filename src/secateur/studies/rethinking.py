@@ -30,9 +30,16 @@ from secateur.axes.rules import Hold, LearningRate
 from secateur.axes.schedules import Steps
 from secateur.edit import Edit, Mask, Update, apply_
 from secateur.errors import SettingError
+from secateur.method import Card
 from secateur.site import tensors
 from secateur.task import Task, generator
 from secateur.train import Rule, fit
+
+CARD = Card(
+    36, "Rethinking the Value of Network Pruning", arxiv="1810.05270", venue="ICLR", year=2019,
+    granularity=("weight", "channel"), needs=("labels", "training"), criterion=("any",), tasks=("classification",),
+    schedule=("one-shot",), allocation=("any",), retraining=("finetune", "from scratch"),
+)  # fmt: skip
 
 FORWARD_AND_BACKWARD = 3  # a backward pass takes as much work as two forward ones
 

@@ -23,8 +23,16 @@ from torch import nn
 
 from secateur.cut import DEFAULT_EXCLUDE, weights
 from secateur.errors import EvidenceError, SettingError, did_you_mean
+from secateur.method import Card
 from secateur.methods.average_parameters import Window
 from secateur.site import total_units
+
+CARD = Card(
+    8, "The Journey Matters: Average Parameter Count over Pre-training Unifies Sparse and Dense Scaling Laws",
+    arxiv="2501.12486", venue="ICLR", year=2025, when="during training", needs=("labels", "training"),
+    criterion=("magnitude",), tasks=("language modelling",), stage=("score or mask",), schedule=("custom",),
+    allocation=("score-driven",),
+)  # fmt: skip
 
 NAMES = ("A", "alpha", "B", "beta", "E")
 """What a law is made of; in this order inside."""

@@ -27,6 +27,13 @@ from math import isfinite
 from typing import Literal
 
 from secateur.errors import SettingError
+from secateur.method import Card
+
+CARD = Card(
+    10, "Ten Lessons We Have Learned in the New 'Sparseland'", arxiv="2302.02596", year=2023,
+    granularity=("weight", "channel"), needs=("labels", "training"), criterion=("any",), tasks=("any",), stage=("any",),
+    schedule=("any",), allocation=("any",),
+)  # fmt: skip
 
 Level = Literal["error", "warning", "info"]
 Origin = Literal["dense", "post-training", "dense-to-sparse", "sparse-to-sparse"]

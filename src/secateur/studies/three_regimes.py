@@ -48,6 +48,7 @@ from secateur.axes.soup import Refresh, merged
 from secateur.cut import DEFAULT_EXCLUDE, weights
 from secateur.edit import Mask, apply_
 from secateur.errors import EvidenceError, SettingError, TaskError
+from secateur.method import Card
 from secateur.methods.global_mp import magnitudes, masks_of
 from secateur.methods.stable_lottery import check_orders
 from secateur.outcome import fingerprint
@@ -55,6 +56,12 @@ from secateur.site import Site
 from secateur.task import Task
 from secateur.tasks.labelled import device_of, evaluating, logits_of
 from secateur.train import Loop, Rule, Snapshot, fit
+
+CARD = Card(
+    35, "A Three-regime Model of Network Pruning", arxiv="2305.18383", venue="ICML", year=2023,
+    needs=("labels", "training"), families=("mlp", "cnn"), criterion=("magnitude",), tasks=("classification",),
+    schedule=("one-shot",), allocation=("uniform",),
+)  # fmt: skip
 
 # The two measurements
 
