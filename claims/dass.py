@@ -6,7 +6,7 @@ from functools import lru_cache
 import torch
 from torch import nn
 
-from claims.harness import Claim, Expectation, Measured, Settings
+from claims.harness import Claim, Expectation, Settings
 from secateur.axes.cells import SMALL, Genotype, Space
 from secateur.axes.rewinding import reinitialize_
 from secateur.methods.dass import DASS, Chance, DenseSearch, Known, Layers, Search, SparseSearch, Stages, searched
@@ -111,7 +111,11 @@ CLAIM = Claim(
     says="Cells chosen while the network is sparse are ahead of cells chosen dense once both are pruned to 99 %: on "
     "CIFAR-10 a network found so has 81.35 % where a pruned MobileNet-v2 has 73.44 %.",
     source="arXiv:2207.06968, abstract (its other tables were not at hand)",
-    here="",
+    here="Three cells of two nodes, 8 wide, five operations, on 10,000 images of Fashion-MNIST at 14x14. A search has "
+    "100, 40 and 100 steps of 32 images, half of the examples being for alpha; a dense one has all 240 in one stage. "
+    "Each genotype then has 200, 80 and 200, the same trained weights being pruned at both sparsities. Rates were "
+    "chosen on seed 9 by accuracy at 98 %: those of weights (0.05 to 0.2) and scores (0.1 to 30) for three genotypes, "
+    "then alpha's for a sparse search (0.01 to 0.1), which both searches have.",
     conditions=tuple(f"{arm}@{level}" for level in LEVELS for arm in ARMS),
     expects=(
         Expectation("at 98 % cells found sparse are ahead of cells found dense", "sparse@0.98", "dense@0.98",
@@ -137,14 +141,14 @@ CLAIM = Claim(
         "cells": 3,
         "images": 10_000,
         "batch": 32,
-        "search": (150, 60, 150),
-        "final": (300, 100, 300),
-        "rate": 0.05,
-        "score rate": 0.1,
-        "tune rate": 0.05,
+        "search": (100, 40, 100),
+        "final": (200, 80, 200),
+        "rate": 0.1,
+        "score rate": 0.3,
+        "tune rate": 0.1,
         "decay": 5e-4,
-        "dense alpha rate": 0.01,
-        "sparse alpha rate": 0.01,
+        "dense alpha rate": 0.03,
+        "sparse alpha rate": 0.03,
     },
     large={
         "data": "cifar10", "space": "full", "channels": 3, "pool": 1, "width": 16, "cells": 8, "images": 45_000,

@@ -584,7 +584,7 @@ class DASS(Method):
         differs=(
             "weights, scores and alpha have an optimizer each; in the authors' code that of the weights has all three, "
             "so that alpha also steps on the training loss",
-            "first order is the default; the paper's second order is answer=unrolled",
+            "first order is the default; the paper's second order is sparse-search(answer='unrolled')",
             "alpha stands still while masks are searched, as in the authors' default trainer, and masks follow at once",
             "scores are not decayed, which would scale a layer's alike",
             "no auxiliary head, drop-path or cutout, and the network found has as many cells and channels as the one "
@@ -638,7 +638,7 @@ class DASS(Method):
         edits = self.built_(model, task, cells, genotype)
         masks, trained = self.final.run(model, task, self.layers)
         said = [f"genotype: {genotype}", f"{genotype.share:.0%} of its edges have an operation with weights"]
-        said += [*notes, *_left(masks)]
+        said += [*notes, *_left(masks), *self._unused(cells)]
         history = history.then(trained)
         return Outcome(model, [*edits, *masks], history, notes=said + history.notes)
 
@@ -652,6 +652,13 @@ class DASS(Method):
             with seeded(model, generator(task, f"found {name}").initial_seed()):
                 edits.append(Replace(name, cell.found(genotype).to(device)))
         return apply_(model, edits)
+
+    def _unused(self, cells: Mapping[str, SearchCell]) -> list[str]:
+        """A remark where `space` was given, and is not what the cells of the network choose from."""
+        other = next((cell.space for cell in cells.values() if cell.space != self.space), None)
+        if other is None or self.space == Space():
+            return []
+        return [f"the network has cells of its own, with {other.nodes} nodes and {len(other.operations)} operations"]
 
 
 def _left(masks: Sequence[Mask]) -> list[str]:
