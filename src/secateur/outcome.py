@@ -121,7 +121,12 @@ class Ledger:
         left = elements(model)
         prunable = sum(before[name] for name in names)
         rows = site_rows(edits)
-        there = {e.site.name: e.site for e in last.values() if isinstance(e, Mask) and _there(e.site, left)}
+        # What came with a replacement was not there to be removed: its zeros are those of the model that is left.
+        there = {
+            e.site.name: e.site
+            for e in last.values()
+            if isinstance(e, Mask) and _there(e.site, left) and _there(e.site, before)
+        }
         gone = prunable - sum(left.get(name, 0) for name in names)
         gone += sum(row.removed for row in rows if row.site in there and _whole(there[row.site], left))
         # Masks of what was made smaller since say nothing of what is left: its zeros do.

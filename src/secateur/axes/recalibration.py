@@ -1,6 +1,7 @@
-"""Batch norms take their statistics anew after pruning, nothing being trained."""
+"""The running statistics of batch norms: taken anew after pruning, and left alone by passes that should not count."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -45,3 +46,16 @@ def some(task: Task, samples: int) -> Iterator[Batch]:
             return
         seen += batch.size
         yield batch
+
+
+@contextmanager
+def untracked(model: nn.Module) -> Iterator[None]:
+    """Batch norms use a batch's own statistics and do not remember them."""
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    for module in norms:
+        module.track_running_stats = False
+    try:
+        yield
+    finally:
+        for module in norms:
+            module.track_running_stats = True

@@ -12,15 +12,14 @@ magnitude.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from secateur.axes import Curve, keep_top, kept_of
+from secateur.axes.recalibration import untracked
 from secateur.axes.rewinding import apart, pooled
 from secateur.axes.rules import Chained, Hold, LearningRate
 from secateur.axes.schedules import Cosine, Steps
@@ -142,19 +141,6 @@ def _sliced(sites: Sequence[Site], axis: int) -> list[Site]:
     if not found:
         raise SiteError("units of several weights were to be cut", "no layer is left to cut", "Prune single weights.")
     return found
-
-
-@contextmanager
-def untracked(model: nn.Module) -> Iterator[None]:
-    """Batch norms use a batch's own statistics and do not remember them."""
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    for module in norms:
-        module.track_running_stats = False
-    try:
-        yield
-    finally:
-        for module in norms:
-            module.track_running_stats = True
 
 
 class Bilevel(Rule):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from secateur import edit as edits_file
 from secateur.edit import Edit, Mask, Merge, Remove, Replace, Rotate, Update, apply_
 from secateur.errors import ModelError, SecateurError
-from secateur.models import fastestdet, fresh, hf, mobilenet, onnx, pipelines, resnet, super_resolution
+from secateur.models import cells, fastestdet, fresh, hf, mobilenet, onnx, pipelines, resnet, super_resolution
 from secateur.models.folder import Entry, check_saved, check_tensors, few, header, read_json, read_tensors
 from secateur.site import Site, Tensors, tensors
 
@@ -28,6 +28,9 @@ Builder = Callable[[], nn.Module]
 OWN_BUILDERS: dict[str, Builder] = {
     f"{f.__module__}:{f.__name__}": f
     for f in (
+        cells.cells,
+        cells.cells_grey,
+        cells.cells_small,
         fastestdet.fastestdet,
         fresh.gpt,
         fresh.gru,

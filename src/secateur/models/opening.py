@@ -46,6 +46,9 @@ _PACK_FILES = {
 """File, the module whose function of that name builds the network, and the shape of an example."""
 _IMAGE = {"x": (1, 3, 32, 32)}
 _FRESH: dict[str, tuple[str, str, Mapping[str, tuple[int, ...]]]] = {
+    "cells": ("secateur.models.cells", "cells", _IMAGE),
+    "cells-grey": ("secateur.models.cells", "cells_grey", {"x": (1, 1, 28, 28)}),
+    "cells-small": ("secateur.models.cells", "cells_small", _IMAGE),
     "gpt": ("secateur.models.fresh", "gpt", {}),
     "gru": ("secateur.models.fresh", "gru", {}),
     "lstm": ("secateur.models.fresh", "lstm", {}),
