@@ -47,6 +47,7 @@ _PACK_FILES = {
 _IMAGE = {"x": (1, 3, 32, 32)}
 _FRESH: dict[str, tuple[str, str, Mapping[str, tuple[int, ...]]]] = {
     "gpt": ("secateur.models.fresh", "gpt", {}),
+    "grounder": ("secateur.models.grounder", "grounder", {}),
     "gru": ("secateur.models.fresh", "gru", {}),
     "lstm": ("secateur.models.fresh", "lstm", {}),
     "mobilenet": ("secateur.models.mobilenet", "mobilenet", _IMAGE),
