@@ -133,6 +133,8 @@ def test_rooms_are_opened_by_name_and_refuse_models_of_other_kinds():
     assert len(opened.splits["train"].points[0]) == 500
     with pytest.raises(TaskError, match="grounder"):
         open_task("rooms", model=tiny.cnn(), train_size=1, val_size=1, test_size=1)
+    with pytest.raises(TaskError, match="Give one of: rooms"):
+        open_task("reber", model=grounder())
     with pytest.raises(SettingError, match="none of that name"):
         open_task("rooms", window=3)
 

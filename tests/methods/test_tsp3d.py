@@ -256,7 +256,7 @@ def test_a_guide_is_saved_and_built_again_with_its_edits(done, tmp_path):
 
 
 def test_a_pruned_network_is_saved_and_opened_and_answers_the_same(done, tmp_path):
-    save_model(done, tmp_path / "saved")
+    save_model(done, tiny.trained("voxel network"), tmp_path / "saved")
     again = load_model(tmp_path / "saved", build=tiny.voxel_network)
     batch = next(iter(tiny.make_task("voxel network").batches("val", 2)))
     with torch.no_grad():

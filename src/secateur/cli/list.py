@@ -19,7 +19,7 @@ def command(when: str | None, granularity: str | None, family: str | None, needs
     import typing
 
     from secateur.claims import results
-    from secateur.method import When, load, names
+    from secateur.method import SPECIAL_FAMILIES, When, load, names
 
     cards = {name: load(name).card for name in names()}
     whens = typing.get_args(When)
@@ -54,7 +54,7 @@ def command(when: str | None, granularity: str | None, family: str | None, needs
         for name, card in sorted(cards.items(), key=lambda item: (item[1].number == 0, item[0]))
         if when in (None, card.when)
         and (granularity is None or granularity in card.granularity)
-        and (family is None or family in card.families or "any" in card.families)
+        and (family is None or family in card.families or ("any" in card.families and family not in SPECIAL_FAMILIES))
         and (needs is None or needs in card.needs or (needs == "nothing" and not card.needs))
     ]
     speaker = terminal(spoken)

@@ -309,9 +309,15 @@ def _config(model: nn.Module | None, key: str) -> Any:
 
 
 def _refuse(name: str, model: nn.Module | None, *, text: bool) -> None:
-    """Raise TaskError for text with a network that takes images, and the other way round."""
+    """Raise TaskError for text with a network that takes images, the other way round, and either with clouds."""
     if model is None:
         return
+    if isinstance(model, Walks):
+        raise TaskError(
+            f"task {name!r} was asked for",
+            f"{type(model).__name__} takes clouds of points with sentences",
+            f"Give one of: {', '.join(sorted(GROUNDED))}.",
+        )
     sees = _config(model, "num_channels") is not None or any(isinstance(m, nn.Conv2d) for m in model.modules())
     reads = any(isinstance(m, nn.Embedding) for m in model.modules())
     if text and sees and not reads:

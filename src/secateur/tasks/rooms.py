@@ -37,7 +37,6 @@ WORDS = ("", "the", "box", "nearest", "to", "one", *SIZES, *COLOURS)
 """A word's id is its place; 0 stands behind the end."""
 LENGTH = 10
 """Words of the longest sentence."""
-LOOKS = tuple(itertools.product(SIZES, COLOURS))
 SMALL = 0.15
 """Cubic metres below which a box counts as small: between the largest of the small and the smallest of the big."""
 
@@ -236,22 +235,28 @@ def rooms(
     height: float = 2.5,
     fewest: int = 6,
     most: int = 10,
+    colours: int = len(COLOURS),
     relations: float = 0.5,
     seed: int = 0,
     **settings: Any,
 ) -> Grounding:
     """Rooms of `side` metres with `fewest` to `most` boxes, `points` points and as many `sentences` each.
 
-    `relations` is the share of sentences that need a second box, as far as a room has such. The rooms are the same
-    whatever the seed, which draws the order of training. `settings` are fields of `Grounding`. Raises TaskError for
-    sizes that cannot be.
+    The first `colours` of COLOURS are used. `relations` is the share of sentences that need a second box, as far as a
+    room has such. The rooms are the same whatever the seed, which draws the order of training. `settings` are fields
+    of `Grounding`. Raises TaskError for sizes that cannot be.
     """
     sizes = {"train": train_size, "val": val_size, "test": test_size}
-    if min(*sizes.values(), sentences, points) < 1 or not 2 <= fewest <= most or not 0 <= relations <= 1:
+    if (
+        min(*sizes.values(), sentences, points) < 1
+        or not 2 <= fewest <= most
+        or not 0 <= relations <= 1
+        or not 2 <= colours <= len(COLOURS)
+    ):
         raise TaskError(
-            f"rooms {sizes} with {fewest} to {most} boxes and {sentences} sentences each were asked for",
-            "every number is one at least, a room has two boxes or more, and relations are a share in [0, 1]",
-            "Give larger numbers.",
+            f"rooms {sizes} of {fewest} to {most} boxes of {colours} colours, {sentences} sentences, were asked for",
+            f"every number is one at least, boxes two, colours two to {len(COLOURS)}, and relations a share in [0, 1]",
+            "Give other numbers.",
         )
     if side < 2 or height < 1 or most * 1.2 > side * side:
         raise TaskError(
@@ -260,7 +265,7 @@ def rooms(
             "Give larger rooms, or fewer boxes.",
         )
     splits = {
-        split: _rooms(split, size, sentences, points, side, height, fewest, most, relations)
+        split: _rooms(split, size, sentences, points, side, height, fewest, most, colours, relations)
         for split, size in sizes.items()
     }
     return Grounding("rooms", splits, seed=seed, **settings)
@@ -268,7 +273,16 @@ def rooms(
 
 @lru_cache(maxsize=6)
 def _rooms(
-    split: str, size: int, sentences: int, points: int, side: float, height: float, fewest: int, most: int, share: float
+    split: str,
+    size: int,
+    sentences: int,
+    points: int,
+    side: float,
+    height: float,
+    fewest: int,
+    most: int,
+    colours: int,
+    share: float,
 ) -> Rooms:
     draw = torch.Generator().manual_seed({"train": 0, "val": 1, "test": 2}[split])
     clouds, boxes, asked, ids = [], [], list[list[int]](), list[Tensor]()
@@ -276,7 +290,7 @@ def _rooms(
         looks, held, said = [], torch.zeros(0, 6), list[tuple[str, int, int]]()
         while len(said) < 1:
             count = int(torch.randint(fewest, most + 1, (), generator=draw))
-            looks = _looks(count, draw)
+            looks = _looks(count, colours, draw)
             held = _placed(looks, side, draw)
             said = _said(looks, held, sentences, share, draw) if len(held) else []
         clouds.append(_cloud(looks, held, points, side, height, draw))
@@ -287,12 +301,13 @@ def _rooms(
     return Rooms(clouds, boxes, torch.tensor(asked), torch.stack(ids))
 
 
-def _looks(count: int, draw: torch.Generator) -> list[tuple[str, str]]:
+def _looks(count: int, colours: int, draw: torch.Generator) -> list[tuple[str, str]]:
     """Size and colour of each box: some of a few looks that there are several of, the others each once."""
-    order = torch.randperm(len(LOOKS), generator=draw).tolist()
+    known = list(itertools.product(SIZES, [*COLOURS][:colours]))
+    order = torch.randperm(len(known), generator=draw).tolist()
     doubled = count // 4 + 1
-    looks = [LOOKS[order[i % doubled]] for i in range(2 * doubled)]
-    return (looks + [LOOKS[i] for i in order[doubled:]])[:count]
+    looks = [known[order[i % doubled]] for i in range(2 * doubled)]
+    return (looks + [known[i] for i in order[doubled:]])[:count]
 
 
 def _placed(looks: Sequence[tuple[str, str]], side: float, draw: torch.Generator) -> Tensor:
