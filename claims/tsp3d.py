@@ -1,6 +1,7 @@
 """TSP3D: voxels dropped by the text, with and without completion, against all of them and against chance."""
 
 import time
+from dataclasses import replace
 from functools import lru_cache
 from statistics import median
 
@@ -40,9 +41,9 @@ def found(model: nn.Module, task: Grounding, settings: Settings) -> dict[str, fl
     values = task.measure(model, "test")
     times = []
     model.eval()
+    alone = list(replace(task, batch=1).batches("test", settings["timed"]))
     with torch.no_grad():
-        for number in range(3 + settings["timed"]):
-            batch = task._batch(task.splits["test"], torch.tensor([number % len(task.splits["test"])]))
+        for batch in alone[:3] + alone:
             start = time.process_time()
             batch.through(model)
             times.append((time.process_time() - start) * 1e3)
