@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import FAMILIES, make_task, trained
+from tiny import FAMILIES, SPECIAL, make_task, trained
 from torch import nn
 
 from secateur.edit import Mask, Merge, Remove, Rotate, Update, apply_, load, save
@@ -31,7 +31,7 @@ METHODS = names()
 def families(method: type[Method]) -> list[str]:
     """The tiny models a method's card says it handles."""
     said = method.card.families
-    return [f for f in FAMILIES if "any" in said or f in said]
+    return [f for f in FAMILIES if "any" in said or f in said] + [f for f in SPECIAL if f in said]
 
 
 CASES = [(name, family) for name in METHODS for family in families(load_method(name))]

@@ -44,7 +44,10 @@ When = Literal["before training", "during training", "after training", "around t
 
 
 FAMILIES = ("mlp", "cnn", "decoder", "encoder", "vision transformer", "rnn", "moe")
-"""The kinds of model a card may name, beside "any"."""
+"""The kinds of model that "any" on a card stands for."""
+
+SPECIAL_FAMILIES = ("voxel network",)
+"""Kinds that a card has to name, since they lie outside what most methods look at."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class Card:
     when: When = "after training"
     granularity: tuple[str, ...] = ("weight",)  # kinds of site
     needs: tuple[str, ...] = ()  # "calibration", "labels", "training"
-    families: tuple[str, ...] = ("any",)  # "any", or some of FAMILIES
+    families: tuple[str, ...] = ("any",)  # "any", or some of FAMILIES and SPECIAL_FAMILIES
     axes: str = ""  # the words it is made of: "criterion pattern allocation"
     reports: str = ""  # what the paper reports, in a sentence
     checked: str = ""  # the test that pins it: "tests/methods/test_wanda.py::test_..."

@@ -24,7 +24,7 @@ from secateur.axes.patterns import ChannelBlocks
 from secateur.claims import ClaimResult, Verdict, results
 from secateur.described import DESCRIBED
 from secateur.errors import PatternError, SecateurError, SettingError, did_you_mean
-from secateur.method import FAMILIES, Card, Method, When, load, names
+from secateur.method import FAMILIES, SPECIAL_FAMILIES, Card, Method, When, load, names
 from secateur.recipe import Setting, settings_of
 from secateur.site import Kind
 from secateur.vocabulary import ANY, AXES, UNKNOWN
@@ -43,6 +43,7 @@ MODELS = {
     "vision transformer": "ViT",
     "rnn": "RNN",
     "moe": "MoE",
+    "voxel network": "3D",
 }
 """The survey's word for each family."""
 
@@ -138,9 +139,9 @@ class Row:
         return tuple(dict.fromkeys(LETTERS.get(kind, "Other") for kind in self.card.granularity))
 
     def has(self, axis: str, values: Iterable[str]) -> bool:
-        """Whether it has one of some values on an axis; "any" is all of them."""
-        mine = self.axes[axis]
-        return ANY in mine or not mine.isdisjoint(values)
+        """Whether it has one of some values on an axis; "any" is all of them but the special families."""
+        mine, asked = self.axes[axis], set(values)
+        return not mine.isdisjoint(asked) or (ANY in mine and not asked <= set(SPECIAL_FAMILIES))
 
     def about(self) -> dict[str, Any]:
         """All of it as JSON values."""
@@ -346,7 +347,7 @@ def strange(card: Card) -> list[str]:
         "when": ((card.when,), get_args(When)),
         "granularity": (card.granularity, get_args(Kind)),
         "needs": (card.needs, NEEDS),
-        "families": (card.families, (*FAMILIES, ANY)),
+        "families": (card.families, (*FAMILIES, *SPECIAL_FAMILIES, ANY)),
     }
     return [f"{axis} {value!r}" for axis, (mine, words) in known.items() for value in mine if value not in words]
 
@@ -406,7 +407,7 @@ def words_of(axis: str) -> tuple[str, ...]:
         "when": get_args(When),
         "granularity": get_args(Kind),
         "needs": (*NEEDS, "nothing"),
-        "families": FAMILIES,
+        "families": (*FAMILIES, *SPECIAL_FAMILIES),
         "status": get_args(Status),
         "execution": tuple(
             dict.fromkeys([e for each in EXECUTION.values() for e in each] + ["BitmapKV", "BitmapInt8"])

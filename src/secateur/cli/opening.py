@@ -34,6 +34,7 @@ USUAL_TASKS = {
     "mobilenet-half": "cifar10",
     "mobilenet-quarter": "cifar10",
     "vit-tiny": "cifar10",
+    "grounder": "rooms",
     "gru": "reber",
     "lstm": "reber",
     "gpt": "wikitext2",

@@ -18,7 +18,18 @@ from torch import Tensor, nn
 from secateur import edit as edits_file
 from secateur.edit import Edit, Mask, Merge, Remove, Replace, Rotate, Update, apply_
 from secateur.errors import ModelError, SecateurError
-from secateur.models import cells, fastestdet, fresh, hf, mobilenet, onnx, pipelines, resnet, super_resolution
+from secateur.models import (
+    cells,
+    fastestdet,
+    fresh,
+    grounder,
+    hf,
+    mobilenet,
+    onnx,
+    pipelines,
+    resnet,
+    super_resolution,
+)
 from secateur.models.folder import Entry, check_saved, check_tensors, few, header, read_json, read_tensors
 from secateur.site import Site, Tensors, tensors
 
@@ -37,6 +48,7 @@ OWN_BUILDERS: dict[str, Builder] = {
         fresh.lstm,
         fresh.vgg,
         fresh.vit_tiny,
+        grounder.grounder,
         mobilenet.mobilenet,
         mobilenet.mobilenet_half,
         mobilenet.mobilenet_quarter,

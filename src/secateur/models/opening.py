@@ -50,6 +50,7 @@ _FRESH: dict[str, tuple[str, str, Mapping[str, tuple[int, ...]]]] = {
     "cells-grey": ("secateur.models.cells", "cells_grey", {"x": (1, 1, 28, 28)}),
     "cells-small": ("secateur.models.cells", "cells_small", _IMAGE),
     "gpt": ("secateur.models.fresh", "gpt", {}),
+    "grounder": ("secateur.models.grounder", "grounder", {}),
     "gru": ("secateur.models.fresh", "gru", {}),
     "lstm": ("secateur.models.fresh", "lstm", {}),
     "mobilenet": ("secateur.models.mobilenet", "mobilenet", _IMAGE),

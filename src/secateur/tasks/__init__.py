@@ -27,9 +27,11 @@ from secateur.tasks.images import Images, cifar10, digits, fashion_mnist
 from secateur.tasks.labelled import Labelled, device_of, evaluating
 from secateur.tasks.learners import Adam, AdamW, Learner, Sgd
 from secateur.tasks.prompts import Prompts, fashion_prompts, prompts
+from secateur.tasks.rooms import Grounding, rooms
 from secateur.tasks.speech import Speech, spoken_digits
 from secateur.tasks.super_resolution import SuperResolution, super_resolution
 from secateur.tasks.text import Text
+from secateur.voxels.walk import Walks
 
 __all__ = [
     "Adam",
@@ -39,6 +41,7 @@ __all__ = [
     "Captioned",
     "Characters",
     "Detection",
+    "Grounding",
     "Images",
     "Labelled",
     "Learner",
@@ -65,6 +68,7 @@ __all__ = [
     "prompts",
     "python_docs",
     "reber",
+    "rooms",
     "spoken_digits",
     "super_resolution",
     "wikitext2",
@@ -103,12 +107,15 @@ ENLARGED: dict[str, Callable[..., SuperResolution]] = {"super-resolution": super
 FOUND: dict[str, Callable[..., Detection]] = {"bccd": bccd}
 
 
+GROUNDED: dict[str, Callable[..., Grounding]] = {"rooms": rooms}
+
+
 DRAWN: dict[str, Callable[..., Prompts]] = {"fashion-prompts": fashion_prompts, "prompts": prompts}
 
 
 def names() -> list[str]:
     """Every ready-made task by name, sorted."""
-    return sorted([*TEXTS, *LABELLED, *PAIRED, *ENLARGED, *FOUND, *DRAWN, "answers"])
+    return sorted([*TEXTS, *LABELLED, *PAIRED, *ENLARGED, *FOUND, *GROUNDED, *DRAWN, "answers"])
 
 
 def open_task(
@@ -118,7 +125,7 @@ def open_task(
     model: nn.Module | None = None,
     seed: int = 0,
     **settings: Any,
-) -> Text | Labelled | Captioned | SuperResolution | Detection | Prompts | Answers:
+) -> Text | Labelled | Captioned | SuperResolution | Detection | Grounding | Prompts | Answers:
     """A ready-made task by name, or one over a text file or folder by path.
 
     `settings` are the scalars of the task (window, batch, windows, samples; train_size, val_size, test_size, flat,
@@ -137,7 +144,7 @@ def open_task(
         _check(name, given, LABELLED[name], KINDS.get(name, Images))
         _refuse(name, model, text=name == "reber")
         shares = _shares(name, {key: given.pop(key) for key in SHARES if key in given})
-        task: Text | Labelled | Captioned | SuperResolution | Detection = LABELLED[name](seed=seed, **given)
+        task: Text | Labelled | Captioned | SuperResolution | Detection | Grounding = LABELLED[name](seed=seed, **given)
     elif name in ENLARGED:
         _check(name, given, ENLARGED[name], SuperResolution)
         _refuse(name, model, text=False)
@@ -147,6 +154,9 @@ def open_task(
         _check(name, given, FOUND[name], Detection)
         _refuse(name, model, text=False)
         task = FOUND[name](seed=seed, **given)
+    elif name in GROUNDED:
+        _check(name, given, GROUNDED[name], Grounding)
+        task = GROUNDED[name](seed=seed, **given)
     elif name in PAIRED:
         _check(name, given, PAIRED[name], Captioned)
         size = _sides(name, model)
@@ -257,7 +267,7 @@ def _check(
     name: str,
     given: dict[str, Any],
     make: Callable[..., Any],
-    kind: type[Text] | type[Labelled] | type[Captioned] | type[SuperResolution] | type[Detection],
+    kind: type[Text] | type[Labelled] | type[Captioned] | type[SuperResolution] | type[Detection] | type[Grounding],
 ) -> None:
     """Raise SettingError for a setting that a task does not have."""
     inner = {"name", "ids", "mask", "size", "splits", "clients", "scale", "mean", "std", "seed", "classes", "taken"}
@@ -299,9 +309,15 @@ def _config(model: nn.Module | None, key: str) -> Any:
 
 
 def _refuse(name: str, model: nn.Module | None, *, text: bool) -> None:
-    """Raise TaskError for text with a network that takes images, and the other way round."""
+    """Raise TaskError for text with a network that takes images, the other way round, and either with clouds."""
     if model is None:
         return
+    if isinstance(model, Walks):
+        raise TaskError(
+            f"task {name!r} was asked for",
+            f"{type(model).__name__} takes clouds of points with sentences",
+            f"Give one of: {', '.join(sorted(GROUNDED))}.",
+        )
     sees = _config(model, "num_channels") is not None or any(isinstance(m, nn.Conv2d) for m in model.modules())
     reads = any(isinstance(m, nn.Embedding) for m in model.modules())
     if text and sees and not reads:
@@ -318,11 +334,19 @@ def _refuse(name: str, model: nn.Module | None, *, text: bool) -> None:
         )
 
 
-def _fits(task: Text | Labelled | Captioned | SuperResolution | Detection, model: nn.Module) -> None:
+def _fits(task: Text | Labelled | Captioned | SuperResolution | Detection | Grounding, model: nn.Module) -> None:
     """Raise TaskError when a model has no room for the task's tokens, classes or pixels."""
     if isinstance(task, Detection):
         with evaluating(model):
             task.answered(model, task.example.to(device_of(model)))
+        return
+    if isinstance(task, Grounding):
+        if not isinstance(model, Walks):
+            raise TaskError(
+                f"task {task.name!r} was asked for",
+                f"{type(model).__name__} takes no clouds of points with sentences",
+                "Give a model for grounding, such as grounder.",
+            )
         return
     if isinstance(task, SuperResolution):
         with evaluating(model):
