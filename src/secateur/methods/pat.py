@@ -593,7 +593,12 @@ class Pat(Method):
         """
         parts = [site.parts[0] for site in weights(model, self.include, self.exclude)]
         named, tied = dict(model.named_parameters(remove_duplicate=False)), tied_names(model)
-        parts = [part for part in parts if part.index is None and is_linear(model.get_submodule(part.module))]
+        # A layer may have further matrices, such as the shortcut of a sliced stream: an adapter goes beside its weight.
+        parts = [
+            p
+            for p in parts
+            if p.name == f"{p.module}.weight" and p.index is None and is_linear(model.get_submodule(p.module))
+        ]
         if not parts:
             raise SiteError(
                 f"adapters for {type(model).__name__} were asked for",
