@@ -358,15 +358,16 @@ def slice_(
 ) -> list[Edit]:
     """Merge the mixers into what they follow, and take channels out everywhere; changes the model.
 
-    An output layer that shares the embeddings' table gets one of its own first: what is written is mixed, and what is
-    read is not. Embeddings become E D^T, writers D W, gains g sqrt(d / k), writes smaller by as much.
+    An output layer that shares the embeddings' table gets a weight of its own first: what is written is mixed, and what
+    is read is not. Embeddings become E D^T, writers D W, gains g sqrt(d / k), writes smaller by as much.
     """
-    tied, named, edits = tied_names(model), tensors(model), []
-    tables = {name for table in stream.segments[0].embeddings for name in tied.get(table, ())}
-    for name in (n for segment in stream.segments for readers in segment.readers for n in readers):
-        if name in tables:
-            edits += apply_(model, untied(model, name))
     site, narrow = whole(model, stream), sqrt(int(keep.sum()) / stream.width)
+    edits: list[Edit] = []
+    shared = shared_readers(model, stream)
+    for name in shared:
+        edits += apply_(model, untied(model, name, keep))
+    site = replace(site, parts=tuple(part for part in site.parts if part.name not in shared))
+    named = tensors(model)
     for part in site.parts:
         mixer = mixers.get(part.module)
         written = part.axis == (1 if part.name in stream.segments[0].embeddings else 0)
@@ -386,16 +387,21 @@ def slice_(
     return [*edits, *apply_(model, Remove(replace(site, parts=(*site.parts, *gains)), keep))]
 
 
-def untied(model: nn.Module, name: str) -> Replace:
-    """A linear layer with a weight of its own, where it shared another's."""
+def shared_readers(model: nn.Module, stream: Stream) -> list[str]:
+    """The weights that read a stream and are one tensor with a table of embeddings that begins it."""
+    tied = tied_names(model)
+    tables = {name for table in stream.segments[0].embeddings for name in tied.get(table, ())}
+    return [n for segment in stream.segments for readers in segment.readers for n in readers if n in tables]
+
+
+def untied(model: nn.Module, name: str, keep: Tensor) -> Replace:
+    """A linear layer with a weight of its own that reads the channels that stay, where it shared another's."""
     path = name.rpartition(".")[0]
-    module: Any = model.get_submodule(path)
-    own = UntiedLinear(
-        module.in_features, module.out_features, module.bias is not None,
-        device=module.weight.device, dtype=module.weight.dtype,
-    )  # fmt: skip
-    own.load_state_dict(module.state_dict())
-    return Replace(path, own.train(module.training))
+    old: Any = model.get_submodule(path)
+    left, bias = old.weight.detach()[:, keep.to(old.weight.device)], old.bias
+    own = UntiedLinear(left.shape[1], left.shape[0], bias is not None, device=left.device, dtype=left.dtype)
+    own.load_state_dict({"weight": left} if bias is None else {"weight": left, "bias": bias})
+    return Replace(path, own.train(old.training))
 
 
 @torch.no_grad()
@@ -530,7 +536,7 @@ class Pat(Method):
             optimizer = torch.optim.AdamW(groups, self.rate, weight_decay=0.0)
             history = fit(model, task, self.steps, [LearningRate(Cosine(), self.warmup), rule], optimizer)
             masked = answer(model, task.example)
-        shared = any(n in tied_names(model) for n in stream.segments[0].embeddings)
+        shared = shared_readers(model, stream)
         edits = apply_(model, [Update(name, layer.merged()) for name, layer in layers.items()])
         edits += slice_(model, stream, norms, mixers, mask.hard)
         off = answer(model, task.example) - masked
@@ -547,7 +553,7 @@ class Pat(Method):
                 f"{rule.above} logits of the mask were above zero at step {self.turning}: the {keep} largest stayed"
             )
         if shared:
-            own = keep * len(tensors(model)[stream.segments[0].embeddings[0]])
+            own = sum(tensors(model)[name].numel() for name in shared)
             notes.append(f"the output layer shared the embeddings' table, and has one of its own: {own:,} parameters")
         return Outcome(model, edits, history, notes=[*notes, *history.notes])
 
