@@ -36,13 +36,13 @@ def small_task(seed: int, settings: Settings) -> Task:
     return tinyshakespeare(window=64, batch=16, windows=256, seed=seed, learner=AdamW(settings["small_rate"]))
 
 
-def character_llama(task: Task, seed: int, *, blocks: int, key_values: int) -> nn.Module:
-    """A Llama of width 96 with six heads, over the characters of a text, with new weights."""
+def character_llama(task: Task, seed: int, *, blocks: int, key_values: int, width: int = 96) -> nn.Module:
+    """A Llama with six heads, over the characters of a text, with new weights."""
     vocabulary = 1 + max(int(ids.max()) for ids in task.ids.values())  # type: ignore[attr-defined]  # a task of text
     config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=96, intermediate_size=256, num_hidden_layers=blocks, num_attention_heads=6,
-        num_key_value_heads=key_values, max_position_embeddings=128, tie_word_embeddings=True, bos_token_id=0,
-        eos_token_id=1,
+        vocab_size=vocabulary, hidden_size=width, intermediate_size=256, num_hidden_layers=blocks,
+        num_attention_heads=6, num_key_value_heads=key_values, max_position_embeddings=128, tie_word_embeddings=True,
+        bos_token_id=0, eos_token_id=1,
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(seed)

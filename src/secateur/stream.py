@@ -431,7 +431,7 @@ def fuse(model: nn.Module, stream: Stream) -> list[Edit]:
     norm that is neither RMSNorm nor LayerNorm.
     """
     named = tensors(model)
-    kinds = {n: _norm(n, model.get_submodule(n), stream.width) for s in stream.segments for n in s.norms}
+    kinds = {n: norm_kind(n, model.get_submodule(n), stream.width) for s in stream.segments for n in s.norms}
     centred = {kind.centred for kind in kinds.values()}
     if len(centred) > 1:
         raise GraphError(
@@ -461,7 +461,7 @@ def fuse(model: nn.Module, stream: Stream) -> list[Edit]:
     return edits
 
 
-def _fused(model: nn.Module, named: Tensors, name: str, kind: "_Kind", tied: bool) -> list[Edit]:
+def _fused(model: nn.Module, named: Tensors, name: str, kind: "NormKind", tied: bool) -> list[Edit]:
     path = name.rpartition(".")[0]
     module = model.get_submodule(path)
     turned, old = _turned(model, name), named[name]
@@ -559,7 +559,7 @@ def _bias(weight: str) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class _Kind:
+class NormKind:
     """What a norm does: x, less its mean when centred, over its root mean square, times scale, plus shift."""
 
     centred: bool
@@ -568,8 +568,11 @@ class _Kind:
     eps: float
 
 
-def _norm(name: str, module: nn.Module, width: int) -> _Kind:
-    """What a norm does, found by trying it: scales are stored as they are, or as what exceeds one (Gemma)."""
+def norm_kind(name: str, module: nn.Module, width: int) -> NormKind:
+    """What a norm does, found by trying it: scales are stored as they are, or as what exceeds one (Gemma).
+
+    Raises GraphError for one that is neither an RMSNorm nor a LayerNorm.
+    """
     own = dict(module.named_parameters(recurse=False))
     reference = next(iter(own.values()), None)
     dtype = torch.float32 if reference is None else reference.dtype
@@ -593,7 +596,7 @@ def _norm(name: str, module: nn.Module, width: int) -> _Kind:
         for scale in scales:
             made = flow * scale + (0.0 if shift is None else shift)
             if float((made - said).norm()) <= slack * float(said.norm()):
-                return _Kind(centred, scale, shift, eps)
+                return NormKind(centred, scale, shift, eps)
     raise GraphError(
         f"the scale of {name} was to be moved into the layers that read it",
         f"a {type(module).__name__} is neither an RMSNorm nor a LayerNorm by what it does",
