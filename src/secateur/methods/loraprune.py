@@ -329,8 +329,18 @@ def smoothed(old: Tensor, new: Tensor, smooth: float) -> Tensor:
     return smooth * old + (1 - smooth) * new
 
 
+class Hook(Protocol):
+    """A linear layer's part, and what is done to what the layer puts out."""
+
+    part: Part
+
+    def __call__(self, module: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        """What is put out instead."""
+        ...
+
+
 @contextmanager
-def beside(model: nn.Module, layers: Mapping[str, Adapted]) -> Iterator[None]:
+def beside(model: nn.Module, layers: Mapping[str, Hook]) -> Iterator[None]:
     """Within this, adapters and masks take part in the forward pass; afterwards the model is as it was."""
     hooks = [model.get_submodule(layer.part.module).register_forward_hook(layer) for layer in layers.values()]
     try:
