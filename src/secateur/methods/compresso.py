@@ -29,7 +29,7 @@ from secateur.axes import Cosine, Curve, Linear, Schedule
 from secateur.axes.recovery import Retrain, only
 from secateur.axes.rules import LearningRate
 from secateur.cut import weights
-from secateur.edit import Edit, Mask, Remove, Replace, Rotate, Update, apply_, replacement
+from secateur.edit import Edit, Mask, Replace, Rotate, Update, apply_, replacement
 from secateur.errors import BudgetError, GraphError, ModelError, SettingError, TaskError, did_you_mean
 from secateur.graph import Coupling, couple, removals
 from secateur.graph.inner import inner, reader
@@ -37,7 +37,7 @@ from secateur.method import Budget, Card, Method, check_sparsity
 from secateur.methods.loraprune import is_linear
 from secateur.outcome import Outcome
 from secateur.site import Part, Site, Tensors, tensors
-from secateur.stream import Stream, follow
+from secateur.stream import follow
 from secateur.task import Task, generator
 from secateur.train import History, Loop, Rule, fit
 
@@ -122,10 +122,9 @@ class Layout:
     inside: tuple[Site, ...]  # heads and neurons of all blocks, with masks or without
     rows: Mapping[str, Tensor]  # site -> rows and columns that a unit owns, each as long as the stream is wide [units]
     gated: tuple[Site, ...]  # those of them with masks
-    stream: Site | None  # the hidden channels, by the matrices in the blocks that read them; None: without masks
-    written: tuple[Part, ...]  # of embeddings and matrices, what writes the stream
+    stream: Site | None  # the hidden channels, in all that reads and writes them; None: without masks
+    written: tuple[Part, ...]  # those of its parts that write
     norms: tuple[str, ...]  # modules through which it is read
-    head: tuple[Part, ...]  # of the output layer, where it is a matrix of its own
     tied: bool  # whether the output layer is the embedding's matrix
     width: int  # of the stream
 
@@ -167,7 +166,7 @@ def lay_out(model: nn.Module, task: Task, kinds: Sequence[str]) -> tuple[Layout,
     for site in gated:
         _check_called(model, reader(site).module)
     if "stream" not in kinds:
-        return Layout(inside, rows, gated, None, (), (), (), False, width), coupling
+        return Layout(inside, rows, gated, None, (), (), False, width), coupling
     numbers = coupling.need("stream")[0].numbers
     tables = [name for segment in stream.segments for name in segment.embeddings]
     writers = [name for segment in stream.segments for name in segment.writers]
@@ -176,14 +175,14 @@ def lay_out(model: nn.Module, task: Task, kinds: Sequence[str]) -> tuple[Layout,
     norms = tuple(norm for segment in stream.segments for norm in segment.norms)
     for norm in norms:
         _check_norm(norm, model.get_submodule(norm), width)
-    readers, heads = _readers(stream, {part.name for site in inside for part in site.parts})
-    tied = any(named[name] is named[table] for name in heads for table in tables)
+    readers = [name for segment in stream.segments for names in segment.readers for name in names]
+    own = [name for name in readers if not any(named[name] is named[table] for table in tables)]
     biases = [name for w in writers if (name := w.rpartition(".")[0] + ".bias") in named]
     written = [_part(named, name, 1) for name in tables] + [_part(named, name, 0) for name in (*writers, *biases)]
-    parts = tuple(_part(named, name, 1) for name in readers)
-    head = () if tied else tuple(_part(named, name, 1) for name in heads)
+    gains = [_part(named, f"{norm}.weight", 0) for norm in norms]
+    parts = (*written, *gains, *(_part(named, name, 1) for name in own))
     site = Site("stream", "stream", (width,), parts, numbers)
-    return Layout(inside, rows, gated, site, tuple(written), norms, head, tied, width), coupling
+    return Layout(inside, rows, gated, site, tuple(written), norms, len(own) < len(readers), width), coupling
 
 
 def _rows(site: Site, width: int) -> Tensor:
@@ -202,12 +201,6 @@ def _rows(site: Site, width: int) -> Tensor:
         owner = part.owner.reshape(-1)
         total += torch.bincount(owner[owner >= 0], minlength=site.units).double()
     return total
-
-
-def _readers(stream: Stream, inside: set[str]) -> tuple[list[str], list[str]]:
-    """Matrices that read the stream: those of the blocks' heads and neurons, and those of the output layer."""
-    every = [name for segment in stream.segments for names in segment.readers for name in names]
-    return [name for name in every if name in inside], [name for name in every if name not in inside]
 
 
 def _part(named: Tensors, name: str, axis: int) -> Part:
@@ -480,35 +473,30 @@ def cut_(model: nn.Module, layout: Layout, z: Tensors) -> list[Edit]:
         seen = part.read(named).detach()
         value = seen.double() * part.expand(z[site.name].double(), nobody=1.0).to(seen.device)
         edits.append(Update(part.name, (value.T.contiguous() if part.turned else value).to(seen.dtype)))
-    sites = [*([] if layout.stream is None else [layout.stream]), *layout.inside]
+    stream = layout.stream
+    if stream is not None:
+        edits.append(Rotate(Site("stream written", "stream", stream.shape, layout.written), z[stream.name].diag()))
+    sites = [*([] if stream is None else [stream]), *layout.inside]
     # A site that loses nothing is written down too: the budget is a fraction of it as well.
     edits += [
         Mask(s, torch.ones(s.shape, dtype=torch.bool)) for s in sites if s.name not in keep or bool(keep[s.name].all())
     ]
-    cuts: list[Remove] = removals(sites, keep)
-    apply_(model, [*edits, *cuts])
-    return [*edits, *cuts, *(apply_(model, _narrowed(model, layout, z)) if layout.stream is not None else [])]
+    edits = apply_(model, [*edits, *removals(sites, keep)])
+    return edits if stream is None else [*edits, *apply_(model, _norms(model, layout, z[stream.name].double()))]
 
 
-def _narrowed(model: nn.Module, layout: Layout, z: Tensors) -> list[Edit]:
-    """Edits that multiply masks of hidden channels into all that writes them, and fit the norms and the head."""
-    assert layout.stream is not None
-    values = z[layout.stream.name].double()
-    keep = values > 0
-    whole, left = layout.width, int(keep.sum())
-    chosen = torch.eye(whole, dtype=torch.float64)[:, keep]
-    edits: list[Edit] = [
-        Rotate(Site("stream written", "stream", (whole,), layout.written), values.unsqueeze(1) * chosen)
-    ]
-    if layout.head:
-        edits.append(Rotate(Site("stream read by the head", "stream", (whole,), layout.head), chosen))
+def _norms(model: nn.Module, layout: Layout, z: Tensor) -> list[Edit]:
+    """Edits that let norms divide as they did, once the channels that are 0 in z [units] are gone."""
+    keep = z > 0
+    share = layout.width / int(keep.sum())
+    edits: list[Edit] = []
     for norm in layout.norms:
         module = model.get_submodule(norm)
         old: Any = module.weight
-        gain = old.detach().double().cpu()[keep] * (whole / left) ** 0.5
+        gain = old.detach().double().cpu() * share**0.5
         if layout.tied and norm == layout.norms[-1]:
-            gain = gain / values[keep]
-        new = NarrowNorm(left, _eps(module) * whole / left).to(device=old.device, dtype=old.dtype)
+            gain = gain / z[keep]
+        new = NarrowNorm(len(old), _eps(module) * share).to(device=old.device, dtype=old.dtype)
         with torch.no_grad():
             new.weight.copy_(gain)
         new.weight.requires_grad_(old.requires_grad)
@@ -668,7 +656,7 @@ class Compresso(Method):
         return Schedule(end=self.sparsity, begin=self.first, until=until, curve=self.curve, every=1)
 
     def budget(self) -> Budget:
-        """A fraction of the weights of all blocks' matrices."""
+        """A fraction of the weights of all blocks' matrices; a ledger counts the embeddings' columns too."""
         return Budget(self.sparsity)
 
     def run(self, model: nn.Module, task: Task) -> Outcome:
