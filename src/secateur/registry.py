@@ -493,6 +493,8 @@ def recommend(situation: Situation, among: Iterable[Row] | None = None) -> Advic
     ]
     for question, answer, so, asked in _questions(s):
         left = query(found, **asked)
+        if asked.get("speedup") == "universal":  # of several kinds of zeros, those of single weights would gain nothing
+            left = [row for row in left if not row.has("speedup", ("specific",))]
         said = so if left else f"{so}; no row here is all of that, so that this was passed over"
         found = left or found
         walk.append(Step(question, answer, said, len(found)))
@@ -520,7 +522,7 @@ def _questions(s: Situation) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
         "is there a library or device for sparse kernels?", yes(s.sparse_kernels), kernels,
         {"speedup": "specific" if s.sparse_kernels else "universal"},
     )  # fmt: skip
-    given = ("after training", "around training") if s.pretrained else ("before training", "during training")
+    given = "pretrained" if s.pretrained else "initialised"
     so = "prune what was trained" if s.pretrained else "prune before or during training"
     if s.training:
         yield "is training affordable?", "yes", "methods that train may be taken", {}
@@ -531,7 +533,7 @@ def _questions(s: Situation) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
         known = {"none"}
     told = "any supervision" if s.labels else "self-supervised or data-free" if s.calibration else "data-free"
     yield "is labelled data available?", yes(s.labels), told, {"data": tuple(sorted(known))}
-    yield "is a trained model given?", yes(s.pretrained), so, {"when": given}
+    yield "is a trained model given?", yes(s.pretrained), so, {"start": given}
     units = {
         "parameters": "sparsity counts parameters: of=parameters where there is `of`",
         "flops": "count multiply-adds: of=flops where there is `of`; sparsity of weights is not it",

@@ -19,7 +19,7 @@ from secateur.errors import SettingError, SiteError, did_you_mean
 Tensors = Mapping[str, Tensor]
 """By dotted name: parameters and buffers, their gradients, or the contents of a cache."""
 
-Kind = Literal["weight", "block", "channel", "head", "expert", "layer", "stream", "choice", "cache"]
+Kind = Literal["weight", "block", "channel", "head", "expert", "layer", "stream", "choice", "cache", "voxel"]
 Unit = Literal["weights", "units", "parameters", "flops", "bytes", "latency"]
 """What a budget is a fraction of: the weights or the units of what is cut; or the whole network's rest."""
 

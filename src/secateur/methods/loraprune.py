@@ -437,6 +437,7 @@ class LoRAPrune(Method):
         schedule=("cubic",),
         allocation=("score-driven",),
         fusion=("low-rank",),
+        start=("pretrained",),
         transfer=("target task",),
         reports="LLaMA-7B at 50 %: WikiText-2 perplexity 30.12 (LLM-Pruner 38.12), PTB 50.30 (66.35), with 52.6 % less "
         "memory.",

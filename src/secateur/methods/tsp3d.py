@@ -339,6 +339,12 @@ class TSP3D(Method):
         needs=("labels", "training"),
         families=("voxel network",),
         axes="criterion rule growth",
+        criterion=("learned",),
+        tasks=("point clouds",),
+        schedule=("custom",),
+        allocation=("score-driven",),
+        learns=("masks or gates",),
+        start=("initialised",),
         reports="ScanRefer, accuracy at IoU 0.25 and 0.5: 56.45 and 46.71 at 12.43 frames a second; without pruning "
         "44.87 and 29.05 at 14.58, without completion 54.63 and 44.91 at 12.84; 7 % of the voxels are left.",
         checked="tests/methods/test_tsp3d.py::test_a_large_keep_logit_keeps_a_voxel",
