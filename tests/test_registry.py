@@ -3,6 +3,7 @@
 import ast
 import importlib
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,12 @@ from secateur.registry import (
 from secateur.vocabulary import AXES
 
 ROOT = Path(__file__).parent.parent
+
+
+@cache
+def known():
+    """The rows of methods, read once."""
+    return rows()
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +190,7 @@ def test_what_is_only_described_is_never_run():
 
 
 def test_after_training_language_model_no_gradient_no_update():
-    found = called(query(when="after training", family="LLM", gradients="none", updates="none"))
+    found = called(query(known(), when="after training", family="LLM", gradients="none", updates="none"))
     assert {"wanda", "magnitude", "dsnot", "shortgpt", "cfsp"} <= found
     assert not found & {"sparsegpt", "gblm", "slicegpt", "llm_pruner", "adapt_pruner", "snip"}
     asked = listed("--when", "after", "--family", "decoder", "--gradients", "none", "--no-update")
@@ -191,15 +198,15 @@ def test_after_training_language_model_no_gradient_no_update():
 
 
 def test_what_speeds_up_a_plain_processor():
-    found = called(query(speedup="universal"))
+    found = called(query(known(), speedup="universal"))
     assert {"l1_norm", "flap", "shortgpt", "uncurl", "slicegpt", "slimming", "stun"} <= found
     assert not found & {"wanda", "magnitude", "sr_ste", "sparse_byte_nn", "int8", "perp"}
     assert {row["name"] for row in listed("--speedup", "universal")} == found
-    assert all("dense" in row.axes["execution"] for row in query(speedup="universal"))
+    assert all("dense" in row.axes["execution"] for row in query(known(), speedup="universal"))
 
 
 def test_criteria_used_with_n_m():
-    found = grouped(query(pattern="N:M"), "criterion")
+    found = grouped(query(known(), pattern="N:M"), "criterion")
     assert {"magnitude", "activation", "first-order", "second-order", "random"} == found.keys()
     assert "sr_ste" in found["magnitude"]
     assert "wanda" in found["activation"]
@@ -222,7 +229,7 @@ def test_which_claims_were_measured_and_how_far_off(everything):
 
 
 def test_methods_without_labels():
-    found = called(query(data=("none", "unlabelled")))
+    found = called(query(known(), data=("none", "unlabelled")))
     assert {"wanda", "magnitude", "slicegpt", "perp", "uncurl", "mustafar"} <= found
     assert not found & {"snip", "icbs", "lottery"}
     assert {row["name"] for row in listed("--no-labels")} == found
@@ -230,21 +237,21 @@ def test_methods_without_labels():
 
 
 def test_one_axis_any_of_several_and_several_axes_all():
-    both = called(query(when=("before training", "recovery")))
-    assert both == called(query(when="before training")) | called(query(when="recovery"))
-    assert called(query(query(criterion="magnitude"), schedule="cubic")) == called(
-        query(criterion="magnitude", schedule="cubic")
+    both = called(query(known(), when=("before training", "recovery")))
+    assert both == called(query(known(), when="before training")) | called(query(known(), when="recovery"))
+    assert called(query(query(known(), criterion="magnitude"), schedule="cubic")) == called(
+        query(known(), criterion="magnitude", schedule="cubic")
     )
-    assert "text_to_image" in called(query(model="diffusion"))
-    assert "text_to_image" not in called(query(model="RNN"))
+    assert "text_to_image" in called(query(known(), model="diffusion"))
+    assert "text_to_image" not in called(query(known(), model="RNN"))
 
 
 def test_bad_questions_are_refused():
     with pytest.raises(SettingError, match="there is no such axis") as found:
-        query(granularty="head")
+        query(known(), granularty="head")
     assert "granularity" in found.value.do
     with pytest.raises(SettingError, match="methods with stage one-shoot were asked for") as found:
-        query(stage="one-shoot")
+        query(known(), stage="one-shoot")
     assert "one shot" in found.value.do
     said = CliRunner().invoke(main, ["list", "--criterion", "magnitde"])
     assert said.exit_code == 2
@@ -281,7 +288,7 @@ def test_studies_and_described_rows_are_there_when_asked_for():
 
 
 def test_the_walk_without_kernels_training_or_labels():
-    advice = recommend(Situation(training=False, labels=False, family="LLM"))
+    advice = recommend(Situation(training=False, labels=False, family="LLM"), known())
     assert [step.question.split()[0] for step in advice.steps] == ["what", "is", "is", "is", "is", "what"]
     assert [step.answer for step in advice.steps] == ["LLM", "no", "no", "no", "yes", "flops"]
     assert {row.name for row in advice.rows} == {"slicegpt", "spa", "cfsp", "flap", "shortgpt", "llm_pruner"}
@@ -292,14 +299,14 @@ def test_the_walk_without_kernels_training_or_labels():
 
 
 def test_the_walk_with_kernels_and_nothing_else():
-    advice = recommend(Situation(sparse_kernels=True, training=False, labels=False, calibration=False))
+    advice = recommend(Situation(sparse_kernels=True, training=False, labels=False, calibration=False), known())
     assert not {row.name for row in advice.rows} & {"magnitude", "random"}  # what others are held against
     assert "passed over" in advice.steps[2].so or advice.rows
     assert advice.beside[:2] == ("random", "magnitude")
 
 
 def test_the_walk_before_training():
-    advice = recommend(Situation(pretrained=False, family="cnn"))
+    advice = recommend(Situation(pretrained=False, family="cnn"), known())
     assert {row.card.when for row in advice.rows} <= {"before training", "during training"}
     assert all(row.axes["speedup"] == {"universal"} for row in advice.rows)
     assert advice.commands[0].startswith("secateur compare MODEL --methods ")
@@ -310,11 +317,10 @@ def test_the_walk_before_training():
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("sparse_kernels", [True, False])
 def test_every_walk_ends_in_rows_that_run(family, training, sparse_kernels):
-    known = rows()
     for labels in (True, False):
         for pretrained in (True, False):
             s = Situation(sparse_kernels, training, labels, True, pretrained, "latency", family)
-            advice = recommend(s, known)
+            advice = recommend(s, known())
             assert advice.rows
             assert called(advice.rows) <= set(names())
             assert len(advice.beside) == 3
@@ -336,7 +342,7 @@ def test_the_commands_of_the_walk_can_be_parsed():
     from secateur.recipe import method_of, split_methods
 
     for kernels in (True, False):
-        (line,) = recommend(Situation(sparse_kernels=kernels, training=False)).commands
+        (line,) = recommend(Situation(sparse_kernels=kernels, training=False), known()).commands
         for each in split_methods(line.split("--methods ")[1].split()[0]):
             assert method_of(each).name in names()
 

@@ -9,17 +9,14 @@ from torch import nn
 
 from secateur.axes import NM, Global
 from secateur.axes.gates import gated_units, insert_
-from secateur.edit import Mask
 from secateur.errors import EvidenceError, SettingError
 from secateur.graph import couple
 from secateur.methods.magnitude import Magnitude
 from secateur.methods.random import Random
 from secateur.studies import taxonomy
-from secateur.studies.rethinking import work_of
 from secateur.studies.taxonomy import (
     PAIRS,
     Compared,
-    Contrast,
     Dynamic,
     Geometric,
     Ground,
@@ -255,4 +252,3 @@ def test_densities_of_layers_at_one_global_sparsity():
     for each in found.values():
         assert total_left(each, model) == pytest.approx(0.2, abs=1e-3)
     assert found["magnitude"] != found["random"]
-    assert work_of(model, task) > 0 and Mask and Contrast

@@ -381,12 +381,12 @@ def understood(axis: str, values: Sequence[str]) -> tuple[str, tuple[str, ...]]:
             did_you_mean(axis, [*AXIS_NAMES, *_ALIASES]),
         )
     known = words_of(name)
+    short = {word.removesuffix(" training").removeprefix("at "): word for word in known if name == "when"}
     out = []
     for value in values:
         if name == "families":
             value = {word.lower(): family for family, word in MODELS.items()}.get(value.lower(), value)
-        if name == "when":
-            value = {w.removesuffix(" training").removeprefix("at "): w for w in known}.get(value, value)
+        value = short.get(value, value)
         if name == "needs" and value == "none":
             value = "nothing"
         plain = {word.lower().replace(" ", "-"): word for word in known}
@@ -395,7 +395,7 @@ def understood(axis: str, values: Sequence[str]) -> tuple[str, tuple[str, ...]]:
             raise SettingError(
                 f"methods with {axis} {value} were asked for",
                 "no method says that of itself",
-                did_you_mean(value, known),
+                did_you_mean(value, [*known, *short]),
             )
         out.append(value)
     return name, tuple(out)
