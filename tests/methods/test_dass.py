@@ -356,6 +356,13 @@ def test_masks_are_searched_while_weights_and_alpha_stand_still():
     assert len(history.losses) == 6
 
 
+def test_scores_of_either_sign_stay_by_their_size():
+    model, task, layers = network(), tiny.toy_images(), Layers(0.7)
+    first = layers.rule(model).keep
+    masks, _ = Stages(0, 2, 0, score_rate=1e-9).run(model, task, layers)
+    assert all(torch.equal(m.keep, first[m.site.name]) for m in masks)
+
+
 def test_nothing_is_masked_at_a_sparsity_of_none():
     model, task = network(), tiny.toy_images()
     masks, _ = Stages(1, 1, 1).run(model, task, Layers(0.0))
