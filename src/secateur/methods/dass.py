@@ -62,7 +62,7 @@ class Layers:
     """Which layers are sparse, and how much of each stays."""
 
     sparsity: float
-    least: float = 0.0  # weights a layer keeps for each of its output channels
+    least: float = 0.0  # weights that a layer keeps at least, times its output channels
     exclude: tuple[str, ...] = ()
 
     def sites(self, model: nn.Module) -> list[Site]:
@@ -564,7 +564,7 @@ class DASS(Method):
     search: Search = SparseSearch()  # sparse-search; dense-search, chance or known(genotype='...')
     final: Stages = Stages(tune_rate=0.01, decay=4e-4)  # of the network found
     space: Space = Space()  # of cells that are put into a network that has none
-    least: float = 0.0  # weights a layer keeps for each output channel, if its share is less: 1 for depthwise kernels
+    least: float = 0.0  # a layer keeps at least so many weights times its output channels: 1 is a mean of one for each
     exclude: tuple[str, ...] = ()  # layers that stay dense, such as "*.depthwise"
 
     card: ClassVar = Card(
