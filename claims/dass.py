@@ -23,7 +23,9 @@ ARMS = ("dense", "sparse", "chance")
 def task_of(seed: int, frozen: tuple) -> Task:
     settings = dict(frozen)
     data = {"fashion-mnist": fashion_mnist, "cifar10": cifar10}[settings["data"]]
-    return data(train_size=settings["images"], val_size=1000, batch=settings["batch"], seed=seed)
+    return data(
+        train_size=settings["images"], val_size=1000, test_size=settings["test"], batch=settings["batch"], seed=seed
+    )
 
 
 def network(seed: int, settings: Settings) -> nn.Module:
@@ -140,6 +142,7 @@ CLAIM = Claim(
         "width": 8,
         "cells": 3,
         "images": 10_000,
+        "test": 5_000,
         "batch": 32,
         "search": (100, 40, 100),
         "final": (200, 80, 200),
@@ -152,6 +155,7 @@ CLAIM = Claim(
     },
     large={
         "data": "cifar10", "space": "full", "channels": 3, "pool": 1, "width": 16, "cells": 8, "images": 45_000,
+        "test": 10_000,
         "search": (70_000, 35_000, 70_000), "final": (210_000, 30_000, 70_000), "dense alpha rate": 3e-4,
         "sparse alpha rate": 3e-4,
     },

@@ -121,19 +121,17 @@ class Ledger:
         left = elements(model)
         prunable = sum(before[name] for name in names)
         rows = site_rows(edits)
-        # What came with a replacement was not there to be removed: its zeros are those of the model that is left.
-        there = {
-            e.site.name: e.site
-            for e in last.values()
-            if isinstance(e, Mask) and _there(e.site, left) and _there(e.site, before)
-        }
+        there = {e.site.name: e.site for e in last.values() if isinstance(e, Mask) and _there(e.site, left)}
         gone = prunable - sum(left.get(name, 0) for name in names)
-        gone += sum(row.removed for row in rows if row.site in there and _whole(there[row.site], left))
+        for row in rows:
+            if row.site in there and _whole(there[row.site], left):
+                # What came with a replacement was not there to be removed: it stands for some of what was.
+                gone += row.removed if _there(there[row.site], before) else row.removed - row.weights
         # Masks of what was made smaller since say nothing of what is left: its zeros do.
         smaller = {p.name for site in there.values() if not _whole(site, left) for p in site.parts if p.name in names}
         gone += sum(int((model.get_parameter(name) == 0).sum()) for name in smaller)
         units, kept = sum(row.units for row in rows), sum(row.kept for row in rows)
-        return cls(*sizes, prunable, min(gone, prunable), *timings, units, units - kept, of)
+        return cls(*sizes, prunable, max(0, min(gone, prunable)), *timings, units, units - kept, of)
 
 
 def _there(site: Site, left: Mapping[str, int]) -> bool:

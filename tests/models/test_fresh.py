@@ -12,6 +12,7 @@ from secateur.tasks import Bytes, open_task
 from secateur.tasks.grammar import reber
 
 WEIGHTS = {
+    "cells-small": 36_746,
     "gpt": 858_880,
     "gru": 52_402,
     "lstm": 67_702,

@@ -62,7 +62,7 @@ class Layers:
     """Which layers are sparse, and how much of each stays."""
 
     sparsity: float
-    least: float = 0.0  # weights a layer keeps for each of its output channels
+    least: float = 0.0  # weights that a layer keeps at least, times its output channels
     exclude: tuple[str, ...] = ()
 
     def sites(self, model: nn.Module) -> list[Site]:
@@ -560,11 +560,11 @@ def _seat(given: Tensor | None, answer: Tensor | None, nodes: int) -> Seat | Non
 class DASS(Method):
     """Search for cells at the final sparsity, then train, prune and fine-tune the network of those found."""
 
-    sparsity: float = 0.99  # of each layer of the network found, in [0, 1)
+    layer_sparsity: float = 0.99  # of each layer of the network found, in [0, 1)
     search: Search = SparseSearch()  # sparse-search; dense-search, chance or known(genotype='...')
     final: Stages = Stages(tune_rate=0.01, decay=4e-4)  # of the network found
     space: Space = Space()  # of cells that are put into a network that has none
-    least: float = 0.0  # weights a layer keeps for each output channel, if its share is less: 1 for depthwise kernels
+    least: float = 0.0  # a layer keeps at least so many weights times its output channels: 1 is a mean of one for each
     exclude: tuple[str, ...] = ()  # layers that stay dense, such as "*.depthwise"
 
     card: ClassVar = Card(
@@ -602,7 +602,7 @@ class DASS(Method):
         ),
     )
     tiny: ClassVar = {
-        "sparsity": 0.8,
+        "layer_sparsity": 0.8,
         "search": SparseSearch(stages=Stages(4, 2, 3)),
         "final": Stages(6, 3, 4),
         "space": Space(2, ("none", "skip_connect", "sep_conv_3x3")),
@@ -612,7 +612,7 @@ class DASS(Method):
     @property
     def layers(self) -> Layers:
         """How much of which layer stays."""
-        return Layers(self.sparsity, self.least, self.exclude)
+        return Layers(self.layer_sparsity, self.least, self.exclude)
 
     def budget(self) -> None:
         """None: the sparsity is of a network that is yet to be found, not of the one that is given."""
@@ -628,7 +628,7 @@ class DASS(Method):
 
     def check(self) -> None:
         """Raise SettingError for a sparsity, a search or a training that cannot be."""
-        check_sparsity(self.sparsity)
+        check_sparsity(self.layer_sparsity, "layer_sparsity")
         if not 0 <= self.least < float("inf"):
             raise SettingError(f"least={self.least:g} was given", "it is 0 or more", "Give 1, or leave it out.")
         self.search.check()
