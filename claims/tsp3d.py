@@ -148,7 +148,7 @@ CLAIM = Claim(
         "size": 0.08,
         "width": 24,
         "steps": 400,
-        "rate": 4e-3,
+        "rate": 8e-3,
         "nearest": 8,
         "middle": 80,
         "finest": 300,
