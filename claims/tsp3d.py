@@ -98,7 +98,7 @@ CLAIM = Claim(
     source="arXiv:2502.10392, ablation (by way of a public note)",
     here="Rooms of 3.8 x 3.8 x 1.2 m with 4 to 6 boxes of three colours and two sizes, 400 to train on and 100 others, "
     "up to three sentences each, a quarter of which name a second box. A network of width 24 on voxels of 8 cm, levels "
-    "of 32, 64 and 128 cm; from the same new weights 400 steps of 8 sentences for each condition, and one learning rate "
+    "of 32, 64 and 128 cm; from the same new weights 400 steps of 8 sentences for each condition, one learning rate "
     "for all: the best of 0.004, 0.008 and 0.016 with pruning, and better than 0.016 without, by seed 9 on rooms of "
     "their own. Chance keeps the shares of voxels that text kept. ms is processor time of a sentence by itself.",
     conditions=("whole", "tgp", "chance", "tgp+cba"),
