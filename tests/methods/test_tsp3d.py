@@ -20,6 +20,7 @@ from secateur.methods.tsp3d import (
     TextGuided,
     completing,
     completion_loss,
+    counted,
     keep_loss,
     keep_targets,
     sampled,
@@ -189,6 +190,8 @@ def test_voxels_are_really_gone_in_use(done):
         for predictor in ("coarsest", "middle"):
             torch.nn.init.constant_(model.guide.predictors[predictor].bias, 99.0)
         assert len(batch.through(model).scene) == whole
+        found = counted(model, model.guide, [batch])
+    assert found == {"coarse": 1.0, "fine": 1.0, "there": whole / 2, "whole": whole / 2}
 
 
 def test_two_passes_are_the_same_and_leave_the_generator_alone(done):
