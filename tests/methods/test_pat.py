@@ -90,23 +90,23 @@ def test_the_mask_grows_sharp_and_is_exact_from_the_milestone_on():
 
 def test_the_count_is_straight_through():
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0], requires_grad=True)
-    found = Counted().loss(logits, 3)
+    found = Counted().count_loss(logits, 3)
     found.backward()
     assert float(found) == 1  # two are above zero
     assert logits.grad.tolist() == [-1, -1, -1, -1]  # too few: all are pushed up
     assert float(above_zero(logits)) == 2
-    assert float(Counted(0.5).loss(logits, 0)) == 1
+    assert float(Counted(0.5).count_loss(logits, 0)) == 1
 
 
 def test_settled_pulls_either_side_by_hand():
     logits = torch.tensor([1.0, 0.5, -1.0])
     # |2 - 1| / 1 * 10; ((0.5)^2 + 0) / 2; (0.5)^2
-    assert float(Settled().loss(logits, 1)) == pytest.approx(10 + 0.125 + 0.25)
+    assert float(Settled().count_loss(logits, 1)) == pytest.approx(10 + 0.125 + 0.25)
 
 
 def test_a_side_without_logits_is_no_nan():
     logits = torch.zeros(4, requires_grad=True)
-    found = Settled().loss(logits, 3)
+    found = Settled().count_loss(logits, 3)
     found.backward()
     assert torch.isfinite(found)
     assert torch.isfinite(logits.grad).all()

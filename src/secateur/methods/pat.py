@@ -81,7 +81,7 @@ def identity_loss(down: Tensor, up: Tensor) -> Tensor:
 class Active(Protocol):
     """What is added to the loss, so that as many channels as asked stay."""
 
-    def loss(self, logits: Tensor, keep: int) -> Tensor:
+    def count_loss(self, logits: Tensor, keep: int) -> Tensor:
         """A scalar, from logits [width] of which `keep` are to be above zero."""
         ...
 
@@ -95,7 +95,7 @@ class Counted:
     def __post_init__(self) -> None:
         check_weight(self.weight)
 
-    def loss(self, logits: Tensor, keep: int) -> Tensor:
+    def count_loss(self, logits: Tensor, keep: int) -> Tensor:
         """See Active."""
         return self.weight * (above_zero(logits) - keep).abs()
 
@@ -114,7 +114,7 @@ class Settled:
         check_weight(self.weight)
         check_weight(self.pull)
 
-    def loss(self, logits: Tensor, keep: int) -> Tensor:
+    def count_loss(self, logits: Tensor, keep: int) -> Tensor:
         """See Active. A side without logits pulls nowhere: all are at 0 to begin with."""
         found = self.weight * (above_zero(logits) - keep).abs() / keep
         for side, aim in ((logits[logits > 0], 0.5), (logits[logits <= 0], -0.5)):
@@ -284,7 +284,7 @@ class Tuning(Rule):
             apart = [identity_loss(mixer.low.a, mixer.low.b) for mixer in self.operators]
             value = value + self.identity * torch.stack(apart).sum()
         if self.mask.logits.requires_grad and not self.mask.settled:
-            value = value + self.active.loss(self.mask.logits, self.mask.keep)
+            value = value + self.active.count_loss(self.mask.logits, self.mask.keep)
         return value
 
     def before_step(self, loop: Loop) -> None:
@@ -430,7 +430,7 @@ class Pat(Method):
     rank: int = 20  # of the adapters
     alpha: float = 4.0  # adapters count alpha / rank
     dropout: float = 0.05  # of what flows into an adapter
-    rate: float = 5e-5  # learning rate of AdamW at its peak; a tiny model wants 2e-3
+    rate: float = 5e-5  # learning rate of AdamW at its peak; a tiny model wants 1e-2
     reach: float = 0.4  # how far a logit of the mask may come by the milestone: its rate is this over the steps there
     warmup: float = 0.03  # fraction of the steps in which rates rise; they fall along a cosine after
     clip: float = 0.3  # the longest that gradients together may be, but for the mask's
