@@ -10,6 +10,7 @@ import tiny
 import torch
 from torch import nn
 
+from secateur import plan
 from secateur.adapters import LowRank
 from secateur.axes.recovery import only
 from secateur.edit import Mask, Remove, apply_
@@ -488,6 +489,20 @@ def test_attention_that_norms_queries_and_keys_is_refused():
     model = tiny.seeded(lambda: Qwen3ForCausalLM(config).float(), 0)
     with pytest.raises(GraphError, match="does more than turn queries and keys"):
         ATP(**SMALL).run(model, tiny.make_task("decoder"))
+
+
+# Plans
+
+
+def test_a_plan_knows_its_units_and_may_protect_them():
+    model, task = tiny.trained("decoder"), tiny.make_task("decoder")
+    method = ATP(**SMALL, protect=("*.keys",))
+    found = plan.sites_of(method, model, task)
+    assert [(site.name.rpartition(".")[2], site.units) for site in found.sites] == [("values", 8), ("mlp", 64)] * 2
+    assert "shown as if uniform" in plan.laid_out(method, found, model, task, trial=False).guessed
+    done = prune(model, method, task)
+    assert done.ledger.sparsity == pytest.approx(0.4, abs=0.01)
+    assert done.model.model.layers[0].self_attn.q_proj.out_features == 32
 
 
 # Bad input
