@@ -42,7 +42,7 @@ from secateur.method import Budget, Card, Method
 from secateur.methods.flap import Adaptive
 from secateur.methods.loraprune import beside, is_linear
 from secateur.outcome import Outcome
-from secateur.site import Part, Site
+from secateur.site import Part, Site, unwrapped
 from secateur.task import Batch, Task, generator
 from secateur.train import History, Loop, Rule, fit, seeded
 
@@ -296,7 +296,7 @@ class Proposing(Rule):
         """Propose and decide; or make the last decision, once."""
         if loop.step < self.steps(loop.steps):
             self.pace(loop.step / self.steps(loop.steps))
-            self.propose(loop.model)
+            self.propose(unwrapped(loop.model))
             self.decide(loop)
         elif not self.frozen:
             self.settle(loop)
