@@ -10,6 +10,7 @@ import tiny
 import torch
 from torch import nn
 
+from secateur import plan
 from secateur.adapters import LowRank
 from secateur.axes.recovery import only
 from secateur.edit import Mask, Remove, apply_
@@ -35,7 +36,7 @@ from secateur.methods.atp import (
     weights_of,
 )
 from secateur.methods.loraprune import beside
-from secateur.models import load, save
+from secateur.models import llama_shaped, load, save
 from secateur.site import Part, Site
 from secateur.train import Loop, Snapshot, fit
 
@@ -255,6 +256,16 @@ def test_the_cut_model_is_saved_and_opened_again(tmp_path):
     again = load(tmp_path / "small")
     assert isinstance(again.model.layers[0].self_attn, RotaryAttention)
     assert torch.allclose(logits(again, task), logits(done.model, task), atol=1e-5)
+
+
+def test_a_narrowed_attention_is_not_taken_for_one_with_fewer_heads():
+    """Half of the pairs and of the dims: as wide as half of the heads."""
+    model, task = tiny.decoder(), tiny.make_task("decoder")
+    assert llama_shaped.why_not(model) == ""
+    sites, _ = narrowable_(model, task.example)
+    apply_(model, removals(sites, {site.name: torch.arange(site.units) % 2 == 0 for site in sites}))
+    assert "layer 0: dims of its heads may be gone" in llama_shaped.why_not(model)
+    assert llama_shaped.per_layer_config(model, model.config) == {}
 
 
 def test_it_goes_on_from_what_was_cut_before():
@@ -488,6 +499,20 @@ def test_attention_that_norms_queries_and_keys_is_refused():
     model = tiny.seeded(lambda: Qwen3ForCausalLM(config).float(), 0)
     with pytest.raises(GraphError, match="does more than turn queries and keys"):
         ATP(**SMALL).run(model, tiny.make_task("decoder"))
+
+
+# Plans
+
+
+def test_a_plan_knows_its_units_and_may_protect_them():
+    model, task = tiny.trained("decoder"), tiny.make_task("decoder")
+    method = ATP(**SMALL, protect=("*.keys",))
+    found = plan.sites_of(method, model, task)
+    assert [(site.name.rpartition(".")[2], site.units) for site in found.sites] == [("values", 8), ("mlp", 64)] * 2
+    assert "shown as if uniform" in plan.laid_out(method, found, model, task, trial=False).guessed
+    done = prune(model, method, task)
+    assert done.ledger.sparsity == pytest.approx(0.4, abs=0.01)
+    assert done.model.model.layers[0].self_attn.q_proj.out_features == 32
 
 
 # Bad input

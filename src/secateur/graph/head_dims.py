@@ -138,12 +138,10 @@ def is_rotary(module: nn.Module) -> bool:
     return plain and "position_embeddings" in inspect.signature(module.forward).parameters
 
 
-@torch.no_grad()
-def narrowable_(model: nn.Module, example: Batch) -> tuple[list[Site], list[Edit]]:
-    """Put a RotaryAttention in the place of every rotary attention; sites of its pairs and dims, and the edits.
+def head_dims(model: nn.Module, uses: float = 1.0) -> list[Site]:
+    """The pairs and the dims of values of each rotary attention, `PATH.keys` and `PATH.values`, block after block.
 
-    Sites are `PATH.keys` and `PATH.values`, block after block. Raises GraphError where a model has no such attention in
-    its blocks, and where it answers differently with the new ones: norms of queries and keys, or pairs of neighbours.
+    `uses` is tokens per example. Raises GraphError where a model has no such attention in its blocks.
     """
     found = [
         (path, block)
@@ -151,51 +149,60 @@ def narrowable_(model: nn.Module, example: Batch) -> tuple[list[Site], list[Edit
         for path in (f"{block}.{name}".removesuffix(".") for name, _ in model.get_submodule(block).named_modules())
         if isinstance(model.get_submodule(path), RotaryAttention) or is_rotary(model.get_submodule(path))
     ]
-    asked = f"dims of the heads of {type(model).__name__} were to be cut"
     if not found:
         raise GraphError(
-            asked,
+            f"dims of the heads of {type(model).__name__} were to be cut",
             "no block of it has an attention with q_proj, k_proj, v_proj, o_proj and a rotary embedding",
             "Use a method that takes out whole heads: `secateur list` says which.",
         )
-    modules = {path: model.get_submodule(path) for path, _ in found}
-    edits: list[Edit] = [
-        Replace(path, RotaryAttention.of(module))
-        for path, module in modules.items()
-        if not isinstance(module, RotaryAttention)
-    ]
+    return [site for path, block in found for site in sites_of(model.get_submodule(path), path, block, uses)]
+
+
+@torch.no_grad()
+def narrowable_(model: nn.Module, example: Batch) -> tuple[list[Site], list[Edit]]:
+    """Put a RotaryAttention in the place of every rotary attention: what `head_dims` then gives, and the edits.
+
+    Raises GraphError where there is none, and where the model answers differently with the new ones: norms of queries
+    and keys, or pairs of neighbours.
+    """
+    paths = [site.name.removesuffix(".keys") for site in head_dims(model) if site.name.endswith(".keys")]
+    edits: list[Edit] = []
+    kind = type(model.get_submodule(paths[0])).__name__
+    for path in paths:
+        if not isinstance(module := model.get_submodule(path), RotaryAttention):
+            edits.append(Replace(path, RotaryAttention.of(module)))
     before = answer(model, example)
     apply_(model, edits)
     after = answer(model, example)
     if not torch.allclose(before.float(), after.float(), rtol=1e-2, atol=1e-2 * float(before.abs().max())):
         raise GraphError(
-            asked,
-            f"its {type(next(iter(modules.values()))).__name__} does more than turn queries and keys and attend",
+            f"dims of the heads of {type(model).__name__} were to be cut",
+            f"its {kind} does more than turn queries and keys and attend",
             "Use a method that takes out whole heads.",
         )
-    sites = []
-    for path, block in found:
-        module = model.get_submodule(path)
-        assert isinstance(module, RotaryAttention), "every one was replaced"
-        sites += sites_of(module, path, block, example.tokens / example.size)
-    return sites, edits
+    return head_dims(model, example.tokens / example.size), edits
 
 
-def sites_of(attention: RotaryAttention, path: str, block: str, uses: float = 1.0) -> list[Site]:
-    """The pairs and the dims of values of one attention; `uses` is tokens per example."""
-    pairs = len(attention.pairs)
-    heads, key_values = (p.out_features // (2 * pairs) for p in (attention.q_proj, attention.k_proj))
-    dims = attention.v_proj.out_features // key_values
+def sites_of(attention: nn.Module, path: str, block: str, uses: float = 1.0) -> list[Site]:
+    """The pairs and the dims of values of one attention; what holds the pairs is cut with them, where it is there."""
+    q, k, v, o = (attention.get_submodule(name) for name in PROJECTIONS)
+    assert isinstance(q, nn.Linear) and isinstance(k, nn.Linear), "is_rotary looked"
+    assert isinstance(v, nn.Linear) and isinstance(o, nn.Linear), "is_rotary looked"
+    held = attention.pairs if isinstance(attention, RotaryAttention) else None
+    pairs = int(attention.head_dim) // 2 if held is None else len(held)  # type: ignore[arg-type]
+    heads, key_values = q.out_features // (2 * pairs), k.out_features // (2 * pairs)
+    dims = v.out_features // key_values
     pair, dim = torch.arange(2 * pairs) % pairs, torch.arange(dims)
     keys = [
-        *_made(attention.q_proj, f"{path}.q_proj", pair.repeat(heads), uses),
-        *_made(attention.k_proj, f"{path}.k_proj", pair.repeat(key_values), uses),
-        Part(f"{path}.pairs", (pairs,), torch.arange(pairs), uses=0.0, itemsize=attention.pairs.element_size()),
+        *_made(q, f"{path}.q_proj", pair.repeat(heads), uses),
+        *_made(k, f"{path}.k_proj", pair.repeat(key_values), uses),
     ]
-    read, size = attention.o_proj.weight, attention.o_proj.weight.element_size()
+    if held is not None:
+        keys.append(Part(f"{path}.pairs", (pairs,), torch.arange(pairs), uses=0.0, itemsize=held.element_size()))
+    size = o.weight.element_size()
     values = [
-        *_made(attention.v_proj, f"{path}.v_proj", dim.repeat(key_values), uses),
-        Part(f"{path}.o_proj.weight", tuple(read.shape), dim.repeat(heads)[None], uses=uses, itemsize=size),
+        *_made(v, f"{path}.v_proj", dim.repeat(key_values), uses),
+        Part(f"{path}.o_proj.weight", tuple(o.weight.shape), dim.repeat(heads)[None], uses=uses, itemsize=size),
     ]
     return [
         Site(f"{path}.keys", "channel", (pairs,), tuple(keys), block=block),

@@ -36,12 +36,13 @@ from secateur.cut import DEFAULT_EXCLUDE, weights
 from secateur.edit import Edit, Mask, Update, apply_
 from secateur.errors import BudgetError, ModelError, SettingError, SiteError, TaskError
 from secateur.graph import Coupling, couple, removals
-from secateur.graph.head_dims import narrowable_
+from secateur.graph.head_dims import head_dims, narrowable_
 from secateur.graph.inner import inner
 from secateur.method import Budget, Card, Method
+from secateur.methods.flap import Adaptive
 from secateur.methods.loraprune import beside, is_linear
 from secateur.outcome import Outcome
-from secateur.site import Part, Site
+from secateur.site import Part, Site, unwrapped
 from secateur.task import Batch, Task, generator
 from secateur.train import History, Loop, Rule, fit, seeded
 
@@ -295,7 +296,7 @@ class Proposing(Rule):
         """Propose and decide; or make the last decision, once."""
         if loop.step < self.steps(loop.steps):
             self.pace(loop.step / self.steps(loop.steps))
-            self.propose(loop.model)
+            self.propose(unwrapped(loop.model))
             self.decide(loop)
         elif not self.frozen:
             self.settle(loop)
@@ -459,6 +460,17 @@ class Proposing(Rule):
             self.mask()
 
 
+def together(dims: Sequence[Site], channels: Sequence[Site]) -> list[Site]:
+    """Dims of heads and neurons in the order of their blocks; of channels only those that are no such dims.
+
+    Where attention was narrowed before, its dims are found as channels as well, head by head.
+    """
+    theirs = {part.name for site in dims for part in site.parts}
+    neurons = [site for site in channels if not any(part.name in theirs for part in site.parts)]
+    blocks = list(dict.fromkeys(site.block for site in [*dims, *neurons]))
+    return sorted([*dims, *neurons], key=lambda site: blocks.index(site.block))
+
+
 @dataclass(eq=False)
 class Work:
     """What a run trains by, once the model is ready for it."""
@@ -569,13 +581,9 @@ class ATP(Method):
     def prepared(self, model: nn.Module, task: Task) -> Work:
         """The sites, and the rule that decides about them; the model's attention can be narrowed from then on."""
         coupling = couple(model, task.example)
-        inside = inner(coupling, ("channel",))
+        neurons = inner(coupling, ("channel",))
         dims, edits = narrowable_(model, task.example)
-        blocks = [site.block for site in dims]
-        # Where attention was narrowed before, its dims are found as channels as well, head by head.
-        theirs = {part.name for site in dims for part in site.parts}
-        neurons = [site for site in inside if not any(part.name in theirs for part in site.parts)]
-        found = sorted([*dims, *neurons], key=lambda s: blocks.index(s.block) if s.block in blocks else len(blocks))
+        found = together(dims, neurons)
         sites = self.terms.free(model, found)
         self.check_affordable(sites)
         layers = self.layers(model, task, sites)
@@ -584,6 +592,17 @@ class ATP(Method):
             until=self.until, lasso=self.lasso, least=self.least, clip=self.clip,
         )  # fmt: skip
         return Work(sites, rule, coupling, edits, self.terms.left_alone(found))
+
+    @property
+    def allocation(self) -> Adaptive:
+        """How a plan says that the budget is spent: by what is learnt, so that it cannot be told before a run."""
+        return Adaptive(least=self.least)
+
+    def sites_in(self, model: nn.Module) -> list[Site]:
+        """The sites, for plans. Raises as `prepared`."""
+        dims = head_dims(model)  # before a network that takes no tokens is given some
+        few = Batch({"input_ids": torch.zeros(1, 4, dtype=torch.long, device=next(model.parameters()).device)})
+        return self.terms.free(model, together(dims, inner(couple(model, few), ("channel",))))
 
     def check_affordable(self, sites: Sequence[Site]) -> None:
         """Raise BudgetError when so many weights cannot go, `least` units being left at each site."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.cut import Passing
+from secateur.graph.head_dims import RotaryAttention
 from secateur.models import hf
 
 KINDS = ("llama", "mistral", "qwen2")
@@ -116,6 +117,8 @@ def _strange(layer: nn.Module, each: int) -> str:
             return f"its {name} is gone, with what was around it"
         if not isinstance(module, nn.Linear):
             return f"its {name} is a {type(module).__name__}"
+    if isinstance(layer.get_submodule("self_attn"), RotaryAttention):
+        return "dims of its heads may be gone, which would be taken for heads"
     query, key, value = (rows(layer, f"self_attn.{n}") for n in ("q_proj", "k_proj", "v_proj"))
     if query % each or key % each or key != value:
         return f"its heads are not of {each} dimensions: queries {query}, keys {key}, values {value}"
