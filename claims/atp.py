@@ -11,10 +11,10 @@ from torch import nn
 
 from claims.adapt_pruner import character_llama
 from claims.harness import Claim, Expectation, Measured, Settings
+from secateur.axes.hooks import hooked
 from secateur.axes.recovery import only
 from secateur.methods.atp import ATP, Proposals, Work
 from secateur.methods.flap import FLAP
-from secateur.methods.loraprune import beside
 from secateur.task import Task
 from secateur.tasks import pack
 from secateur.tasks.corpora import Bytes, from_path, tinyshakespeare
@@ -72,7 +72,7 @@ def tuned(model: nn.Module, task: Task, method: ATP, work: Work, ahead: bool) ->
     if not ahead:
         return method.tuned(model, task, work.rule)
     before = Ahead(work, round(method.until * method.steps))
-    with only(model, []), beside(model, work.rule.layers):
+    with only(model, []), hooked(model, work.rule.layers):
         optimizer = torch.optim.AdamW(work.rule.parameters(), method.rate, weight_decay=0.0)
         return fit(model, task, method.steps, [before, work.rule], optimizer)
 
@@ -99,7 +99,7 @@ def cell(condition: str, seed: int, settings: Settings) -> Mapping[str, float]:
     method = method_of(condition, settings)
     work = method.prepared(model, task)
     history = tuned(model, task, method, work, condition == "first")
-    with beside(model, work.rule.layers):
+    with hooked(model, work.rule.layers):
         masked = log(task.measure(model, "test")["perplexity"])
     condemned = work.rule.condemned()
     found = task.measure(method.cut(model, work, history).model, "test")["perplexity"]

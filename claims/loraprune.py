@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from claims.adapt_pruner import character_llama
 from claims.harness import Claim, Expectation, Settings
 from claims.wanda import smollm2
+from secateur.axes.hooks import hooked
 from secateur.axes.recovery import only
 from secateur.axes.rules import LearningRate
 from secateur.axes.schedules import Linear
@@ -25,7 +26,6 @@ from secateur.methods.loraprune import (
     Score,
     Shutting,
     WeightSize,
-    beside,
     gradient_bytes,
 )
 from secateur.site import Site
@@ -104,7 +104,7 @@ def alike(model: nn.Module, task: Task, method: LoRAPrune) -> dict[str, float]:
     """The rank correlation with the true Taylor scores, the mean over sites and the moments at which units are shut."""
     rule = prepared(model, task, method)
     watcher = Beside(rule)
-    with only(model, [layer.frozen for layer in rule.scored.values()]), beside(model, rule.layers):
+    with only(model, [layer.frozen for layer in rule.scored.values()]), hooked(model, rule.layers):
         optimizer = torch.optim.AdamW(rule.parameters(), method.rate, weight_decay=0.0)
         fit(model, task, method.steps, [LearningRate(Linear(), method.warmup), rule, watcher], optimizer)
     return {f"correlation of {kind}s": sum(found) / len(found) for kind, found in watcher.found.items()}
@@ -114,7 +114,7 @@ def held(model: nn.Module, task: Task, method: LoRAPrune) -> Mapping[str, float]
     """Bytes of the gradients that scores read, as they lie there after a step: of adapters, and of the weights."""
     rule = prepared(model, task, method)
     layers = rule.scored.values()
-    with only(model, [layer.frozen for layer in layers]), beside(model, rule.layers):
+    with only(model, [layer.frozen for layer in layers]), hooked(model, rule.layers):
         batch = next(iter(task.batches("train")))
         task.loss(model, batch).backward()
         grads = [[layer.low.a.grad, layer.low.b.grad] for layer in layers if layer.low is not None]

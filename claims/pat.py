@@ -11,10 +11,10 @@ from torch import nn
 from claims.adapt_pruner import character_llama
 from claims.harness import Claim, Expectation, Measured, Settings
 from secateur.axes import Cosine
+from secateur.axes.hooks import hooked
 from secateur.axes.recovery import only
 from secateur.axes.rules import LearningRate
 from secateur.edit import Update, apply_
-from secateur.methods.loraprune import beside
 from secateur.methods.pat import Counted, Frozen, Pat, Settled, SharedMask, Tuning
 from secateur.methods.slicegpt import Basis, PcaPerBlock, RawChannels, SliceGPT
 from secateur.outcome import time_pair
@@ -66,7 +66,7 @@ def tune_(model: nn.Module, task: Task, least: int, settings: Settings) -> int:
     layers = Pat(rank=rank, alpha=2.0 * rank, dropout=0.0).layers(model, task)
     mask = SharedMask(torch.zeros(1), 1, 2, learns=False)  # not in place: the rule clips, and does no more
     rule = Tuning(mask, {}, layers, identity=0.0, clip=1.0)
-    with only(model, ()), beside(model, layers):
+    with only(model, ()), hooked(model, layers):
         optimizer = torch.optim.AdamW(rule.tuned, settings["lora_rate"], weight_decay=0.0)
         fit(model, task, settings["steps"], [LearningRate(Cosine(), Pat.warmup), rule], optimizer)
     apply_(model, [Update(name, layer.merged()) for name, layer in layers.items()])

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from secateur import tasks
 from secateur.errors import SettingError, TaskError
-from secateur.task import Task
+from secateur.task import Task, logits_of
 from secateur.tasks import Adam, AdamW, Characters, Labelled, Sgd, Text, open_task
 from secateur.tasks.images import crop_and_flip
-from secateur.tasks.labelled import logits_of
 from secateur.train import fit
 
 LETTERS = Characters([chr(i) for i in range(32, 127)] + ["\n"])

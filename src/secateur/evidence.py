@@ -31,7 +31,7 @@ from torch.overrides import TorchFunctionMode
 
 from secateur.errors import EvidenceError, SettingError, did_you_mean
 from secateur.site import Part, Site, Tensors, tensors
-from secateur.task import Batch
+from secateur.task import Batch, logits_of
 
 INPUTS = frozenset({"input", "input_square", "input_scatter", "gram"})
 GRADS = frozenset({"grad", "grad_abs", "grad_square", "grad_count"})
@@ -410,3 +410,10 @@ def calm(model: nn.Module) -> Iterator[nn.Module]:
             setattr(config, key, value)
         for module, training in was_training.items():
             module.training = training
+
+
+@torch.no_grad()
+def answered(model: nn.Module, batch: Batch) -> Tensor:
+    """A model's logits for a batch, in float64: in eval mode, on the model's device."""
+    with calm(model):
+        return logits_of(batch.to(next(model.parameters()).device).through(model)).double()

@@ -50,6 +50,22 @@ class Batch:
         return replace(self, inputs=inputs, target=move(self.target))
 
 
+def logits_of(answer: Any) -> Tensor:
+    """The logits in a model's answer: a tensor, something with `logits`, or a tuple that starts with them."""
+    if isinstance(answer, Tensor):
+        return answer
+    found = answer.get("logits") if isinstance(answer, Mapping) else getattr(answer, "logits", None)
+    if found is None and isinstance(answer, tuple):
+        found = answer[0]
+    if not isinstance(found, Tensor):
+        raise TaskError(
+            "a model's answer was to be compared with its target",
+            f"it is a {type(answer).__name__} without logits",
+            "Give a model with a head: for classification, or for language modelling.",
+        )
+    return found
+
+
 @runtime_checkable
 class Task(Protocol):
     """Data, a loss, and how good a model is; all randomness comes from its seed."""

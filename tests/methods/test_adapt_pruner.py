@@ -11,7 +11,7 @@ from torch import nn
 from secateur import edit
 from secateur.axes.spending import total_cost
 from secateur.edit import Mask, Remove
-from secateur.errors import BudgetError, GraphError, ModelError, SettingError
+from secateur.errors import BudgetError, GraphError, SettingError, TaskError
 from secateur.graph import couple, left_of, removals
 from secateur.graph.inner import inner
 from secateur.method import Budget, prune
@@ -309,7 +309,7 @@ def test_distillation_by_hand():
     assert float(rule.loss(loop, torch.tensor(8.0)).detach()) == pytest.approx(0.75 * 8 + 0.25 * 4 * apart)
     handle.remove()
     rule._answer = {"hidden": 1}
-    with pytest.raises(ModelError, match="has no logits"):
+    with pytest.raises(TaskError, match="without logits"):
         rule.loss(loop, torch.tensor(1.0))
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from secateur import plan
 from secateur.adapters import LowRank
+from secateur.axes.hooks import hooked
 from secateur.axes.recovery import only
 from secateur.edit import Mask, Remove, apply_
 from secateur.errors import BudgetError, GraphError, ModelError, SettingError, SiteError, TaskError
@@ -35,7 +36,6 @@ from secateur.methods.atp import (
     soft_mask,
     weights_of,
 )
-from secateur.methods.loraprune import beside
 from secateur.models import llama_shaped, load, save
 from secateur.site import Part, Site
 from secateur.train import Loop, Snapshot, fit
@@ -210,7 +210,7 @@ def test_what_was_masked_in_training_is_cut_without_a_change():
     for lasso in (4.0, 0.0):
         model, task, method, work = ready(copy.deepcopy(tiny.trained("decoder")), lasso=lasso, steps=40)
         history = method.tuned(model, task, work.rule)
-        with beside(model, work.rule.layers):
+        with hooked(model, work.rule.layers):
             masked = logits(model, task)
         done = method.cut(model, work, history)
         gaps[lasso] = float((logits(done.model, task) - masked).abs().max())
@@ -290,7 +290,7 @@ def test_only_the_generator_learns_from_a_proposal():
     before = {k: v.clone() for k, v in model.state_dict().items()}
     low, made = [p.clone() for p in rule.parameters()], [p.clone() for p in rule.proposer.parameters()]
     model.train()
-    with only(model, []), beside(model, rule.layers):
+    with only(model, []), hooked(model, rule.layers):
         rule.propose(model)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(torch.equal(a, b) for a, b in zip(low, rule.parameters(), strict=True))
@@ -308,7 +308,7 @@ def test_a_soft_mask_multiplies_what_a_unit_gives_once():
     model.model.layers[0].mlp.down_proj.register_forward_pre_hook(lambda m, x: seen.append(x[0]))
     soft = torch.ones(64)
     soft[5] = 0.25
-    with beside(model, rule.layers):
+    with hooked(model, rule.layers):
         logits(model, task)
         rule.show({site.name: soft})
         logits(model, task)
@@ -326,7 +326,7 @@ def test_what_is_condemned_can_come_back():
     rule.mask()
     for found in rule.layers.values():
         found.low.b.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
-    with only(model, []), beside(model, rule.layers):
+    with only(model, []), hooked(model, rule.layers):
         task.loss(model, next(iter(task.batches("train")))).backward()
     up = rule.layers["model.layers.0.mlp.up_proj.weight"]
     assert up.mask.tolist() == [1.0, 0.0] * 32
@@ -336,7 +336,7 @@ def test_what_is_condemned_can_come_back():
 def test_decisions_are_made_until_a_share_of_training_and_stay_then():
     model, task, _, work = ready(until=0.5, steps=12)
     rule, masks = work.rule, []
-    with only(model, []), beside(model, rule.layers):
+    with only(model, []), hooked(model, rule.layers):
         optimizer = torch.optim.AdamW(rule.parameters(), 5e-3)
         fit(model, task, 12, [rule], optimizer, watch=lambda loop: masks.append(dict(rule.keep)))
     assert rule.proposed == 6
@@ -418,7 +418,7 @@ def test_a_run_is_taken_up_again_where_it_was():
             if loop.step == stop:
                 taken.append(Snapshot.of(model, loop))
 
-        with only(model, []), beside(model, rule.layers):
+        with only(model, []), hooked(model, rule.layers):
             fit(model, task, 12, [rule], optimizer, watch=watch, resume_from=resume)
         return rule, taken
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from secateur.adapters import LowRank
 from secateur.axes import Jump
+from secateur.axes.hooks import Adapted, hooked, is_linear
 from secateur.axes.schedules import Schedule
 from secateur.edit import Remove
 from secateur.errors import BudgetError, GraphError, ModelError, SettingError, SiteError, TaskError
@@ -20,7 +21,6 @@ from secateur.graph.inner import inner
 from secateur.method import prune
 from secateur.methods import loraprune
 from secateur.methods.loraprune import (
-    Adapted,
     Chance,
     FullGradient,
     Inside,
@@ -28,7 +28,6 @@ from secateur.methods.loraprune import (
     LowRankGradient,
     Shutting,
     WeightSize,
-    beside,
     gradient_bytes,
     smoothed,
     surrogate_gradient,
@@ -183,7 +182,7 @@ def test_a_layer_with_an_adapter_is_its_merged_weight_and_masked_outputs_are_zer
     low.b.data.normal_(generator=draw)
     found = Adapted(Part("weight", (4, 3)), layer.weight, low, 0.5)
     x = torch.randn(5, 3, generator=draw)
-    with beside(layer, {"weight": found}):
+    with hooked(layer, {"weight": found}):
         found.mask = torch.tensor([1.0, 0.0, 1.0, 1.0])
         out = layer(x)
     merged = nn.functional.linear(x, found.merged(), layer.bias)
@@ -200,7 +199,7 @@ def test_a_weight_stored_inputs_first_is_seen_outputs_first():
     low.b.data.normal_(generator=draw)
     found = Adapted(Part("weight", (4, 3), turned=True), layer.weight, low, 0.5)
     x = torch.randn(5, 3, generator=draw)
-    with beside(layer, {"weight": found}):
+    with hooked(layer, {"weight": found}):
         out = layer(x)
     assert found.merged().shape == (3, 4)
     assert found.weight().shape == (4, 3)
@@ -211,7 +210,7 @@ def test_dropout_falls_on_what_is_learnt_alone_and_only_in_training():
     layer = nn.Linear(3, 4)
     found = Adapted(Part("weight", (4, 3)), layer.weight, LowRank(layer.weight, 2).start_at_one_(), 1.0, 0.999)
     x = torch.ones(1, 3)
-    with beside(layer, {"weight": found}):
+    with hooked(layer, {"weight": found}):
         assert torch.equal(layer.train()(x), nn.functional.linear(x, layer.weight, layer.bias))
         assert torch.allclose(layer.eval()(x), nn.functional.linear(x, layer.weight + 1, layer.bias))
 
@@ -300,7 +299,7 @@ def scores_of(score, model, task, method, cut, counts, layers):
     rule = Shutting(cut, counts, layers, method.schedule(), score, clip=1e9)
     for layer in layers.values():
         layer.frozen.requires_grad_(True)
-    with beside(model, layers):
+    with hooked(model, layers):
         for batch in task.batches("train", 64):
             task.loss(model, batch).backward()
     rule.look(Loop(model, torch.optim.SGD(rule.parameters(), 1.0), 1, task))
@@ -354,7 +353,7 @@ def test_scores_follow_optimizer_steps_and_what_is_shut_gets_no_gradient():
     rule.look = lambda loop: (looks.append(loop.step), look(loop))
     optimizer = torch.optim.AdamW(rule.parameters(), 5e-3)
     shut = []
-    with beside(model, layers):
+    with hooked(model, layers):
         pruner = attach(optimizer, model, rule, steps=4)
         for i, batch in enumerate(task.batches("train", 64)):
             task.loss(model, batch).backward()
@@ -418,9 +417,9 @@ def test_a_run_is_taken_up_again_with_scores_masks_and_adapters():
     *_, fresh = ready()
     again = Shutting(cut, counts, fresh, method.schedule())
     again.resume(loop, state)
-    with beside(model, layers):
+    with hooked(model, layers):
         first = logits(model, task)
-    with beside(model, fresh):
+    with hooked(model, fresh):
         assert torch.equal(logits(model, task), first)
     assert all(torch.equal(again.scores[name], values) for name, values in rule.scores.items())
 
@@ -523,7 +522,7 @@ def test_projections_that_are_not_layers_of_their_own_are_refused():
     model = nn.ModuleDict({"attn": attention, "linear": nn.Linear(8, 8)})
     with pytest.raises(ModelError, match="MultiheadAttention holds it"):
         LoRAPrune().layers(model, tiny.make_task("decoder"), [Site("h", "head", (2,), (part,))])
-    assert not loraprune.is_linear(attention.out_proj)
+    assert not is_linear(attention.out_proj)
 
 
 def test_shared_and_gated_weights_are_refused():

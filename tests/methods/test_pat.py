@@ -11,11 +11,12 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
+from secateur.axes.hooks import hooked
 from secateur.axes.recovery import only
 from secateur.edit import Remove, Update, apply_
 from secateur.errors import BudgetError, GraphError, ModelError, SettingError, SiteError, TaskError
+from secateur.evidence import answered
 from secateur.method import prune, tiny
-from secateur.methods.loraprune import beside
 from secateur.methods.pat import (
     Counted,
     Frozen,
@@ -25,7 +26,6 @@ from secateur.methods.pat import (
     SharedMask,
     Tuning,
     above_zero,
-    answer,
     identity_loss,
     lift,
     mixed,
@@ -133,7 +133,7 @@ def test_an_operator_starts_as_the_identity_and_turning():
     tuning = Tuning(mixers["model.embed_tokens"].mask, mixers, {})
     with mixing(model, mixers):
         tuning.mask.logits.data.zero_()
-        assert torch.allclose(answer(model, task.example), answer(make_model("decoder"), task.example), atol=1e-5)
+        assert torch.allclose(answered(model, task.example), answered(make_model("decoder"), task.example), atol=1e-5)
 
 
 def test_the_mask_comes_after_the_operator():
@@ -161,14 +161,14 @@ def test_the_sliced_model_says_what_the_masked_one_said():
     model = copy.deepcopy(model)
     stream, norms, mask, mixers, layers = ready(model, task)
     mask.step = mask.milestone
-    with beside(model, layers), mixing(model, mixers):
-        masked = answer(model, task.example)
-    dense = answer(model, task.example)
+    with hooked(model, layers), mixing(model, mixers):
+        masked = answered(model, task.example)
+    dense = answered(model, task.example)
     apply_(model, [Update(name, layer.merged()) for name, layer in layers.items()])
     edits = slice_(model, stream, norms, mixers, mask.hard)
     assert model.model.embed_tokens.weight.shape == (64, 16)
     assert isinstance(edits[-1], Remove)
-    assert float((answer(model, task.example) - masked).abs().max()) < 1e-4
+    assert float((answered(model, task.example) - masked).abs().max()) < 1e-4
     assert float((dense - masked).abs().max()) > 1  # so that it means something
 
 
@@ -181,9 +181,9 @@ def test_large_eps_and_gains_that_are_not_one_are_kept():
     stream, norms, mask, mixers, _ = ready(model, task)
     mask.step = mask.milestone
     with mixing(model, mixers):
-        masked = answer(model, task.example)
+        masked = answered(model, task.example)
     slice_(model, stream, norms, mixers, mask.hard)
-    assert float((answer(model, task.example) - masked).abs().max()) < 1e-4
+    assert float((answered(model, task.example) - masked).abs().max()) < 1e-4
 
 
 class OneMore(nn.Module):
@@ -208,11 +208,11 @@ def test_a_gain_stored_as_what_exceeds_one_is_scaled_with_the_one():
     stream, norms, mask, mixers, _ = ready(model, task)
     mask.step = mask.milestone
     with mixing(model, mixers):
-        masked = answer(model, task.example)
+        masked = answered(model, task.example)
     slice_(model, stream, norms, mixers, mask.hard)
     half = torch.linspace(-0.5, 0.5, 32)[MASKED]
     assert torch.allclose(model.model.layers[0].input_layernorm.weight, (1 + half) * 2**0.5 - 1)
-    assert float((answer(model, task.example) - masked).abs().max()) < 1e-4
+    assert float((answered(model, task.example) - masked).abs().max()) < 1e-4
 
 
 def test_a_shared_table_is_mixed_where_it_is_written_only():
@@ -255,8 +255,8 @@ def test_a_saved_one_is_a_stock_model(done, tmp_path):
     example = make_task("decoder").example
     assert stock.config.hidden_size == 24
     assert stock.config.head_dim == 8
-    assert torch.allclose(answer(stock, example), answer(load(tmp_path / "m"), example), atol=1e-4)
-    assert torch.allclose(answer(stock, example), answer(done.model, example), atol=1e-4)
+    assert torch.allclose(answered(stock, example), answered(load(tmp_path / "m"), example), atol=1e-4)
+    assert torch.allclose(answered(stock, example), answered(done.model, example), atol=1e-4)
 
 
 def test_frozen_channels_are_drawn_by_chance_and_stay():
@@ -316,11 +316,11 @@ def test_a_run_is_taken_up_again_where_it_was():
 
     kept = []
     model, rule, optimizer = start()
-    with only(model, ()), beside(model, rule.layers), mixing(model, rule.mixers):
+    with only(model, ()), hooked(model, rule.layers), mixing(model, rule.mixers):
         fit(model, task, 12, [rule], optimizer,
             watch=lambda loop: kept.append(Snapshot.of(loop.model, loop)) if loop.step == 7 else None)  # fmt: skip
     again, other, optimizer = start()
-    with only(again, ()), beside(again, other.layers), mixing(again, other.mixers):
+    with only(again, ()), hooked(again, other.layers), mixing(again, other.mixers):
         fit(again, task, 12, [other], optimizer, resume_from=kept[0])
     assert all(torch.equal(a, b) for a, b in zip(rule.parameters(), other.parameters(), strict=True))
     assert (rule.above, other.mask.settled) == (other.above, True)
@@ -330,7 +330,7 @@ def test_the_mask_is_left_alone_from_the_milestone_on():
     task, model = make_task("decoder"), copy.deepcopy(trained("decoder"))
     _, _, mask, mixers, layers = ready(model, task)
     rule, seen = Tuning(mask, mixers, layers), []
-    with only(model, ()), beside(model, layers), mixing(model, mixers):
+    with only(model, ()), hooked(model, layers), mixing(model, mixers):
         optimizer = torch.optim.AdamW(rule.parameters(), 1e-2)
         fit(model, task, 14, [rule], optimizer, watch=lambda loop: seen.append(mask.logits.detach().clone()))
     assert not torch.equal(seen[8], seen[9])

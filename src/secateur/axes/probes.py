@@ -29,7 +29,7 @@ from secateur.errors import EvidenceError, ModelError, SettingError, SiteError, 
 from secateur.evidence import Evidence, calm
 from secateur.method import Budget, check_sparsity
 from secateur.site import Site, Tensors, tensors
-from secateur.task import Batch, Task, generator
+from secateur.task import Batch, Task, generator, logits_of
 from secateur.train import seeded
 
 
@@ -223,7 +223,7 @@ class Synflow:
         curved = Curved()
         for k in range(1, rounds + 1):
             with calm(twin), curved, sdpa_kernel(SDPBackend.MATH):
-                flow = dict(zip(learnt, _gradients(_logits(ones.through(twin)).double().sum(), learnt), strict=True))
+                flow = dict(zip(learnt, _gradients(logits_of(ones.through(twin)).double().sum(), learnt), strict=True))
             found = {site.name: (weight[site.name].detach() * site.parts[0].read(flow)).abs() for site in sites}
             score = torch.cat([_finite(found, "synaptic flow")[site.name].reshape(-1).cpu() for site in sites])
             score = score.masked_fill(~keep, -torch.inf)
@@ -314,7 +314,7 @@ def cooled(model: nn.Module, temperature: float) -> Iterator[None]:
             return out / temperature
         if isinstance(out, tuple):
             return (out[0] / temperature, *out[1:])
-        out["logits"] = _logits(out) / temperature
+        out["logits"] = logits_of(out) / temperature
         return out
 
     hook = model.register_forward_hook(cool)
@@ -322,17 +322,6 @@ def cooled(model: nn.Module, temperature: float) -> Iterator[None]:
         yield
     finally:
         hook.remove()
-
-
-def _logits(out: Any) -> Tensor:
-    found = out[0] if isinstance(out, tuple) else out if isinstance(out, Tensor) else getattr(out, "logits", None)
-    if not isinstance(found, Tensor):
-        raise ModelError(
-            "the outputs of a model were to be read",
-            f"it answers with a {type(out).__name__} without logits",
-            "Give a model with a head.",
-        )
-    return found
 
 
 def balanced(task: Task, per_class: int) -> list[Batch]:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from secateur.edit import Edit, Replace, apply_, replacement
 from secateur.errors import GraphError, ModelError
-from secateur.evidence import calm
+from secateur.evidence import answered
 from secateur.site import Part, Site
 from secateur.task import Batch
 from secateur.walk import stacks
@@ -171,10 +171,10 @@ def narrowable_(model: nn.Module, example: Batch) -> tuple[list[Site], list[Edit
     for path in paths:
         if not isinstance(module := model.get_submodule(path), RotaryAttention):
             edits.append(Replace(path, RotaryAttention.of(module)))
-    before = answer(model, example)
+    before = answered(model, example)
     apply_(model, edits)
-    after = answer(model, example)
-    if not torch.allclose(before.float(), after.float(), rtol=1e-2, atol=1e-2 * float(before.abs().max())):
+    after = answered(model, example)
+    if not torch.allclose(before, after, rtol=1e-2, atol=1e-2 * float(before.abs().max())):
         raise GraphError(
             f"dims of the heads of {type(model).__name__} were to be cut",
             f"its {kind} does more than turn queries and keys and attend",
@@ -216,11 +216,3 @@ def _made(layer: nn.Linear, path: str, owner: Tensor, uses: float) -> list[Part]
     if layer.bias is not None:
         found.append(Part(f"{path}.bias", shape[:1], owner, uses=0.0, itemsize=size))
     return found
-
-
-def answer(model: nn.Module, example: Batch) -> Tensor:
-    """A model's logits for an example, or the first tensor of what it answers; in eval mode."""
-    with calm(model):
-        said = example.through(model)
-    found = getattr(said, "logits", said)
-    return found if isinstance(found, Tensor) else found[0]

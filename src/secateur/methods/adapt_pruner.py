@@ -29,13 +29,13 @@ from secateur.axes.influence import Change, Turn, watched
 from secateur.axes.spending import check_affordable, total_cost
 from secateur.axes.taylor import Combine, First, Taylor, Total, gradients, group_scores
 from secateur.edit import Edit, Mask, apply_
-from secateur.errors import BudgetError, ModelError, SettingError
+from secateur.errors import BudgetError, SettingError
 from secateur.graph import couple, left_of, removals
 from secateur.graph.inner import inner
 from secateur.method import Budget, Card, Method
 from secateur.outcome import Outcome
 from secateur.site import Site, tensors
-from secateur.task import Batch, Task
+from secateur.task import Batch, Task, logits_of
 from secateur.train import History, Loop, Rule, Snapshot, fit
 
 SLACK = 1e-6  # of a weight: what counts as none
@@ -199,25 +199,13 @@ class Distil(Rule):
         return model.register_forward_hook(note)
 
     def loss(self, loop: Loop, value: Tensor) -> Tensor:
-        """See Rule. Raises ModelError for an answer without logits."""
+        """See Rule. Raises TaskError for an answer without logits."""
         assert loop.batch is not None, "a step has a batch"
         with torch.no_grad():
-            wanted = _logits(loop.batch.through(self.teacher)).float() / self.temperature
-        found = _logits(self._answer).float() / self.temperature
+            wanted = logits_of(loop.batch.through(self.teacher)).float() / self.temperature
+        found = logits_of(self._answer).float() / self.temperature
         apart = F.kl_div(found.log_softmax(-1), wanted.log_softmax(-1), reduction="none", log_target=True)
         return (1 - self.weight) * value + self.weight * self.temperature**2 * apart.sum(-1).mean()
-
-
-def _logits(answer: Any) -> Tensor:
-    found = getattr(answer, "logits", answer)
-    found = found[0] if isinstance(found, tuple) else found
-    if not isinstance(found, Tensor):
-        raise ModelError(
-            "a teacher's answers were to be learnt from",
-            f"the model answers with a {type(answer).__name__}, which has no logits",
-            "Use distil=0.",
-        )
-    return found
 
 
 @dataclass(frozen=True, kw_only=True)

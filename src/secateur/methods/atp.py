@@ -29,10 +29,11 @@ from torch.nn.utils import parametrize
 from secateur.adapters import LowRank, tied_names
 from secateur.axes import keep_top
 from secateur.axes.budgets import Terms
+from secateur.axes.hooks import adaptable, hooked
 from secateur.axes.recovery import Retrain, only
 from secateur.axes.rules import everything
 from secateur.axes.spending import worst_first
-from secateur.cut import DEFAULT_EXCLUDE, weights
+from secateur.cut import DEFAULT_EXCLUDE
 from secateur.edit import Edit, Mask, Update, apply_
 from secateur.errors import BudgetError, ModelError, SettingError, SiteError, TaskError
 from secateur.graph import Coupling, couple, removals
@@ -40,7 +41,6 @@ from secateur.graph.head_dims import head_dims, narrowable_
 from secateur.graph.inner import inner
 from secateur.method import Budget, Card, Method
 from secateur.methods.flap import Adaptive
-from secateur.methods.loraprune import beside, is_linear
 from secateur.outcome import Outcome
 from secateur.site import Part, Site, unwrapped
 from secateur.task import Batch, Task, generator
@@ -236,7 +236,7 @@ class Proposals:
 class Proposing(Rule):
     """Steps 1, 2 and 4: proposes and decides before each step until a share of training, draws to zero after each.
 
-    The layers' hooks must be in place: see `loraprune.beside`. Curves: "kept" is the share of weights that decisions
+    The layers' hooks must be in place: see `hooked`. Curves: "kept" is the share of weights that decisions
     keep; "moved" the share of units that noise-free decisions took another way since the step before; "condemned" the
     length of the adapters' slices that condemned units own, as a share of that of all.
     """
@@ -623,15 +623,8 @@ class ATP(Method):
         Raises ModelError for a weight that several layers share and for one behind a gate, SiteError where nothing
         gets an adapter.
         """
-        parts = {site.parts[0].name: site.parts[0] for site in weights(model, self.include, self.exclude)}
-        adapted = {n: p for n, p in parts.items() if p.index is None and is_linear(model.get_submodule(p.module))}
+        adapted = adaptable(model, self.include, self.exclude)
         makers = {part.name: part for site in sites for part in site.parts if part.makes}
-        if not adapted:
-            raise SiteError(
-                f"adapters for {type(model).__name__} were asked for",
-                "none of the matrices chosen is that of a linear layer",
-                "Widen include=, or narrow exclude=.",
-            )
         tied, named = tied_names(model), dict(model.named_parameters(remove_duplicate=False))
         found: dict[str, Guided] = {}
         for name, part in {**makers, **adapted}.items():
@@ -650,7 +643,7 @@ class ATP(Method):
 
     def tuned(self, model: nn.Module, task: Task, rule: Proposing) -> History:
         """Train the adapters, the rule deciding meanwhile; the model's own weights stay as they are."""
-        with only(model, []), beside(model, rule.layers):
+        with only(model, []), hooked(model, rule.layers):
             optimizer = torch.optim.AdamW(rule.parameters(), self.rate, weight_decay=0.0)
             return fit(model, task, self.steps, [rule], optimizer)
 

@@ -26,6 +26,7 @@ from torch.nn.utils import parametrize
 
 from secateur.adapters import Lora, LowRank, adapted
 from secateur.axes import Cosine, Curve, Linear, Schedule
+from secateur.axes.hooks import is_linear
 from secateur.axes.recovery import Retrain, only
 from secateur.axes.rules import LearningRate
 from secateur.cut import weights
@@ -34,7 +35,6 @@ from secateur.errors import BudgetError, GraphError, ModelError, SettingError, T
 from secateur.graph import Coupling, couple, removals
 from secateur.graph.inner import inner, reader
 from secateur.method import Budget, Card, Method, check_sparsity
-from secateur.methods.loraprune import is_linear
 from secateur.outcome import Outcome
 from secateur.site import Part, Site, Tensors, tensors
 from secateur.stream import follow

@@ -14,30 +14,29 @@ up put out for them is multiplied by 0. So they get no gradient, and do not come
 and units that are shut are taken out: a small dense model.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from secateur.adapters import LowRank, tied_names
 from secateur.axes import Curve, Linear, Power, Schedule, Scores, keep_top, kept_of, text_of
 from secateur.axes.budgets import Met, Terms
 from secateur.axes.groups import by_unit
+from secateur.axes.hooks import Adapted, adaptable, hooked, is_linear
 from secateur.axes.recovery import Retrain, only
 from secateur.axes.rules import LearningRate, everything, sparsity_of
-from secateur.cut import DEFAULT_EXCLUDE, weights
+from secateur.cut import DEFAULT_EXCLUDE
 from secateur.edit import Edit, Mask, Update, apply_
 from secateur.errors import BudgetError, ModelError, SettingError, SiteError
 from secateur.graph import couple, removals
 from secateur.graph.inner import inner
 from secateur.method import Budget, Card, Method
 from secateur.outcome import Outcome
-from secateur.site import Part, Site, Unit, total_units
+from secateur.site import Site, Unit, total_units
 from secateur.task import Task, generator
 from secateur.train import Loop, Rule, fit
 
@@ -62,40 +61,6 @@ def unit_length(values: Tensor) -> Tensor:
     """A vector over its length; zeros stay zeros."""
     length = torch.linalg.vector_norm(values)
     return values / length if length > 0 else values
-
-
-class Adapted:
-    """A linear layer and what stands beside it: y = (W x + b + c B A x) * mask. A forward hook.
-
-    The product B A is never made in training, and of W no gradient is asked: what is kept is of the adapter's size.
-    """
-
-    def __init__(
-        self, part: Part, frozen: nn.Parameter, low: LowRank | None, scale: float = 1.0, dropout: float = 0.0
-    ) -> None:
-        self.part, self.frozen, self.low = part, frozen, low
-        self.scale, self.dropout = scale, dropout
-        self.mask: Tensor | None = None  # of what is put out [out]; None: all of it counts
-
-    def __call__(self, module: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        """What the layer puts out, with what is learnt beside it, masked."""
-        if self.low is not None:
-            x = F.dropout(given[0].to(self.low.a.dtype), self.dropout, module.training)
-            out = out + (self.scale * F.linear(F.linear(x, self.low.a), self.low.b)).to(out.dtype)
-        return out if self.mask is None else out * self.mask.to(out)
-
-    @torch.no_grad()
-    def merged(self) -> Tensor:
-        """W + c B A, as it is stored and in the dtype of W."""
-        if self.low is None:
-            return self.frozen.detach()
-        low = self.low()
-        return (self.frozen.detach().to(low.dtype) + self.scale * low).to(self.frozen.dtype)
-
-    def weight(self) -> Tensor:
-        """The same, outputs first: [out, in], float32 or wider."""
-        seen = self.part.view(self.merged())
-        return seen if seen.dtype == torch.float64 else seen.float()
 
 
 @runtime_checkable
@@ -202,7 +167,7 @@ class Shutting(Rule):
     """Follows what units are worth, and shuts more and more of them, until at each site as many are left as asked.
 
     The gradients that count are those the optimizer is about to use: accumulated, unscaled and clipped. Its layers'
-    hooks must be in place: see `beside`.
+    hooks must be in place: see `hooked`.
     """
 
     def __init__(
@@ -327,34 +292,6 @@ class Shutting(Rule):
 def smoothed(old: Tensor, new: Tensor, smooth: float) -> Tensor:
     """smooth * old + (1 - smooth) * new. The mean starts at zero, which is the same for all units of a layer."""
     return smooth * old + (1 - smooth) * new
-
-
-class Hook(Protocol):
-    """A linear layer's part, and what is done to what the layer puts out."""
-
-    part: Part
-
-    def __call__(self, module: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        """What is put out instead."""
-        ...
-
-
-@contextmanager
-def beside(model: nn.Module, layers: Mapping[str, Hook]) -> Iterator[None]:
-    """Within this, adapters and masks take part in the forward pass; afterwards the model is as it was."""
-    hooks = [model.get_submodule(layer.part.module).register_forward_hook(layer) for layer in layers.values()]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module multiplies its one input by its weight when it is called; GPT-2's Conv1D does."""
-    # nn.MultiheadAttention reads the weight of its out_proj and never calls it.
-    plain = isinstance(module, nn.Linear) and type(module).__name__ != "NonDynamicallyQuantizableLinear"
-    return plain or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
 
 
 @dataclass(frozen=True)
@@ -524,7 +461,7 @@ class LoRAPrune(Method):
             smooth=self.smooth, clip=self.clip, draw=generator(task, "loraprune scores"),
         )  # fmt: skip
         read = [layer.frozen for layer in rule.scored.values()] if self.score.whole else []
-        with only(model, read), beside(model, layers):
+        with only(model, read), hooked(model, layers):
             optimizer = torch.optim.AdamW(rule.parameters(), self.rate, weight_decay=0.0)
             history = fit(model, task, self.steps, [LearningRate(Linear(), self.warmup), rule], optimizer)
         notes = self.notes(inside, rule, met)
@@ -555,15 +492,8 @@ class LoRAPrune(Method):
         Raises ModelError for a maker of units that is not called as a linear layer, a weight that several layers
         share, and one behind a gate; SiteError where nothing gets an adapter.
         """
-        parts = {site.parts[0].name: site.parts[0] for site in weights(model, self.include, self.exclude)}
-        adapted = {n: p for n, p in parts.items() if p.index is None and is_linear(model.get_submodule(p.module))}
+        adapted = adaptable(model, self.include, self.exclude)
         makers = {part.name: part for site in cut for part in site.parts if part.makes}
-        if not adapted:
-            raise SiteError(
-                f"adapters for {type(model).__name__} were asked for",
-                "none of the matrices chosen is that of a linear layer",
-                "Widen include=, or narrow exclude=.",
-            )
         tied, named = tied_names(model), dict(model.named_parameters(remove_duplicate=False))
         found: dict[str, Adapted] = {}
         for name, part in {**makers, **adapted}.items():

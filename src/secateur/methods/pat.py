@@ -27,18 +27,18 @@ from torch.nn.utils import parametrize
 
 from secateur.adapters import LowRank, tied_names
 from secateur.axes import Cosine, keep_top, kept_of
+from secateur.axes.hooks import Adapted, adaptable, hooked, is_linear
 from secateur.axes.recovery import Retrain, only
 from secateur.axes.rules import LearningRate
-from secateur.cut import DEFAULT_EXCLUDE, weights
+from secateur.cut import DEFAULT_EXCLUDE
 from secateur.edit import Edit, Remove, Replace, Update, apply_
-from secateur.errors import BudgetError, GraphError, ModelError, SettingError, SiteError
-from secateur.evidence import calm
+from secateur.errors import BudgetError, GraphError, ModelError, SettingError
+from secateur.evidence import answered
 from secateur.method import Budget, Card, Method
-from secateur.methods.loraprune import Adapted, beside, is_linear
 from secateur.outcome import Outcome
 from secateur.site import Part, tensors
 from secateur.stream import ADVICE, NormKind, Stream, UntiedLinear, follow, norm_kind, whole
-from secateur.task import Batch, Task, generator
+from secateur.task import Task, generator
 from secateur.train import Loop, Rule, fit
 
 # The equations
@@ -236,7 +236,7 @@ class Mixer:
 class Tuning(Rule):
     """Sharpens the mask with each step, adds what the paper adds to the loss, and clips gradients.
 
-    The hooks of its layers and mixers must be in place: see `beside` and `mixing`.
+    The hooks of its layers and mixers must be in place: see `hooked` and `mixing`.
     """
 
     def __init__(
@@ -404,16 +404,6 @@ def untied(model: nn.Module, name: str, keep: Tensor) -> Replace:
     return Replace(path, own.train(old.training))
 
 
-@torch.no_grad()
-def answer(model: nn.Module, example: Batch) -> Tensor:
-    """What a model says to an example, in float64."""
-    with calm(model):
-        out = example.to(next(model.parameters()).device).through(model)
-    found = getattr(out, "logits", out)
-    assert isinstance(found, Tensor), "a language model gives logits"
-    return found.double()
-
-
 @dataclass(frozen=True, kw_only=True)
 class Pat(Method):
     """Train adapters and one mask of the residual stream together, and end with a model of a smaller width.
@@ -540,14 +530,14 @@ class Pat(Method):
         groups: list[dict[str, Any]] = [{"params": rule.tuned}]
         if self.choice.learns:
             groups.append({"params": [mask.logits], "lr": self.reach / self.turning})
-        with only(model, ()), beside(model, layers), mixing(model, mixers):
+        with only(model, ()), hooked(model, layers), mixing(model, mixers):
             optimizer = torch.optim.AdamW(groups, self.rate, weight_decay=0.0)
             history = fit(model, task, self.steps, [LearningRate(Cosine(), self.warmup), rule], optimizer)
-            masked = answer(model, task.example)
+            masked = answered(model, task.example)
         shared = shared_readers(model, stream)
         edits = apply_(model, [Update(name, layer.merged()) for name, layer in layers.items()])
         edits += slice_(model, stream, norms, mixers, mask.hard)
-        off = answer(model, task.example) - masked
+        off = answered(model, task.example) - masked
         self.compare(model, off, masked)
         after = sum(p.numel() for p in model.parameters())
         notes = [
@@ -605,20 +595,8 @@ class Pat(Method):
 
         Raises SiteError where there are none, ModelError for one that is shared or behind a gate.
         """
-        parts = [site.parts[0] for site in weights(model, self.include, self.exclude)]
+        parts = adaptable(model, self.include, self.exclude).values()
         named, tied = dict(model.named_parameters(remove_duplicate=False)), tied_names(model)
-        # A layer may have further matrices, such as the shortcut of a sliced stream: an adapter goes beside its weight.
-        parts = [
-            p
-            for p in parts
-            if p.name == f"{p.module}.weight" and p.index is None and is_linear(model.get_submodule(p.module))
-        ]
-        if not parts:
-            raise SiteError(
-                f"adapters for {type(model).__name__} were asked for",
-                "none of the matrices chosen is that of a linear layer",
-                "Widen include=, or narrow exclude=.",
-            )
         found = {}
         for part in parts:
             if part.name in tied or parametrize.is_parametrized(model.get_submodule(part.module)):

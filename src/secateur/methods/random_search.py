@@ -22,7 +22,7 @@ from secateur.graph import couple, removals
 from secateur.method import Budget, Card, Method, check_sparsity
 from secateur.outcome import Outcome
 from secateur.site import Site, tensors
-from secateur.task import Batch, Task, generator
+from secateur.task import Batch, Task, generator, logits_of
 from secateur.train import History, fit
 
 Choice = Mapping[str, Tensor]
@@ -134,9 +134,7 @@ class EarlyLoss:
 
 def _outputs(model: nn.Module, batch: Batch) -> Tensor:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    answer = batch.to(device).through(model)
-    found = answer if isinstance(answer, Tensor) else getattr(answer, "logits", None)
-    return found if isinstance(found, Tensor) else answer[0]
+    return logits_of(batch.to(device).through(model))
 
 
 # Keep

@@ -19,7 +19,7 @@ from secateur.evidence import Evidence, calm, merged, summed
 from secateur.method import Budget, Card, Method
 from secateur.outcome import Outcome
 from secateur.stream import Segment, Stream, add_shortcuts, few, follow, fuse, second_moments, sites
-from secateur.task import Batch, Task, generator
+from secateur.task import Batch, Task, generator, logits_of
 from secateur.walk import Block, walk
 
 
@@ -246,10 +246,10 @@ class SliceGPT(Method):
         short = few(example)
         last = len(stream.segments) - 1
         with torch.no_grad(), calm(model):
-            said = _answer(short.through(model))
+            said = logits_of(short.through(model)).double()
             edits = apply_(model, fuse(model, stream))
             edits += apply_(model, add_shortcuts(model, stream, None if self.basis.own else () if head else (last,)))
-            off = float((_answer(short.through(model)) - said).norm() / said.norm().clamp(min=1e-30))
+            off = float((logits_of(short.through(model)).double() - said).norm() / said.norm().clamp(min=1e-30))
         if not off < (1e-3 if next(model.parameters()).dtype in (torch.float32, torch.float64) else 0.1):
             raise GraphError(
                 f"the norms of {type(model).__name__} were to be fused",
@@ -257,12 +257,6 @@ class SliceGPT(Method):
                 "Use a plain pre-norm decoder, or another method.",
             )
         return edits
-
-
-def _answer(out: object) -> Tensor:
-    found = getattr(out, "logits", out)
-    assert isinstance(found, Tensor), "a language model gives logits"
-    return found.double()
 
 
 def _moments(block: Block, segment: Segment, batches: Sequence[Batch]) -> tuple[Tensor, int]:

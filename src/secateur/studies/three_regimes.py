@@ -53,8 +53,8 @@ from secateur.methods.global_mp import magnitudes, masks_of
 from secateur.methods.stable_lottery import check_orders
 from secateur.outcome import fingerprint
 from secateur.site import Site
-from secateur.task import Task
-from secateur.tasks.labelled import device_of, evaluating, logits_of
+from secateur.task import Task, logits_of
+from secateur.tasks.labelled import device_of, evaluating
 from secateur.train import Loop, Rule, Snapshot, fit
 
 CARD = Card(

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from secateur.errors import TaskError
 from secateur.outcome import Damage, Harm
-from secateur.task import Batch, Task
-from secateur.tasks.labelled import device_of, evaluating, logits_of
+from secateur.task import Batch, Task, logits_of
+from secateur.tasks.labelled import device_of, evaluating
 
 SHOWN = 10  # of the examples that lost most
 CONTEXT = 24  # tokens shown before the prediction that suffered most

@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from secateur.errors import TaskError, did_you_mean
-from secateur.task import Batch, Task, generator
+from secateur.task import Batch, Task, generator, logits_of
 from secateur.tasks import pack
 from secateur.tasks.corpora import Tokenizer
-from secateur.tasks.labelled import device_of, digest, evaluating, logits_of
+from secateur.tasks.labelled import device_of, digest, evaluating
 from secateur.tasks.learners import AdamW, Learner
 from secateur.tasks.text import Text
 

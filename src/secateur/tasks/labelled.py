@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from secateur.errors import TaskError, did_you_mean
-from secateur.task import Batch, Task, generator
+from secateur.task import Batch, Task, generator, logits_of
 from secateur.tasks.learners import Learner, Sgd
 
 
@@ -158,22 +158,6 @@ def digest(settings: Mapping[str, Any], tensors: Mapping[str, Tensor], more: Seq
     for text in more:
         found.update(text.encode())
     return found.hexdigest()[:16]
-
-
-def logits_of(answer: Any) -> Tensor:
-    """The logits in a model's answer: a tensor, something with `logits`, or a tuple that starts with them."""
-    if isinstance(answer, Tensor):
-        return answer
-    found = answer.get("logits") if isinstance(answer, Mapping) else getattr(answer, "logits", None)
-    if found is None and isinstance(answer, tuple):
-        found = answer[0]
-    if not isinstance(found, Tensor):
-        raise TaskError(
-            "a model's answer was to be compared with its target",
-            f"it is a {type(answer).__name__} without logits",
-            "Give a model with a head: for classification, or for language modelling.",
-        )
-    return found
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from secateur.errors import TaskError
-from secateur.task import Task, stream
-from secateur.tasks.labelled import Labelled, device_of, evaluating, logits_of
+from secateur.task import Task, logits_of, stream
+from secateur.tasks.labelled import Labelled, device_of, evaluating
 
 CALIBRATION, NOISY = "calibration error", "accuracy under noise"
 """What the values are called."""

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from secateur.errors import TaskError, did_you_mean
-from secateur.task import Batch, Task, generator
-from secateur.tasks.labelled import device_of, digest, evaluating, logits_of, pieces
+from secateur.task import Batch, Task, generator, logits_of
+from secateur.tasks.labelled import device_of, digest, evaluating, pieces
 from secateur.tasks.learners import AdamW, Learner
 
 EXAMPLE = 128  # tokens of the example: enough to time, and quick on one core with a model of 135 M parameters
