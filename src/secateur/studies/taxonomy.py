@@ -672,8 +672,8 @@ def contrasts(pairs: Sequence[Pair], sides: Sequence[Side]) -> list[Contrast]:
 
 
 def text(found: Sequence[Contrast]) -> str:
-    """One table: a line for each comparison, and under it what each side is and took."""
-    lines = []
+    """One table: a line for each comparison, and under it what each side is and took, once."""
+    lines, told = [], set()
     for each in found:
         verdict = {True: "reproduced", False: "not reproduced", None: "clear" if each.clear else "not clear"}
         where = f"{each.pair}" if each.decides else " "
@@ -682,7 +682,10 @@ def text(found: Sequence[Contrast]) -> str:
             f"{each.right_sd:.4f} ({each.metric}, {each.seeds} seeds): {each.ahead} by {abs(each.difference):.4f}, "
             f"{verdict[each.reproduced]}"
         )
-        lines += [f"      {name}: {took(side)}" for name, side in each.costs.items()]
+        for name, side in each.costs.items():
+            if (each.pair, name) not in told:
+                lines.append(f"      {name}: {took(side)}")
+            told.add((each.pair, name))
     return "\n".join(lines)
 
 
