@@ -567,6 +567,11 @@ class NormKind:
     shift: Tensor | None
     eps: float
 
+    def times(self, gain: Tensor, factor: float | Tensor) -> Tensor:
+        """A gain as it is stored, so that the norm scales by a factor more: what exceeds one where that is stored."""
+        apart = self.scale.to(gain.device) - gain.double()
+        return (self.scale.to(gain.device) * factor - apart).to(gain.dtype)
+
 
 def norm_kind(name: str, module: nn.Module, width: int) -> NormKind:
     """What a norm does, found by trying it: scales are stored as they are, or as what exceeds one (Gemma).
@@ -619,3 +624,31 @@ def second_moments(flows: Iterable[Tensor], masks: Sequence[Tensor | None] | Non
         total, count = gram if total is None else total.add_(gram), count + len(rows)
     assert total is not None, "at least one batch"
     return total, count
+
+
+def rms_norms(model: nn.Module, stream: Stream, advice: str) -> dict[str, NormKind]:
+    """What the norms of a stream do, by the name of the gain: those that can go on as they did in a narrower stream.
+
+    Of d channels k are left. What is written times sqrt(k / d) has the mean square that the whole stream had, the
+    others being zero; so a plain RMSNorm divides by the same, eps and all, and its gain makes up for the rest:
+
+        g sqrt(d / k) x sqrt(k / d) / sqrt(sum of (x sqrt(k / d))^2 / k + eps) = g x / sqrt(sum of x^2 / d + eps)
+
+    Raises GraphError, with an advice, for a norm that is no RMSNorm with a gain.
+    """
+    found = {}
+    for name in dict.fromkeys(norm for segment in stream.segments for norm in segment.norms):
+        module = model.get_submodule(name)
+        kind = norm_kind(name, module, stream.width)
+        asked = f"channels of the residual stream of {type(model).__name__} were to be masked"
+        if kind.centred or kind.shift is not None:
+            raise GraphError(
+                asked,
+                f"{name} ({type(module).__name__}) subtracts the mean or adds a shift, and so makes masked channels"
+                " count again",
+                advice,
+            )
+        if not isinstance(getattr(module, "weight", None), Tensor):
+            raise GraphError(asked, f"{name} has no gain that could make up for the width", advice)
+        found[f"{name}.weight"] = kind
+    return found

@@ -30,14 +30,14 @@ from secateur.axes.hooks import is_linear
 from secateur.axes.recovery import Retrain, only
 from secateur.axes.rules import LearningRate
 from secateur.cut import weights
-from secateur.edit import Edit, Mask, Replace, Rotate, Update, apply_, replacement
+from secateur.edit import Edit, Mask, Rotate, Update, apply_
 from secateur.errors import BudgetError, GraphError, ModelError, SettingError, TaskError, did_you_mean
 from secateur.graph import Coupling, couple, removals
 from secateur.graph.inner import inner, reader
 from secateur.method import Budget, Card, Method, check_sparsity
 from secateur.outcome import Outcome
 from secateur.site import Part, Site, Tensors, tensors
-from secateur.stream import follow
+from secateur.stream import NormKind, follow, rms_norms
 from secateur.task import Task, generator
 from secateur.train import History, Loop, Rule, fit
 
@@ -124,7 +124,7 @@ class Layout:
     gated: tuple[Site, ...]  # those of them with masks
     stream: Site | None  # the hidden channels, in all that reads and writes them; None: without masks
     written: tuple[Part, ...]  # those of its parts that write
-    norms: tuple[str, ...]  # modules through which it is read
+    norms: Mapping[str, NormKind]  # those it is read through, by their gains; the last is before the output layer
     tied: bool  # whether the output layer is the embedding's matrix
     width: int  # of the stream
 
@@ -166,20 +166,18 @@ def lay_out(model: nn.Module, task: Task, kinds: Sequence[str]) -> tuple[Layout,
     for site in gated:
         _check_called(model, reader(site).module)
     if "stream" not in kinds:
-        return Layout(inside, rows, gated, None, (), (), False, width), coupling
+        return Layout(inside, rows, gated, None, (), {}, False, width), coupling
     numbers = coupling.need("stream")[0].numbers
     tables = [name for segment in stream.segments for name in segment.embeddings]
     writers = [name for segment in stream.segments for name in segment.writers]
     for name in writers:
         _check_called(model, name.rpartition(".")[0])
-    norms = tuple(norm for segment in stream.segments for norm in segment.norms)
-    for norm in norms:
-        _check_norm(norm, model.get_submodule(norm), width)
+    norms = rms_norms(model, stream, "Leave the stream whole: kinds=head,channel.")
     readers = [name for segment in stream.segments for names in segment.readers for name in names]
     own = [name for name in readers if not any(named[name] is named[table] for table in tables)]
     biases = [name for w in writers if (name := w.rpartition(".")[0] + ".bias") in named]
     written = [_part(named, name, 1) for name in tables] + [_part(named, name, 0) for name in (*writers, *biases)]
-    gains = [_part(named, f"{norm}.weight", 0) for norm in norms]
+    gains = [_part(named, gain, 0) for gain in norms]
     parts = (*written, *gains, *(_part(named, name, 1) for name in own))
     site = Site("stream", "stream", (width,), parts, numbers)
     return Layout(inside, rows, gated, site, tuple(written), norms, len(own) < len(readers), width), coupling
@@ -222,28 +220,6 @@ def _check_called(model: nn.Module, name: str) -> None:
             f"it is a {type(module).__name__}, and no plain linear layer",
             "Use a decoder of the Llama, Mistral or Qwen kind, or another method.",
         )
-
-
-def _check_norm(name: str, module: nn.Module, width: int) -> None:
-    """Raise GraphError unless a norm is a root mean square with a gain, by what it does."""
-    gain, said = getattr(module, "weight", None), None
-    if isinstance(gain, Tensor) and tuple(gain.shape) == (width,):
-        x = torch.linspace(-1, 2, width, dtype=gain.dtype, device=gain.device).reshape(1, width)
-        with torch.no_grad():
-            said, wide = module(x).double(), x.double()
-            made = gain.double() * wide * torch.rsqrt(wide.square().mean() + _eps(module))
-        if float((said - made).norm()) <= (1e-3 if gain.dtype == torch.float32 else 5e-2) * float(said.norm()):
-            return
-    raise GraphError(
-        "hidden channels were to be masked",
-        f"{name}, a {type(module).__name__}, does not divide by the root mean square and multiply by a gain",
-        "Leave the stream whole: kinds=head,channel.",
-    )
-
-
-def _eps(norm: nn.Module) -> float:
-    found = [getattr(norm, name, None) for name in ("variance_epsilon", "eps", "epsilon")]
-    return next((float(value) for value in found if isinstance(value, (int, float))), 1e-6)
 
 
 # While training
@@ -429,41 +405,12 @@ def masked(model: nn.Module, masks: Masks) -> Iterator[None]:
 # The small model
 
 
-@replacement
-class NarrowNorm(nn.Module):
-    """gain * x / sqrt(mean of squares + eps), in float32, as RMSNorm has it: for a stream that has become narrower.
-
-    It goes on dividing by the width d that the stream had before k channels were left, since with a gain of
-    g sqrt(d / k) and an eps of eps d / k,
-
-        g' x / sqrt(sum / k + eps') = g x / sqrt(sum / d + eps)
-    """
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.variance_epsilon = eps
-
-    def settings(self) -> dict[str, Any]:
-        """What it is built from."""
-        return {"width": len(self.weight), "eps": self.variance_epsilon}
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., width] -> [..., width]."""
-        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.variance_epsilon)
-        return self.weight * wide.to(x.dtype)
-
-    def extra_repr(self) -> str:
-        """Width and eps."""
-        return f"{len(self.weight)}, eps={self.variance_epsilon:g}"
-
-
 def cut_(model: nn.Module, layout: Layout, z: Tensors) -> list[Edit]:
     """Multiply masks [units] into the weights, and take out what is zero; the model answers as the masked one did.
 
-    Heads and neurons are multiplied into the columns that read them, hidden channels into what writes them. Of an
-    embedding that is the output layer too, the last norm's gain takes back what the embedding was multiplied by.
+    Heads and neurons are multiplied into the columns that read them, hidden channels into what writes them, which with
+    the gains of norms makes up for the narrower stream too: see `rms_norms`. Of an embedding that is the output layer
+    too, the last gain takes back what the embedding was multiplied by.
     """
     keep = {name: value > 0 for name, value in z.items()}
     edits: list[Edit] = []
@@ -475,33 +422,19 @@ def cut_(model: nn.Module, layout: Layout, z: Tensors) -> list[Edit]:
         edits.append(Update(part.name, (value.T.contiguous() if part.turned else value).to(seen.dtype)))
     stream = layout.stream
     if stream is not None:
-        edits.append(Rotate(Site("stream written", "stream", stream.shape, layout.written), z[stream.name].diag()))
+        scale, narrow = z[stream.name].double(), (int(keep[stream.name].sum()) / layout.width) ** 0.5
+        written = Site("stream written", "stream", stream.shape, layout.written)
+        edits.append(Rotate(written, (scale * narrow).to(z[stream.name].dtype).diag()))
+        for name, kind in layout.norms.items():
+            last = layout.tied and name == list(layout.norms)[-1]
+            factor = 1 / (narrow * torch.where(scale > 0, scale * narrow, 1)) if last else 1 / narrow
+            edits.append(Update(name, kind.times(named[name].detach(), factor)))
     sites = [*([] if stream is None else [stream]), *layout.inside]
     # A site that loses nothing is written down too: the budget is a fraction of it as well.
     edits += [
         Mask(s, torch.ones(s.shape, dtype=torch.bool)) for s in sites if s.name not in keep or bool(keep[s.name].all())
     ]
-    edits = apply_(model, [*edits, *removals(sites, keep)])
-    return edits if stream is None else [*edits, *apply_(model, _norms(model, layout, z[stream.name].double()))]
-
-
-def _norms(model: nn.Module, layout: Layout, z: Tensor) -> list[Edit]:
-    """Edits that let norms divide as they did, once the channels that are 0 in z [units] are gone."""
-    keep = z > 0
-    share = layout.width / int(keep.sum())
-    edits: list[Edit] = []
-    for norm in layout.norms:
-        module = model.get_submodule(norm)
-        old: Any = module.weight
-        gain = old.detach().double().cpu() * share**0.5
-        if layout.tied and norm == layout.norms[-1]:
-            gain = gain / z[keep]
-        new = NarrowNorm(len(old), _eps(module) * share).to(device=old.device, dtype=old.dtype)
-        with torch.no_grad():
-            new.weight.copy_(gain)
-        new.weight.requires_grad_(old.requires_grad)
-        edits.append(Replace(norm, new.train(module.training)))
-    return edits
+    return apply_(model, [*edits, *removals(sites, keep)])
 
 
 # Adapters
@@ -606,8 +539,8 @@ class Compresso(Method):
             " rows it owns",
             "heads and neurons are masked once, where o_proj and down_proj read them; the authors' code multiplies gate"
             " and up by the neurons' masks, gate before its activation",
-            "hidden channels are taken out of embedding and head too, with an exact form of the norms that stock"
-            " RMSNorm has: see NarrowNorm; a tied embedding stays tied",
+            "hidden channels are taken out of embedding and head too, and norms stay stock ones, what is written and"
+            " gains making up for the width; a tied embedding stays tied",
             "after rounding, units nearest to the edge are shut or opened until the sparsity is met to a unit, and one"
             " unit of each site stays",
             "the second multiplier has a cap, as what moves it is a square",

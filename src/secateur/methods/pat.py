@@ -37,7 +37,7 @@ from secateur.evidence import answered
 from secateur.method import Budget, Card, Method
 from secateur.outcome import Outcome
 from secateur.site import Part, tensors
-from secateur.stream import ADVICE, NormKind, Stream, UntiedLinear, follow, norm_kind, whole
+from secateur.stream import NormKind, Stream, UntiedLinear, follow, rms_norms, whole
 from secateur.task import Task, generator
 from secateur.train import Loop, Rule, fit
 
@@ -333,24 +333,7 @@ def mixing(model: nn.Module, mixers: Mapping[str, Mixer]) -> Iterator[None]:
 # The small model
 
 
-def rms_norms(model: nn.Module, stream: Stream) -> dict[str, NormKind]:
-    """What the norms of a stream do, by the name of the gain. Raises GraphError for one that is no RMSNorm with one."""
-    found = {}
-    for name in dict.fromkeys(norm for segment in stream.segments for norm in segment.norms):
-        module = model.get_submodule(name)
-        kind = norm_kind(name, module, stream.width)
-        asked = f"channels of the residual stream of {type(model).__name__} were to be masked"
-        if kind.centred or kind.shift is not None:
-            raise GraphError(
-                asked,
-                f"{name} ({type(module).__name__}) subtracts the mean or adds a shift, and so makes masked channels"
-                " count again",
-                "Use a decoder with RMSNorm, such as Llama, or slicegpt, which rewrites such norms.",
-            )
-        if not isinstance(getattr(module, "weight", None), Tensor):
-            raise GraphError(asked, f"{name} has no gain that could make up for the width", ADVICE)
-        found[f"{name}.weight"] = kind
-    return found
+INSTEAD = "Use a decoder with RMSNorm, such as Llama, or slicegpt, which rewrites such norms."
 
 
 def slice_(
@@ -381,8 +364,7 @@ def slice_(
     gains = []
     for name, kind in norms.items():
         old = named[name].detach()
-        apart = kind.scale.to(old.device) - old.double()  # 1 where the gain is stored as what exceeds it
-        edits += apply_(model, Update(name, (kind.scale.to(old.device) / narrow - apart).to(old.dtype)))
+        edits += apply_(model, Update(name, kind.times(old, 1 / narrow)))
         gains.append(Part(name, tuple(old.shape), torch.arange(stream.width), itemsize=old.element_size()))
     return [*edits, *apply_(model, Remove(replace(site, parts=(*site.parts, *gains)), keep))]
 
@@ -521,7 +503,7 @@ class Pat(Method):
         self.check()
         Retrain().ready(model, task)
         stream = follow(model, task.example)
-        norms, keep = rms_norms(model, stream), self.width(stream.width)
+        norms, keep = rms_norms(model, stream, INSTEAD), self.width(stream.width)
         before = sum(p.numel() for p in model.parameters())
         logits = self.choice.logits(stream.width, keep, generator(task, "pat mask"))
         mask = SharedMask(logits.to(next(model.parameters()).device), keep, self.turning, self.choice.learns)
