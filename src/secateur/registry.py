@@ -52,7 +52,7 @@ EXECUTION = {
     "structured": ("dense",),
     "unstructured": ("Bitmap", "Sell8", "Sell16", "SellBlocked", "KBlocked"),
     "N:M": ("NM", "Bitmap"),
-    "block": ("Block",),
+    "block": ("Block", "GroupCols", "Bitmap"),
     "1xN": ("GroupCols", "Bitmap"),
     "taps": ("DepthTaps",),
 }
