@@ -249,6 +249,10 @@ class Watched(Around):
     def loss(self, model, batch):
         return self.task.loss(model, batch).detach()
 
+    def measure(self, model, split="val"):
+        self.asked.append(split)
+        return self.task.measure(model, split)
+
 
 @pytest.mark.parametrize("name", [n for n in METHODS if AXES[n]["data"] == {"none"}])
 def test_one_that_says_it_needs_no_data_asks_for_none(name: str) -> None:

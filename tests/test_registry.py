@@ -154,12 +154,8 @@ def test_a_pattern_can_be_run_as_what_is_said(pattern):
     shape = (32, 1, 3, 3) if pattern == "taps" else (32, 64)
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     choice = choices[pattern]
-    if pattern == "block":  # its units are the tiles: [out / 4, in]
-        keep = PerRow().select(weight.abs().reshape(8, 4, 64).sum(1), 8 * 32).repeat_interleave(4, 0)
-    else:
-        count = choice.nearest(shape, weight.numel() // 2)
-        keep = choice.select(weight.abs(), count)
-    weight = torch.where(keep, weight, 0.0) if pattern == "taps" else torch.where(keep, weight, 0.0).flatten(1)
+    keep = choice.select(weight.abs(), choice.nearest(shape, weight.numel() // 2))
+    weight = torch.where(keep, weight, 0.0)
     for name in EXECUTION[pattern]:
         settings = {"NM": (2, 4), "Block": (4, 1), "GroupCols": (4,)}.get(name, ())
         packed = by_name[name](*settings).pack(weight)

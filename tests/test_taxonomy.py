@@ -175,6 +175,16 @@ def test_many_cuts_end_where_one_does_and_cost_more():
     assert many.work > one.work
 
 
+def test_seeds_are_run_and_judged_in_one_table():
+    pairs = [Schedules(cuts=2), pair_of(5)]
+    sides = taxonomy.run(pairs, ground("mlp", sparsity=0.6), (0, 1))
+    assert [each.seed for each in sides] == [0] * 5 + [1] * 5
+    found = contrasts(pairs, sides)
+    assert [(each.pair, each.decides) for each in found] == [(2, True), (5, True), (5, False), (5, False)]
+    shown = text(found)
+    assert len([line for line in shown.splitlines() if line.startswith("      ")]) == 5  # each side's costs once
+
+
 def test_what_weights_are_chosen_by_changes_no_share():
     sides = pair_of(3).run(ground("mlp", sparsity=0.75), 0)
     assert [each.name for each in sides] == ["magnitude", "synflow", "snip", "wanda"]

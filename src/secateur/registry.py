@@ -13,10 +13,10 @@ The command line is `secateur list`, with an option for each axis, and `secateur
 import importlib
 import pkgutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields
 from functools import cache
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_type_hints
 
 from secateur.axes import NM, Allocation, Blocks, Er, Erk, Pattern, Taps, Uniform
 from secateur.axes.allocations import ErkPlus, UniformPlus
@@ -25,7 +25,6 @@ from secateur.claims import ClaimResult, Verdict, results
 from secateur.described import DESCRIBED
 from secateur.errors import PatternError, SecateurError, SettingError, did_you_mean
 from secateur.method import FAMILIES, SPECIAL_FAMILIES, Card, Method, When, load, names
-from secateur.recipe import Setting, settings_of
 from secateur.site import Kind
 from secateur.vocabulary import ANY, AXES, UNKNOWN
 
@@ -54,7 +53,7 @@ EXECUTION = {
     "structured": ("dense",),
     "unstructured": ("Bitmap", "Sell8", "Sell16", "SellBlocked", "KBlocked"),
     "N:M": ("NM", "Bitmap"),
-    "block": ("Block",),
+    "block": ("Block", "GroupCols", "Bitmap"),
     "1xN": ("GroupCols", "Bitmap"),
     "taps": ("DepthTaps",),
 }
@@ -272,7 +271,7 @@ def patterns_of(kind: type[Method]) -> frozenset[str]:
     return frozenset(found if isinstance(setting.default, NM) else found | {"unstructured"})
 
 
-def _takes(kind: type[Method], setting: Setting, pattern: Pattern) -> bool:
+def _takes(kind: type[Method], setting: Field[Any], pattern: Pattern) -> bool:
     sparsity = getattr(pattern, "fixed", None) or 0.5
     given: dict[str, Any] = {setting.name: pattern}
     if "sparsity" in {each.name for each in fields(kind)}:  # type: ignore[arg-type]
@@ -299,8 +298,10 @@ def allocation_of(kind: type[Method]) -> frozenset[str]:
     return frozenset({"by shape" if type(default).__name__ == "SynExp" else "score-driven"})
 
 
-def _setting(kind: type[Method], part: Any) -> Setting | None:
-    return next((each for each in settings_of(kind).values() if part in (each.hint, *get_args(each.hint))), None)
+def _setting(kind: type[Method], part: Any) -> Field[Any] | None:
+    hints = get_type_hints(kind)
+    settings = (each for each in fields(kind) if part in (hints[each.name], *get_args(hints[each.name])))  # type: ignore[arg-type]
+    return next(settings, None)
 
 
 # The rows

@@ -14,8 +14,8 @@ told with what it came to: parameters that are left, multiply-adds, epochs, work
 differ by more than two standard deviations, and reproduced where the side that the survey names is then ahead. Our
 knowledge of the survey's body is from memory: for pairs where we do not know which side it names, none is.
 
-    sides = [side for seed in (0, 1, 2) for side in Patterns().run(ground, seed)]
-    print(text(contrasts([Patterns()], sides)))
+    pairs = [Patterns(), Schedules()]
+    print(text(contrasts(pairs, run(pairs, ground, seeds=(0, 1, 2)))))
 """
 
 import copy
@@ -632,6 +632,12 @@ class Contrast:
     def reproduced(self) -> bool | None:
         """Whether the side that the survey names is clearly ahead; None where none is named."""
         return (self.clear and self.ahead == self.named) if self.named else None
+
+
+def run(pairs: Iterable[Pair], ground: Ground, seeds: Sequence[int]) -> list[Side]:
+    """Every side of some pairs with every seed, seed after seed."""
+    pairs = list(pairs)
+    return [side for seed in seeds for pair in pairs for side in pair.run(ground, seed)]
 
 
 def contrasts(pairs: Sequence[Pair], sides: Sequence[Side]) -> list[Contrast]:
