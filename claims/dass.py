@@ -114,7 +114,7 @@ CLAIM = Claim(
     "CIFAR-10 a network found so has 81.35 % where a pruned MobileNet-v2 has 73.44 %.",
     source="arXiv:2207.06968, abstract (its other tables were not at hand)",
     here="Three cells of two nodes, 8 wide, five operations, on 10,000 images of Fashion-MNIST at 14x14. A search has "
-    "70, 30 and 70 steps of 32 images, half of the examples being for alpha; a dense one has all 170 in one stage. Each "
+    "70, 30 and 70 steps of 32 images, half of the examples being for alpha; a dense one has all 170 in one. Each "
     "genotype then has 150, 60 and 150, the same trained weights being pruned at both sparsities. Rates were chosen on "
     "seed 9 with stages a third longer, by accuracy at 98 %: those of weights (0.05 to 0.2) and scores (0.1 to 30) for "
     "three genotypes, then alpha's for a sparse search (0.01 to 0.1), which both searches have.",
