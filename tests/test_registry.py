@@ -203,7 +203,7 @@ def test_what_speeds_up_a_plain_processor():
 
 def test_criteria_used_with_n_m():
     found = grouped(query(known(), pattern="N:M"), "criterion")
-    assert {"magnitude", "activation", "first-order", "second-order", "random"} == found.keys()
+    assert {"magnitude", "activation", "first-order", "second-order", "random"} <= found.keys()
     assert "sr_ste" in found["magnitude"]
     assert "wanda" in found["activation"]
     assert "icbs" not in {name for each in found.values() for name in each}
@@ -287,9 +287,11 @@ def test_the_walk_without_kernels_training_or_labels():
     advice = recommend(Situation(training=False, labels=False, family="LLM"), known())
     assert [step.question.split()[0] for step in advice.steps] == ["what", "is", "is", "is", "is", "what"]
     assert [step.answer for step in advice.steps] == ["LLM", "no", "no", "no", "yes", "flops"]
-    assert {row.name for row in advice.rows} == {"slicegpt", "spa", "cfsp", "flap", "shortgpt", "llm_pruner"}
+    assert {row.name for row in advice.rows} >= {"slicegpt", "spa", "cfsp", "flap", "shortgpt", "llm_pruner"}
+    assert not any("training" in row.card.needs or "labels" in row.card.needs for row in advice.rows)
+    assert all("universal" in row.axes["speedup"] for row in advice.rows)
     order = [row.verdict for row in advice.rows]
-    assert order == sorted(order, key=["holds", "inconclusive", "not measured"].index)
+    assert order == sorted(order, key=["holds", "inconclusive", "not measured", "does not hold at this size"].index)
     assert advice.beside[:2] == ("spa(criterion=random)", "l1_norm")
     assert "dense network of the same size" in advice.beside[2]
 
@@ -304,7 +306,7 @@ def test_the_walk_with_kernels_and_nothing_else():
 def test_the_walk_before_training():
     advice = recommend(Situation(pretrained=False, family="cnn"), known())
     assert {row.card.when for row in advice.rows} <= {"before training", "during training"}
-    assert all(row.axes["speedup"] == {"universal"} for row in advice.rows)
+    assert all("universal" in row.axes["speedup"] for row in advice.rows)
     assert advice.commands[0].startswith("secateur compare MODEL --methods ")
     assert advice.commands[0].endswith("--epochs 3")
 
