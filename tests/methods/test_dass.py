@@ -23,7 +23,7 @@ from secateur.axes.cells import (
 )
 from secateur.axes.patterns import keep_top
 from secateur.edit import Mask, Replace
-from secateur.errors import GraphError, SettingError, TaskError
+from secateur.errors import EvidenceError, GraphError, SettingError, TaskError
 from secateur.method import prune
 from secateur.methods.dass import (
     DASS,
@@ -280,6 +280,14 @@ def test_a_step_of_alpha_that_fails_leaves_the_stage_as_it_was():
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     assert not any(alpha.requires_grad for alpha in found.alpha.values())
     assert all(m.track_running_stats for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+
+
+def test_a_gradient_that_is_no_number_moves_nothing():
+    found = Architecture(network(), torch.Generator().manual_seed(0))
+    before = {k: v.clone() for k, v in found.alpha.items()}
+    with pytest.raises(EvidenceError, match="NaN or infinity"):
+        found.step(lambda alphas: [torch.full_like(alpha, torch.nan) for alpha in alphas])
+    assert all(torch.equal(v, before[k]) for k, v in found.alpha.items())
 
 
 def test_alpha_answers_to_the_masked_network():

@@ -38,7 +38,7 @@ from secateur.axes.rules import Hold, LearningRate
 from secateur.axes.trained_masks import AtOnce, Size, TrainedMask
 from secateur.cut import weights
 from secateur.edit import Edit, Mask, Replace, apply_
-from secateur.errors import GraphError, SettingError, TaskError
+from secateur.errors import EvidenceError, GraphError, SettingError, TaskError
 from secateur.method import Card, Method, check_sparsity
 from secateur.outcome import Outcome
 from secateur.site import Site, tensors
@@ -105,12 +105,21 @@ class Architecture:
         self.optimizer = torch.optim.Adam(self.alpha.values(), rate, betas=(0.5, 0.999), weight_decay=decay)
 
     def step(self, gradients: Callable[[Sequence[Tensor]], Sequence[Tensor]]) -> None:
-        """Move alpha by the gradients that a function of it gives. At other times it has none, and stands still."""
+        """Move alpha by the gradients that a function of it gives. At other times it has none, and stands still.
+
+        Raises EvidenceError for gradients that are not finite.
+        """
         alphas = list(self.alpha.values())
         try:
             for alpha in alphas:
                 alpha.requires_grad_(True)
             found = gradients(alphas)
+            if not all(bool(torch.isfinite(gradient).all()) for gradient in found):
+                raise EvidenceError(
+                    "a step of alpha was to be taken",
+                    "its gradient holds NaN or infinity",
+                    "Lower the learning rate of the weights, or look for NaN in the held-out data.",
+                )
             for alpha, gradient in zip(alphas, found, strict=True):
                 alpha.grad = gradient
             self.optimizer.step()
@@ -122,7 +131,7 @@ class Architecture:
     def entropy(self, kind: str) -> float:
         """Of the shares of a kind's operations, in nats, the mean over edges: log(operations) where all count alike."""
         share = self.alpha[kind].detach().softmax(1)
-        return float(-(share * share.log()).sum(1).mean())
+        return float(torch.special.entr(share).sum(1).mean())
 
     def genotype(self) -> Genotype:
         """The operations of largest share."""
