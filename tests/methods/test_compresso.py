@@ -32,7 +32,7 @@ from secateur.methods.compresso import (
     settled,
     soft,
 )
-from secateur.models import load, save
+from secateur.models import Opened, load, save
 from secateur.site import Site
 from secateur.tasks.corpora import Characters
 from secateur.tasks.instructions import continued
@@ -300,13 +300,13 @@ def test_the_small_model_answers_as_the_masked_one(kinds, tied):
 
 
 def test_the_sparsity_is_met_to_a_unit_and_expected_on_the_way():
-    done = prune(tiny.trained("decoder"), Compresso(**{**SMALL, "steps": 400}), tiny.make_task("decoder"))
+    done = prune(tiny.trained("decoder"), Compresso(**{**SMALL, "steps": 300}), tiny.make_task("decoder"))
     assert left_in_blocks(done.model) / left_in_blocks(tiny.trained("decoder")) == pytest.approx(0.7, abs=0.003)
     reached = done.history.curves["expected sparsity"]
-    assert [reached[0][0], reached[-1][0]] == [50, 399]
+    assert [reached[0][0], reached[-1][0]] == [38, 299]
     assert reached[0][1] < 0.02
     assert reached[-1][1] == pytest.approx(0.3, abs=0.03)
-    assert done.history.curves["target sparsity"][-1] == (399, 0.3)
+    assert done.history.curves["target sparsity"][-1] == (299, 0.3)
 
 
 def test_a_large_unit_that_leads_past_the_target_is_made_up_for():
@@ -361,6 +361,29 @@ def test_the_small_model_is_saved_and_opened_again(tmp_path):
     again = load(tmp_path / "small")
     assert {type(m) for m in again.modules()} == {type(m) for m in model.modules()}  # stock norms too
     assert torch.allclose(logits(again, task), logits(done.model, task), atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_stock_llama_reads_the_small_model_out_of_a_gguf_file(tied, tmp_path):
+    pytest.importorskip("gguf")
+    from transformers import AutoModelForCausalLM
+
+    from secateur.export import export
+
+    # a large eps, so that one that is not fitted to the narrow stream would show
+    model, task, masks = ready(model=tiny.decoder(tie_word_embeddings=tied, rms_norm_eps=0.1))
+    scatter(masks)
+    z = {name: soft(a.detach(), T) for name, a in masks.logits.items()}
+    for value in z.values():
+        if len(value) > 2:
+            value[: len(value) // 4] = 0  # as many everywhere: stock classes know one width
+    cut_(model, masks.layout, z)
+    opened = Opened(model, None, "net", "net", "hf", model.config.to_dict())
+    export(opened, "gguf", tmp_path / "x.gguf", verify=False)
+    back = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="x.gguf", dtype=torch.float32)
+    assert type(back).__name__ == "LlamaForCausalLM"
+    assert back.config.hidden_size == 24
+    assert torch.allclose(logits(back, task), logits(model, task), atol=1e-4)
 
 
 def test_half_precision_stays_what_it_is():

@@ -172,7 +172,8 @@ def _describe(writer: Any, opened: Opened, found: Sequence[llama_shaped.Layer], 
     one = found[0]
     writer.add_name(opened.name)
     writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
+    # As it is by now: a stream that was cut is narrower than the config says, and its norms' eps is another.
+    writer.add_embedding_length(opened.model.get_parameter("model.embed_tokens.weight").shape[1])
     writer.add_block_count(len(found))
     writer.add_feed_forward_length(one.width if alike else [layer.width or BLOCK for layer in found])
     writer.add_head_count(one.heads if alike else [layer.heads for layer in found])
@@ -181,7 +182,8 @@ def _describe(writer: Any, opened: Opened, found: Sequence[llama_shaped.Layer], 
     writer.add_value_length(each)
     writer.add_rope_dimension_count(each)
     writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))
-    writer.add_layer_norm_rms_eps(float(config.rms_norm_eps))
+    last = opened.model.get_submodule("model.norm")
+    writer.add_layer_norm_rms_eps(float(getattr(last, "variance_epsilon", config.rms_norm_eps)))
     writer.add_vocab_size(opened.model.get_parameter("model.embed_tokens.weight").shape[0])
 
 

@@ -144,7 +144,8 @@ class Instructions:
     def measure(self, model: nn.Module, split: str = "val") -> dict[str, float]:
         """{"perplexity", "nll" in nats, "tokens" of answers, "examples", "before": tokens of the preface}.
 
-        Perplexity is exp of the mean negative log-likelihood over all tokens of all answers.
+        Perplexity is exp of the mean negative log-likelihood over all tokens of all answers. With a preface and without
+        it compares only where the window is wide enough that no answer is cut: where "tokens" are as many.
         """
         total, tokens, count = 0.0, 0, 0
         with evaluating(model):
