@@ -172,7 +172,7 @@ def _describe(writer: Any, opened: Opened, found: Sequence[llama_shaped.Layer], 
     one = found[0]
     writer.add_name(opened.name)
     writer.add_context_length(config.max_position_embeddings)
-    # As it is by now: a stream that was cut is narrower than the config says, and its norms' eps is another.
+    # As it is by now: a stream that was cut may be narrower than the config says.
     writer.add_embedding_length(opened.model.get_parameter("model.embed_tokens.weight").shape[1])
     writer.add_block_count(len(found))
     writer.add_feed_forward_length(one.width if alike else [layer.width or BLOCK for layer in found])
@@ -182,8 +182,7 @@ def _describe(writer: Any, opened: Opened, found: Sequence[llama_shaped.Layer], 
     writer.add_value_length(each)
     writer.add_rope_dimension_count(each)
     writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))
-    last = opened.model.get_submodule("model.norm")
-    writer.add_layer_norm_rms_eps(float(getattr(last, "variance_epsilon", config.rms_norm_eps)))
+    writer.add_layer_norm_rms_eps(float(config.rms_norm_eps))
     writer.add_vocab_size(opened.model.get_parameter("model.embed_tokens.weight").shape[0])
 
 
