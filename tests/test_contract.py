@@ -289,6 +289,9 @@ def test_one_that_says_it_updates_nothing_leaves_what_stays_as_it_was(name: str)
 )
 def test_one_that_says_dense_kernels_suffice_leaves_fewer_parameters(name: str, family: str) -> None:
     done, method = run(name, family), tiny(load_method(name))
+    if method.card.when == "at inference":  # what it takes out is in the data: there is less to do
+        assert done.ledger.after.flops < done.ledger.before.flops
+        return
     if method.budget() is None and hasattr(method, "strength"):  # how much goes is not asked for: pull hard
         done = prune(trained(family), replace(method, strength=100 * method.strength), make_task(family))
     assert sum(p.numel() for p in done.model.parameters()) < sum(p.numel() for p in trained(family).parameters())
