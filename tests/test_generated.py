@@ -58,6 +58,7 @@ def test_speeds_are_ratios_to_every_rival_and_blank_where_one_was_not_measured()
 def test_a_page_has_the_settings_with_their_comments():
     page = generate.method_page("toy", Toy, result())
     assert "| `sparsity` | `float` | `0.5` | fraction removed, in [0, 1) |" in page
+    assert "| stage | one shot |" in page and "| criterion | unknown |" in page
     assert "| `rounds` | `int` | `3` |  |" in page
     assert "- It is small." in page
     assert "Verdict: **holds**. 6 runs" in page

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import json
+import shlex
 from functools import cache
 from pathlib import Path
 
@@ -180,6 +181,44 @@ def test_what_is_only_described_is_never_run():
         with pytest.raises(SettingError, match="it is described, not implemented"):
             load(name)
     assert CliRunner().invoke(main, ["prune", "mlp", "hrank"]).exit_code == 2
+    assert "it is described, not implemented" in CliRunner().invoke(main, ["explain", "hrank"]).stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "axis", "values"),
+    [
+        ("bip", "start", {"pretrained"}),  # its scores begin as the trained weights
+        ("mask_sparsity", "start", {"pretrained"}),
+        ("group_channel", "start", {"pretrained"}),  # the model as given is the teacher
+        ("iss_p", "start", {"initialised"}),
+        ("granet", "start", {"initialised"}),
+        *(
+            (name, "start", {"initialised", "pretrained"})
+            for name in ("gradual", "polarization", "turbo_vbi", "fedtiny")
+        ),
+        ("soft_filter", "start", {"initialised", "pretrained"}),
+        ("sparse_then_prune", "retraining", {"none"}),
+        ("sparse_then_prune", "stage", {"sparsity regularisation"}),
+        ("loraprune", "allocation", {"uniform"}),
+        ("loraprune", "scope", {"layer-wise"}),
+        ("spa", "gradients", {"none", "first", "second"}),  # by the norm unless told otherwise
+        ("oneshot", "gradients", {"none", "first"}),
+        ("oneshot", "choice", {"data-free", "data-driven"}),
+    ],
+)
+def test_a_card_says_what_its_paper_and_its_code_do(name, axis, values):
+    assert of_method(name, load(name)).axes[axis] == values
+
+
+def test_what_the_head_of_a_card_does_not_say_is_told_axis_by_axis():
+    told = of_method("wanda", Wanda).told
+    assert (told["stage"], told["updates"], told["task"]) == ("one shot", "none", "language modelling")
+    assert told["pattern"] == "unstructured, N:M, block, 1xN, taps"
+    assert told.keys() == {*AXIS_NAMES, "task"} - {"when", "granularity", "families", "models", "needs", "tasks"}
+    about = json.loads(CliRunner().invoke(main, ["explain", "wanda", "--json"]).stdout)
+    assert about["told"]["stage"] == "one shot" and about["stage"] == ["one shot"]
+    shown = CliRunner().invoke(main, ["explain", "granet"]).stdout
+    assert "On the survey's axes" in shown and "sparse to sparse, score or mask" in " ".join(shown.split())
 
 
 # The survey's questions
@@ -249,6 +288,8 @@ def test_bad_questions_are_refused():
     with pytest.raises(SettingError, match="methods with stage one-shoot were asked for") as found:
         query(known(), stage="one-shoot")
     assert "one shot" in found.value.do
+    with pytest.raises(SettingError, match="there is no such axis"):
+        grouped(known(), "criteria")
     said = CliRunner().invoke(main, ["list", "--criterion", "magnitde"])
     assert said.exit_code == 2
     assert "--criterion magnitde was asked for" in said.stderr
@@ -258,6 +299,8 @@ def test_bad_questions_are_refused():
         (("--criterion", "--pattern"), "Give a value to the others"),
         (("--recommend", "--target", "speed"), "There are: bytes, flops, latency, parameters"),
         (("--recommend", "--family", "lstm"), "rnn"),
+        (("--recommend", "--family", "voxel network"), "secateur list --family 'voxel network'"),
+        (("--criterion", "magnitude,nrm"), "no criterion is called 'nrm'"),
     ):
         said = CliRunner().invoke(main, ["list", *arguments])
         assert said.exit_code == 2, arguments
@@ -278,6 +321,18 @@ def test_studies_and_described_rows_are_there_when_asked_for():
     assert found["taxonomy"]["sort"] == "study"
     assert found["hrank"]["status"] == "registry-only"
     assert "taxonomy" not in {row["name"] for row in listed()}
+
+
+def test_no_word_is_broken_at_80_columns():
+    shown = CliRunner().invoke(main, ["list", "--all"], env={"COLUMNS": "80"}).stdout
+    assert all(len(line) <= 80 for line in shown.splitlines())
+    head = shown.splitlines()[0]
+    when = head.index("when")
+    words = {word for line in shown.splitlines()[1:-2] for word in line[when:].split()}
+    assert {"inference", "inconclusive", "calibration,"} <= words and "inferenc" not in words
+    assert f"{len(names())} methods, {len(study_cards())} studies, {len(DESCRIBED)} only described" in shown
+    one = CliRunner().invoke(main, ["list", "--retraining", "LR-rewind"]).stdout
+    assert "\n1 method;" in one
 
 
 # The recommendation
@@ -341,7 +396,8 @@ def test_the_commands_of_the_walk_can_be_parsed():
 
     for kernels in (True, False):
         (line,) = recommend(Situation(sparse_kernels=kernels, training=False), known()).commands
-        for each in split_methods(line.split("--methods ")[1].split()[0]):
+        words = shlex.split(line)
+        for each in split_methods(words[words.index("--methods") + 1]):
             assert method_of(each).name in names()
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from secateur.axes import NM, Global
 from secateur.axes.gates import gated_units, insert_
+from secateur.axes.schedules import Schedule
 from secateur.errors import EvidenceError, SettingError
 from secateur.graph import couple
 from secateur.methods.magnitude import Magnitude
@@ -175,6 +176,21 @@ def test_many_cuts_end_where_one_does_and_cost_more():
     assert many.work > one.work
 
 
+def test_work_of_cuts_is_that_of_what_each_left():
+    given = ground("mlp", sparsity=0.75, epochs=1.0)  # 24 steps
+    assert given.steps == 24
+    plain = side("many cuts", 0, 0.5, flops=0.25, epochs=1.0, work=100.0)
+    two = Schedule(start=0.5, end=0.75, begin=0.0, until=0.5, curve=Geometric(0.75, 2), every=12)
+    # 12 steps at half the weights, 12 at a quarter: a quarter more in the first half than at the end
+    spent = taxonomy.as_cut(plain, two, given).work - 100
+    assert spent == pytest.approx(3 * given.examples * 0.25 / 2)
+    late = taxonomy.as_cut(plain, Schedule(end=0.75, begin=0.5, until=0.5), given).work - 100
+    assert late == pytest.approx(3 * given.examples * 0.75 / 2)  # all of it for 12 steps
+    assert taxonomy.as_cut(plain, Schedule(start=0.75, end=0.75, begin=0.0, until=0.0), given).work == pytest.approx(
+        100
+    )
+
+
 def test_seeds_are_run_and_judged_in_one_table():
     pairs = [Schedules(cuts=2), pair_of(5)]
     sides = taxonomy.run(pairs, ground("mlp", sparsity=0.6), (0, 1))
@@ -230,6 +246,10 @@ def test_gates_are_counted_and_the_static_side_has_as_much_work():
     assert dynamic.flops > 1 - dynamic.sparsity  # by what the gates take
     assert static.flops == pytest.approx(dynamic.flops, abs=0.08)
     assert dynamic.parameters > 1  # all are there, and the gates
+    given = ground("mlp", epochs=4.0)
+    shut_all_along = 3 * given.examples * (given.epochs * dynamic.flops + given.before)
+    open_all_along = 3 * given.examples * (given.epochs * (dynamic.flops + dynamic.sparsity) + given.before)
+    assert shut_all_along < dynamic.work < open_all_along  # gates start open, and training pays for that
     assert static.parameters < 1
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from secateur import prune
 from secateur.errors import SettingError, TaskError
-from secateur.method import Chain, load
+from secateur.method import Chain, load, names
 from secateur.outcome import Exported, Timing
 from secateur.report.compare import points
 from secateur.report.lessons import findings, passport
@@ -212,6 +212,13 @@ def test_who_starts_sparse_is_known_without_curves_of_density() -> None:
     whole = replace(devices, settings={"sparsity": 0.5, "pretrain": 100})
     assert passport(points([whole])[0]).origin == "dense-to-sparse"
     assert passport(points([recorded("granet", sparsity=0.9, steps=20, every=5)])[0]).origin == "dense-to-sparse"
+
+
+def test_the_card_says_who_starts_sparse() -> None:
+    rigl = replace(recorded("rigl", sparsity=0.5, steps=10, every=5), curves={}, settings={"sparsity": 0.5})
+    during = [name for name in names() if load(name).card.when == "during training"]
+    found = {n for n in during if passport(points([replace(rigl, method=n)])[0]).origin == "sparse-to-sparse"}
+    assert found == {"set", "rigl", "fedtiny"}  # not granet, which may start dense
 
 
 def test_a_chain_of_masks_was_asked_for_the_largest() -> None:

@@ -34,6 +34,7 @@ import secateur.studies  # noqa: E402
 from benchmarks import kept, peers, whole_models  # noqa: E402
 from claims import harness  # noqa: E402
 from secateur import method as catalogue  # noqa: E402
+from secateur import registry  # noqa: E402
 from secateur.claims import ClaimResult, Figure, Finding, claim_schema  # noqa: E402
 from secateur.method import Card, Method  # noqa: E402
 from secateur.outcome import Record, record_schema, write_text  # noqa: E402
@@ -366,6 +367,8 @@ def method_page(name: str, kind: type[Method], result: ClaimResult | None) -> st
     lines += [*table("", ""), *(row(key, value) for key, value in facts.items() if value), ""]
     if card.differs:
         lines += ["Differs from the paper:", "", *(f"- {text}" for text in card.differs), ""]
+    told = registry.of_method(name, kind, result).told
+    lines += ["## Axes", "", *table("axis", ""), *(row(axis, values) for axis, values in told.items()), ""]
     lines += ["## Settings", "", *settings_table(kind), ""]
     lines += [
         "```python",

@@ -12,6 +12,7 @@ The command line is `secateur list`, with an option for each axis, and `secateur
 
 import importlib
 import pkgutil
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, fields
 from functools import cache
@@ -136,6 +137,15 @@ class Row:
     def letters(self) -> tuple[str, ...]:
         """Its granularity in the letters of the survey's tables."""
         return tuple(dict.fromkeys(LETTERS.get(kind, "Other") for kind in self.card.granularity))
+
+    @property
+    def told(self) -> dict[str, str]:
+        """Its values on the axes that the head of a card does not say, each in the order of the words."""
+        beside = (axis for axis in AXIS_NAMES if axis not in ("when", "granularity", "families", "models", "needs"))
+        return {
+            "task" if axis == "tasks" else axis: ", ".join(sorted(self.axes[axis], key=[*words_of(axis), ANY].index))
+            for axis in beside
+        }
 
     def has(self, axis: str, values: Iterable[str]) -> bool:
         """Whether it has one of some values on an axis; "any" is all of them but the special families."""
@@ -395,7 +405,7 @@ def understood(axis: str, values: Sequence[str]) -> tuple[str, tuple[str, ...]]:
         if value not in known:
             raise SettingError(
                 f"methods with {axis} {value} were asked for",
-                "no method says that of itself",
+                f"no {axis} is called {value!r}",
                 did_you_mean(value, [*known, *short]),
             )
         out.append(value)
@@ -421,8 +431,11 @@ _ALIASES = {"family": "families", "task": "tasks", "model": "models"}
 
 
 def grouped(found: Iterable[Row], axis: str) -> dict[str, list[str]]:
-    """The values that some rows have on an axis, each with their names: "which criteria are used with N:M"."""
-    name = _ALIASES.get(axis, axis)
+    """The values that some rows have on an axis, each with their names: "which criteria are used with N:M".
+
+    Raises SettingError for an axis that there is not.
+    """
+    name, _ = understood(axis, ())
     out: dict[str, list[str]] = {}
     for row in found:
         for value in row.axes[name]:
@@ -473,14 +486,16 @@ class Advice:
         """The first of the rows and the baselines, compared on the command line."""
         chosen = [*(row.name for row in self.rows[:1]), *self.beside[:2]]
         trains = any("training" in row.card.needs for row in self.rows[:1])
-        return [f"secateur compare MODEL --methods {','.join(dict.fromkeys(chosen))}{' --epochs 3' if trains else ''}"]
+        methods = shlex.quote(",".join(dict.fromkeys(chosen)))  # a shell takes parentheses for its own
+        return [f"secateur compare MODEL --methods {methods}{' --epochs 3' if trains else ''}"]
 
 
 def recommend(situation: Situation, among: Iterable[Row] | None = None) -> Advice:
     """The survey's advice as a list of questions, ending in rows of this catalogue.
 
-    An answer that would leave nothing is told and passed over. Best first: claims that held here, then papers of this
-    project, then names. Raises SettingError for a target or a family that there is none of.
+    An answer that would leave nothing is told and passed over, but for the family. Best first: claims that held here,
+    then papers of this project, then names. Raises SettingError for a target that there is none of, and for a family
+    that there is none of or that none of these rows takes.
     """
     s, walk = situation, []
     if s.target not in get_args(Target):
@@ -494,6 +509,12 @@ def recommend(situation: Situation, among: Iterable[Row] | None = None) -> Advic
     ]
     for question, answer, so, asked in _questions(s):
         left = query(found, **asked)
+        if "family" in asked and not left:  # what does not take the model is no advice
+            raise SettingError(
+                f"a method for {s.family} was to be recommended",
+                "none but those that work at run time or recover take it",
+                f"See `secateur list --family {shlex.quote(asked['family'])}`.",
+            )
         if asked.get("speedup") == "universal":  # of several kinds of zeros, those of single weights would gain nothing
             left = [row for row in left if not row.has("speedup", ("specific",))]
         said = so if left else f"{so}; no row here is all of that, so that this was passed over"

@@ -19,6 +19,7 @@ def command(method: str, **spoken: Any) -> None:
     METHOD may also be a part that settings take: owl, global, per-row, ...
     """
     from secateur.axes import words
+    from secateur.described import DESCRIBED
     from secateur.errors import SettingError, did_you_mean
     from secateur.method import load, names
 
@@ -32,6 +33,8 @@ def command(method: str, **spoken: Any) -> None:
             if not speaker.as_json:
                 _show_part(speaker, about)
             return
+        if name in DESCRIBED:
+            load(name)  # raises, with what is known of it
         raise SettingError(
             f"method {method!r} was asked for", "there is none of that name", did_you_mean(method, [*names(), *parts])
         )
@@ -45,15 +48,21 @@ def _method(name: str, kind: Any) -> dict[str, Any]:
     from dataclasses import asdict
 
     from secateur.claims import results
+    from secateur.registry import of_method
 
     claim = results().get(name)
-    about = asdict(kind.card) | {
-        "name": name,
-        "idea": inspect.cleandoc(sys.modules[kind.__module__].__doc__ or ""),
-        "does": inspect.cleandoc(kind.__doc__ or ""),
-        "settings": _settings(kind),
-        "measured": None,
-    }
+    row = of_method(name, kind, claim)
+    about = (
+        asdict(kind.card)
+        | row.about()
+        | {
+            "told": row.told,
+            "idea": inspect.cleandoc(sys.modules[kind.__module__].__doc__ or ""),
+            "does": inspect.cleandoc(kind.__doc__ or ""),
+            "settings": _settings(kind),
+            "measured": None,
+        }
+    )
     if claim is not None:
         about["measured"] = {
             "verdict": claim.verdict,
@@ -112,6 +121,11 @@ def _show(speaker: Any, about: dict[str, Any]) -> None:
         if text:
             facts.add_row(f"[bold]{head}[/]", escape(str(text)))
     speaker.show(facts)
+    speaker.show("\nOn the survey's axes, each an option of `secateur list`:")
+    shown = table("axis", "")
+    for axis, values in about["told"].items():
+        shown.add_row(f"[bold]{axis}[/]", escape(values))
+    speaker.show(shown)
     _show_settings(speaker, about["settings"])
 
 

@@ -276,9 +276,11 @@ def _show(speaker: Any, rows: list[dict[str, Any]]) -> None:
         for row in rows
     ]
     heads = [head for head in cells[0] if head != "year" or speaker.result.width >= WIDE] if cells else []
+    between = 1 if speaker.result.width < WIDE else 2
+    if sum(_widths(heads, cells, 0, between)) + between * (len(heads) - 1) > speaker.result.width:
+        heads.remove("NN")  # rather than break words
     shown = table(*heads, right=("NN", "year"), whole=("method",))
     shown.collapse_padding = speaker.result.width < WIDE
-    between = 1 if shown.collapse_padding else 2
     for column, width in zip(shown.columns, _widths(heads, cells, speaker.result.width, between), strict=True):
         column.width = width
     for cell in cells:
@@ -292,4 +294,12 @@ def _show(speaker: Any, rows: list[dict[str, Any]]) -> None:
         speaker.show("No method is all of that.")
         return
     speaker.show(shown)
-    speaker.show(f"\n{len(rows)} methods; `secateur explain METHOD` says more of one.")
+    told = [_counted(sum(row["sort"] == sort for row in rows), one, many) for sort, one, many in SORTS]
+    speaker.show(f"\n{', '.join(filter(None, told))}; `secateur explain METHOD` says more.")
+
+
+SORTS = (("method", "method", "methods"), ("study", "study", "studies"), ("described", *["only described"] * 2))
+
+
+def _counted(count: int, one: str, many: str) -> str:
+    return f"{count} {one if count == 1 else many}" if count else ""

@@ -293,6 +293,7 @@ class BiP(Method):
         needs=("labels", "training"),
         axes="trained masks rule schedule",
         criterion=("learned",),
+        start=("pretrained",),
         tasks=("classification",),
         stage=("score or mask",),
         schedule=("one-shot",),

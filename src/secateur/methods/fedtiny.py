@@ -632,6 +632,7 @@ class FedTiny(Method):
         families=("cnn",),
         axes="allocation criterion rule schedule",
         criterion=("magnitude", "first-order"),
+        start=("initialised", "pretrained"),
         tasks=("classification",),
         stage=("sparse to sparse",),
         schedule=("custom",),

@@ -56,6 +56,7 @@ class GradualPruning(Method):
         needs=("labels", "training"),
         axes="schedule criterion allocation pattern rule",
         criterion=("magnitude",),
+        start=("initialised", "pretrained"),
         tasks=("classification", "language modelling"),
         stage=("score or mask",),
         schedule=("cubic",),

@@ -159,6 +159,7 @@ class GroupChannel(Method):
         families=("cnn",),
         axes="rule criterion allocation edit",
         criterion=("norm scale",),
+        start=("pretrained",),
         tasks=("detection",),
         stage=("sparsity regularisation",),
         schedule=("custom",),

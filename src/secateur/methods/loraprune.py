@@ -372,7 +372,7 @@ class LoRAPrune(Method):
         tasks=("language modelling",),
         stage=("score or mask",),
         schedule=("cubic",),
-        allocation=("score-driven",),
+        allocation=("uniform",),
         fusion=("low-rank",),
         start=("pretrained",),
         transfer=("target task",),

@@ -172,6 +172,7 @@ class MaskSparsity(Method):
         families=("cnn",),
         axes="criterion allocation rule edit",
         criterion=("norm scale",),
+        start=("pretrained",),
         tasks=("classification", "detection"),
         allocation=("uniform",),
         stage=("sparsity regularisation",),

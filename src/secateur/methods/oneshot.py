@@ -63,6 +63,8 @@ class OneShot(Method):
         families=("mlp", "cnn", "decoder", "encoder", "vision transformer", "moe"),
         axes="criterion pattern allocation solver refiner recovery",
         criterion=("magnitude", "activation", "first-order", "second-order", "random"),
+        gradients=("none", "first"),  # second-order scores are of inputs, not of the loss
+        choice=("data-free", "data-driven"),
         tasks=("any",),
         updates=("none", "solved"),
         checked="tests/methods/test_oneshot_combinations.py::test_every_legal_combination_runs_and_meets_its_budget",

@@ -239,6 +239,7 @@ class Polarization(Method):
         families=("cnn", "decoder", "encoder", "vision transformer", "moe"),
         axes="rule gate graph",
         criterion=("learned",),
+        start=("initialised", "pretrained"),
         tasks=("classification",),
         stage=("sparsity regularisation",),
         schedule=("custom",),

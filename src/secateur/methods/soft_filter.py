@@ -114,6 +114,7 @@ class SoftFilter(Method):
         families=("cnn",),
         axes="criterion rule",
         criterion=("norm",),
+        start=("initialised", "pretrained"),
         tasks=("classification",),
         stage=("score or mask",),
         schedule=("custom",),

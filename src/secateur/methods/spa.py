@@ -173,6 +173,8 @@ class Spa(Method):
         families=("mlp", "cnn", "rnn", "decoder", "encoder", "vision transformer", "moe"),
         axes="criterion allocation solver",
         criterion=("norm", "first-order", "second-order"),
+        gradients=("none", "first", "second"),
+        choice=("data-free", "data-driven"),
         tasks=("classification", "language modelling"),
         updates=("none", "solved"),
         reports="Without fine-tuning or data, ahead of DFPC on ResNet-50 and VGG-19; DistilBERT and ViT pruned too.",

@@ -303,9 +303,10 @@ class SparseThenPrune(Method):
         axes="rule criterion allocation",
         criterion=("magnitude",),
         tasks=("classification",),
-        stage=("sparsity regularisation", "prune and finetune"),
+        stage=("sparsity regularisation",),
         schedule=("one-shot",),
         allocation=("score-driven",),
+        retraining=("none",),  # what is trained comes before the cut
         reports="with the penalty ViT-B/16 keeps 0.3 to 1.8 points more accuracy, averaged over pruning ratios of 0.1 "
         "to 0.9, on CIFAR-10, CIFAR-100 and ImageNet-100",
         checked="tests/methods/test_sparse_then_prune.py::test_the_penalty_flattens_attention",

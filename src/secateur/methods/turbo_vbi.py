@@ -585,6 +585,7 @@ class TurboVbi(Method):
         families=("mlp", "cnn", "encoder", "vision transformer", "decoder"),
         axes="rule prior graph",
         criterion=("learned",),
+        start=("initialised", "pretrained"),
         tasks=("classification",),
         stage=("sparsity regularisation",),
         schedule=("custom",),

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from secateur.errors import SettingError
-from secateur.method import load
+from secateur.method import Card, load
 from secateur.outcome import Record
 from secateur.report.compare import (
     COMPUTE,
@@ -20,7 +20,7 @@ from secateur.report.compare import (
     shrank,
     speed_up,
 )
-from secateur.studies.ten_lessons import STARTS_SPARSE, Execution, Finding, Origin, Passport, lint
+from secateur.studies.ten_lessons import Execution, Finding, Origin, Passport, lint
 from secateur.tasks.robustness import CALIBRATION, NOISY
 
 OF = {"weights": "prunable weights", "units": "units", **WHOLE}
@@ -89,10 +89,21 @@ def _mean(values: Sequence[float]) -> float | None:
 
 def _when(method: str) -> str:
     """The moment of a method, of a chain the first link's; of one that is not the library's, after training."""
+    card = _card(method)
+    return card.when if card is not None else "before training" if method == "dense" else "after training"
+
+
+def _card(method: str) -> Card | None:
+    """The card of a method, of a chain the first link's; None for one that is not the library's."""
     try:
-        return load(method.split("+")[0]).card.when
+        return load(method.split("+")[0]).card
     except SettingError:
-        return "before training" if method == "dense" else "after training"
+        return None
+
+
+def _starts_sparse(card: Card | None) -> bool:
+    """Whether a method has no dense phase; one that can also start dense, as GraNet, is told by its curve alone."""
+    return card is not None and card.stage == ("sparse to sparse",)
 
 
 def _density(record: Record) -> list[float]:
@@ -113,8 +124,7 @@ def _origin(record: Record, when: str, curve: Sequence[float]) -> Origin:
         return "dense"
     if curve:
         return "sparse-to-sparse" if curve[0] <= 1.1 * curve[-1] else "dense-to-sparse"
-    first = record.method.split("+")[0]
-    if when == "before training" or (first in STARTS_SPARSE and not record.settings.get("pretrain")):
+    if when == "before training" or (_starts_sparse(_card(record.method)) and not record.settings.get("pretrain")):
         return "sparse-to-sparse"
     return "dense-to-sparse" if when in ("during training", "around training") else "post-training"
 

@@ -47,7 +47,7 @@ from secateur.outcome import time_pair
 from secateur.site import Part, total_units
 from secateur.studies.rethinking import FORWARD_AND_BACKWARD, Arm, Recipe, audit, held, work_of
 from secateur.task import Task, generator
-from secateur.train import fit
+from secateur.train import Loop, Rule, fit
 
 CARD = Card(
     9, "A Survey on Deep Neural Network Pruning: Taxonomy, Comparison, Analysis, and Recommendations",
@@ -340,10 +340,7 @@ class Schedules:
         model, task = ground.trained(seed), ground.task(seed, ground.rate)
         hold = ramped(model, task, schedule, ground.steps, floor=1.0)
         side = side_of(2, name, ground, seed, model, hold=hold, epochs=ground.epochs, before=ground.before)
-        # Until the last cut more was there than is now: the same share of every layer, so that work goes with it.
-        mean = fmean(schedule.value(step, ground.steps) for step in range(ground.steps)) / schedule.end
-        more = FORWARD_AND_BACKWARD * ground.examples * ground.epochs * (1 - side.flops) * (1 - mean)
-        return replace(side, work=side.work + more)
+        return as_cut(side, schedule, ground)
 
 
 def ramped(model: nn.Module, task: Task, schedule: Schedule, steps: int, floor: float = 0.0) -> Hold:
@@ -354,6 +351,21 @@ def ramped(model: nn.Module, task: Task, schedule: Schedule, steps: int, floor: 
     hold = Hold(weights(model))
     fit(model, task, steps, [LearningRate(floor=floor), Gradual(hold.sites, schedule, holder=hold)])
     return hold
+
+
+def as_cut(side: Side, schedule: Schedule, ground: Ground) -> Side:
+    """A side with the work of what its schedule had left at each step: until the last cut more was there than is now.
+
+    The shares of the layers are the same at every cut, so that work goes with the sparsity.
+    """
+    gone, held = 0.0, 0.0
+    for step in range(ground.steps):
+        if schedule.due(step, ground.steps):  # a mask stays as it is until then, while the curve goes on
+            held = schedule.value(step, ground.steps)
+        gone += held
+    left = 1 - gone / (schedule.end * ground.steps)
+    more = FORWARD_AND_BACKWARD * ground.examples * ground.epochs * (1 - side.flops) * left
+    return replace(side, work=side.work + more)
 
 
 # 3 Data
@@ -490,8 +502,7 @@ class Transfer:
             model = ground.trained(seed)
             hold = ramped(model, task, schedule, ground.steps)
             side = side_of(6, name, ground, seed, model, hold=hold, epochs=ground.epochs, before=ground.before, of=task)
-            dense = FORWARD_AND_BACKWARD * ground.examples * ground.epochs * schedule.until * (1 - side.flops)
-            sides.append(replace(side, work=side.work + dense))  # what came before the cut was not sparse
+            sides.append(as_cut(side, schedule, ground))
         return sides
 
 
@@ -523,8 +534,8 @@ class Dynamic:
         flat = Schedule(start=0.0, end=0.0, until=0.0, every=1)  # no pull to one opinion
         # The rule counts a matrix at each of its sides; what came of it is counted below, example by example.
         wanted = max((1 - ground.sparsity) - own / whole, 0.05)
-        rule = Consensus(gates, wanted, self.strength, flat, of="flops")
-        fit(model, task, ground.steps, [LearningRate(), rule], gates.optimizer(task))
+        rule, during = Consensus(gates, wanted, self.strength, flat, of="flops"), _Opened(gates)
+        fit(model, task, ground.steps, [LearningRate(), rule, during], gates.optimizer(task))
         quality, share = task.measure(model, ground.split)[task.metric], opened_work(model, gates, task, ground, whole)
         flops = share + own / whole
         if not flops < 1:
@@ -540,10 +551,31 @@ class Dynamic:
         )  # fmt: skip
         extra = sum(p.numel() for gate in gates.modules for p in gate.parameters())
         there = sum(p.numel() for p in ground.start(seed).parameters())
-        parameters = dynamic.parameters + extra / there
-        dynamic = replace(dynamic, parameters=parameters, sparsity=1 - share, denominator="multiply-adds without gates")
+        # Gates start open: until they shut, training took more than a forward pass takes now.
+        more = FORWARD_AND_BACKWARD * ground.examples * ground.epochs * (during.share(whole) - share)
+        dynamic = replace(
+            dynamic, parameters=dynamic.parameters + extra / there, sparsity=1 - share,
+            denominator="multiply-adds without gates", work=dynamic.work + more,
+        )  # fmt: skip
         same = replace(ground, rate=1.0)
         return [dynamic, cut_and_tuned(7, "static", L1Norm(sparsity=1 - flops, of="flops"), same, seed)]
+
+
+class _Opened(Rule):
+    """Adds up what gates left open at every step of training."""
+
+    def __init__(self, gates: Gates) -> None:
+        self.gates, self.total, self.steps = gates, 0.0, 0
+
+    def loss(self, loop: Loop, value: Tensor) -> Tensor:
+        """The loss as it is."""
+        self.total += float(open_now(self.gates).mean())
+        self.steps += 1
+        return value
+
+    def share(self, whole: float) -> float:
+        """The mean over the steps, as a share of a network's work."""
+        return (self.total / self.steps + ungated(self.gates, whole)) / whole
 
 
 class _Whole(nn.Module):
@@ -573,14 +605,24 @@ def opened_work(model: nn.Module, gates: Gates, task: Task, ground: Ground, whol
     for batch in task.batches(ground.split):
         gates.forget()
         batch.through(model)
-        units = [each.site.units for each in gates.guarded]
-        total += float(sum_open(gates, torch.split(gates.opened(), units, dim=1)).sum())
+        total += float(open_now(gates).sum())
         count += batch.size
     model.train(was_training)
     gates.forget()
+    return (total / count + ungated(gates, whole)) / whole
+
+
+def ungated(gates: Gates, whole: float) -> float:
+    """What of a network's work no gate shuts."""
     parts = {part.name: part for each in gates.guarded for part in each.site.parts if len(part.shape) > 1}
-    free = whole - sum(_work(part) for part in parts.values())
-    return (total / count + free) / whole
+    return whole - sum(_work(part) for part in parts.values())
+
+
+@torch.no_grad()
+def open_now(gates: Gates) -> Tensor:
+    """Of each example of the last forward pass, the multiply-adds times two of all gated matrices: [batch]."""
+    units = [each.site.units for each in gates.guarded]
+    return sum_open(gates, torch.split(gates.opened(), units, dim=1))
 
 
 def sum_open(gates: Gates, answers: Sequence[Tensor]) -> Tensor:

@@ -49,7 +49,6 @@ FRAILER = 0.02  # of accuracy, that noise takes more of than of the dense networ
 SATURATED = 0.01  # of the dense quality: where a random mask is nearer, the task cannot tell methods apart
 RANDOM = ("random", "random_pruning")
 MAGNITUDE = ("magnitude", "global_mp", "gradual")
-STARTS_SPARSE = ("set", "rigl", "fedtiny")  # of the methods that work during training
 WEIGHTS = frozenset({"weight"})
 
 
