@@ -356,6 +356,15 @@ def test_masks_are_searched_while_weights_and_alpha_stand_still():
     assert len(history.losses) == 6
 
 
+def test_no_gradient_of_pretraining_reaches_the_scores():
+    task, layers = tiny.toy_images(), Layers(0.7)
+    first, again = network(), network()
+    Stages().dense(first, task, 2)
+    again.load_state_dict(first.state_dict())  # the same weights, without the gradients
+    masks, plain = (Stages(0, 1, 0, score_rate=1.0).run(model, task, layers)[0] for model in (first, again))
+    assert all(torch.equal(a.keep, b.keep) for a, b in zip(masks, plain, strict=True))
+
+
 def test_scores_of_either_sign_stay_by_their_size():
     model, task, layers = network(), tiny.toy_images(), Layers(0.7)
     first = layers.rule(model).keep
@@ -485,6 +494,9 @@ def test_cells_take_the_places_of_blocks_and_the_rest_stays():
         prune(tiny.trained("mlp"), short(), tiny.toy_vectors())
     with pytest.raises(GraphError, match=r"block1 maps \[2, 8, 8, 8\] to \[2, 8, 8, 8\]"):
         prune(model, short(space=Space(3, ("sep_conv_3x3",))), task)
+    once = short(search=Chance(), final=Stages(0, 0, 0)).run(network(cells=3), task).model
+    with pytest.raises(GraphError, match=r"cells.0 reads 2 maps"):
+        prune(once, short(), task)  # the cells of a search are no blocks that a cell of one map could stand for
 
 
 @pytest.mark.parametrize(
@@ -497,6 +509,10 @@ def test_cells_take_the_places_of_blocks_and_the_rest_stays():
         ({"search": SparseSearch(Stages(rate=0.0))}, "it is above 0"),
         ({"search": SparseSearch(rate=float("nan"))}, "it is above 0"),
         ({"search": DenseSearch(held=1.0)}, "it is a fraction"),
+        ({"search": DenseSearch(decay=-1.0)}, "it is 0 or more"),
+        ({"final": Stages(decay=float("nan"))}, "it is 0 or more"),
+        ({"final": Stages(momentum=1.0)}, "a momentum of 1"),
+        ({"search": SparseSearch(Stages(momentum=float("nan")))}, "a momentum of nan"),
         ({"search": Known("normal")}, "node 0 has 0 predecessor"),
     ],
 )

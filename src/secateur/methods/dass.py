@@ -344,6 +344,9 @@ class Stages:
             )
         for name in ("rate", "score_rate", "tune_rate"):
             _positive(name, getattr(self, name))
+        if not 0 <= self.momentum < 1:
+            raise SettingError(f"a momentum of {self.momentum:g} was asked for", "it is in [0, 1)", "Give 0.9, or 0.")
+        _decay("decay", self.decay)
         LearningRate(floor=self.floor)
         Clip(self.clip)
 
@@ -385,6 +388,11 @@ def _positive(name: str, value: float) -> None:
         raise SettingError(f"a {name} of {value:g} was asked for", "it is above 0", f"Leave {name} as it is.")
 
 
+def _decay(name: str, value: float) -> None:
+    if not 0 <= value < float("inf"):
+        raise SettingError(f"a {name} of {value:g} was asked for", "it is 0 or more", f"Leave {name} as it is.")
+
+
 # Searches
 
 
@@ -418,7 +426,7 @@ class SparseSearch:
     def check(self) -> None:
         """See Search."""
         self.stages.check()
-        _check_alpha(self.rate, self.held)
+        _check_alpha(self.rate, self.decay, self.held)
 
     def training_steps(self) -> int:
         """See Search."""
@@ -445,7 +453,7 @@ class DenseSearch:
     def check(self) -> None:
         """See Search."""
         self.stages.check()
-        _check_alpha(self.rate, self.held)
+        _check_alpha(self.rate, self.decay, self.held)
 
     def training_steps(self) -> int:
         """See Search."""
@@ -496,8 +504,9 @@ class Known:
         return Genotype.read(self.genotype), History(), []
 
 
-def _check_alpha(rate: float, held: float) -> None:
+def _check_alpha(rate: float, decay: float, held: float) -> None:
     _positive("rate", rate)
+    _decay("decay", decay)
     if not 0 <= held < 1:
         raise SettingError(
             f"a share of {held:g} of the training examples was to be held out",
@@ -529,10 +538,12 @@ def searched(model: nn.Module, task: Task, space: Space) -> dict[str, SearchCell
     device = next(model.parameters()).device
     found, why = {}, []
     for ran in run_blocks(model, task.example.to(device), blocks_of(model)):
+        args, named = ran.arguments
+        read = sum(isinstance(value, Tensor) for value in (*args, *named.values()))
         seat = _seat(ran.given, ran.answer, space.nodes) if ran.calls == 1 and not ran.outputs else None
-        if seat is None:
+        if seat is None or read > 1:
             shapes = [None if value is None else list(value.shape) for value in (ran.given, ran.answer)]
-            why.append(f"{ran.name} maps {shapes[0]} to {shapes[1]}")
+            why.append(f"{ran.name} maps {shapes[0]} to {shapes[1]}" if read < 2 else f"{ran.name} reads {read} maps")
             continue
         with seeded(model, generator(task, f"cell {ran.name}").initial_seed()):
             found[ran.name] = SearchCell(seat, space).to(device)
