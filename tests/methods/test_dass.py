@@ -44,7 +44,7 @@ from secateur.methods.dass import (
 )
 from secateur.models import load, open_model, save
 from secateur.models.cells import CellNetwork, cells_grey
-from secateur.train import Loop, fit, seeded
+from secateur.train import Loop, Snapshot, fit, seeded
 
 TEXT = "normal sep_conv_3x3<0 skip_connect<1 | dil_conv_3x3<1 avg_pool_3x3<2; " + (
     "reduce skip_connect<0 sep_conv_3x3<1 | sep_conv_3x3<0 dil_conv_3x3<2"
@@ -394,6 +394,29 @@ def test_a_search_lowers_the_loss_and_the_entropy():
     assert sum(history.losses[-5:]) < sum(history.losses[:5])
     assert all(found.entropy(kind) < before[kind] for kind in before)
     assert [step for step, _ in history.curves["entropy of normal cells"]] == [10, 20, 25]
+
+
+def test_a_search_is_taken_up_where_it_was(tmp_path):
+    task, steps = tiny.toy_images(), 9
+    mine, held = divided(task, 0.25)  # six batches of held-out data: the run goes into a second epoch of it
+    whole, part, again = network(), network(), network(seed=5)
+    found = [
+        Architecture(m, torch.Generator().manual_seed(s), rate=0.02) for m, s in ((whole, 0), (part, 0), (again, 3))
+    ]
+
+    def sgd(model):
+        return torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+
+    def write(loop):
+        if loop.step == 7:
+            Snapshot.of(part, loop).save(tmp_path / "run.safetensors")
+
+    fit(whole, mine, steps, [Architect(found[0], held, AsTheyAre())], sgd(whole))
+    fit(part, mine, 7, [Architect(found[1], held, AsTheyAre())], sgd(part), watch=write)
+    saved = Snapshot.load(tmp_path / "run.safetensors")
+    fit(again, mine, steps, [Architect(found[2], held, AsTheyAre())], sgd(again), resume_from=saved)
+    assert all(torch.equal(v, found[2].alpha[k]) for k, v in found[0].alpha.items())
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in whole.state_dict().items())
 
 
 # Data

@@ -22,7 +22,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, log
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -118,6 +118,16 @@ class Architecture:
         finally:
             for alpha in alphas:
                 alpha.requires_grad_(False)
+
+    def state(self) -> dict[str, Any]:
+        """Alpha and what Adam remembers of it."""
+        return {"alpha": dict(self.alpha), "optimizer": self.optimizer.state_dict()}
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Both as they were; cells see the same tensors as before."""
+        for kind, alpha in self.alpha.items():
+            alpha.copy_(state["alpha"][kind])
+        self.optimizer.load_state_dict(state["optimizer"])
 
     def entropy(self, kind: str) -> float:
         """Of the shares of a kind's operations, in nats, the mean over edges: log(operations) where all count alike."""
@@ -252,16 +262,22 @@ class Architect(Rule):
 
     def __init__(self, architecture: Architecture, held: Task, answer: Answer) -> None:
         self.architecture, self.held, self.answer = architecture, held, answer
+        self._place = (0, 0)  # the epoch of held-out data and the number of the next batch in it
         self._batches: Iterator[tuple[int, int, Batch]] | None = None
 
     def start(self, loop: Loop) -> None:
         """Held-out data is drawn from the loop's epoch on."""
-        self._batches = forever(self.held, loop.epoch)
+        self._place, self._batches = (loop.epoch, 0), None
 
     def before_forward(self, loop: Loop) -> None:
         """Move alpha."""
-        assert self._batches is not None, "start was called"
-        _, _, batch = next(self._batches)
+        if self._batches is None:
+            first, skip = self._place
+            self._batches = forever(self.held, first)
+            for _ in range(skip):
+                next(self._batches)
+        epoch, place, batch = next(self._batches)
+        self._place = (epoch, place + 1)
         batch = batch.to(next(loop.model.parameters()).device)
         self.architecture.step(
             lambda alphas: self.answer.gradients(loop, alphas, lambda: self.held.loss(loop.model, batch))
@@ -272,6 +288,16 @@ class Architect(Rule):
         if loop.step % 10 == 0 or loop.step == loop.steps:
             for kind in self.architecture.alpha:
                 loop.log(f"entropy of {kind} cells", self.architecture.entropy(kind))
+
+    def state(self) -> dict[str, Any]:
+        """Alpha, its optimizer, and the place in the held-out data."""
+        return {**self.architecture.state(), "place": list(self._place)}
+
+    def resume(self, loop: Loop, state: Mapping[str, Any]) -> None:
+        """All of it as it was."""
+        self.architecture.resume(state)
+        epoch, place = state["place"]
+        self._place, self._batches = (epoch, place), None
 
 
 class _Other(Around):
