@@ -445,6 +445,15 @@ def test_data_that_leaves_a_part_empty_is_refused():
         divided(tiny.toy_text(), 0.5)
 
 
+def test_frozen_layers_are_refused_before_any_step():
+    model = network()
+    model.stem.requires_grad_(False)
+    with pytest.raises(SettingError, match=r"stem.weight has requires_grad=False"):
+        prune(model, short(), tiny.toy_images())
+    before, after = model.stem.weight, prune(model, short(exclude=("stem",)), tiny.toy_images()).model.stem.weight
+    assert torch.equal(before, after)
+
+
 # The whole
 
 

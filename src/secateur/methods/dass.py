@@ -679,6 +679,7 @@ class DASS(Method):
         for name, cell in cells.items():
             apply_(supernet, Replace(name, copy.deepcopy(cell)))
             reinitialize_(supernet.get_submodule(name), generator(task, f"search {name}"))
+        self._trainable(supernet)
         genotype, history, notes = self.search.find(supernet, task, self.layers)
         edits = self.built_(model, task, cells, genotype)
         masks, trained = self.final.run(model, task, self.layers)
@@ -686,6 +687,17 @@ class DASS(Method):
         said += [*notes, *_left(masks), *self._unused(cells)]
         history = history.then(trained)
         return Outcome(model, [*edits, *masks], history, notes=said + history.notes)
+
+    def _trainable(self, model: nn.Module) -> None:
+        """Raise SettingError for a layer whose mask could not be learnt."""
+        named = tensors(model)
+        for site in self.layers.sites(model):
+            if not named[site.parts[0].name].requires_grad:
+                raise SettingError(
+                    "a sparse network was to be searched for and trained",
+                    f"{site.name} has requires_grad=False, so that its mask could not be learnt",
+                    "Set it to True, or leave the layer dense by exclude.",
+                )
 
     def built_(self, model: nn.Module, task: Task, cells: Mapping[str, SearchCell], genotype: Genotype) -> list[Edit]:
         """Put the cells of a genotype in the places of those searched, or of blocks, with new weights."""
