@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from secateur.cut import role
 from secateur.errors import SettingError, TaskError
 from secateur.voxels import sparse
 from secateur.voxels.fusion import BiEncoder, Words, padded
@@ -58,6 +59,10 @@ def kernel(layer, transposed=False):
     weight = layer.kernel.weight.detach()
     cube = weight.view(3, 3, 3, *weight.shape[1:])
     return cube.permute(3, 4, 0, 1, 2) if transposed else cube.permute(4, 3, 0, 1, 2)
+
+
+def test_a_kernel_is_no_stack_of_experts():
+    assert role(torch.nn.Sequential(Submanifold(3, 4)), "0.kernel.weight") == "other"
 
 
 def test_a_submanifold_convolution_is_the_dense_one_at_its_places():
