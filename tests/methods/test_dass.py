@@ -531,6 +531,16 @@ def test_cells_take_the_places_of_blocks_and_the_rest_stays():
         prune(once, short(), task)  # the cells of a search are no blocks that a cell of one map could stand for
 
 
+@pytest.mark.parametrize("answer", [AsTheyAre(), Unrolled()])
+def test_cells_are_found_and_built_in_half_precision(answer):
+    task = tiny.toy_images()
+    task = replace(task, splits={k: (x.bfloat16(), *rest) for k, (x, *rest) in task.splits.items()})
+    for model in (network(), tiny.trained("cnn")):
+        method = short(search=SparseSearch(Stages(1, 1, 1), answer), final=Stages(1, 1, 1), space=SMALL)
+        outcome = prune(copy.deepcopy(model).bfloat16(), method, task)
+        assert {p.dtype for p in outcome.model.parameters()} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [

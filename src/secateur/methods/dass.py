@@ -561,9 +561,9 @@ def searched(model: nn.Module, task: Task, space: Space) -> dict[str, SearchCell
     own = {name: module for name, module in model.named_modules() if isinstance(module, SearchCell)}
     if own:
         return own
-    device = next(model.parameters()).device
+    like = next(model.parameters())
     found, why = {}, []
-    for ran in run_blocks(model, task.example.to(device), blocks_of(model)):
+    for ran in run_blocks(model, task.example.to(like.device), blocks_of(model)):
         args, named = ran.arguments
         read = sum(isinstance(value, Tensor) for value in (*args, *named.values()))
         seat = _seat(ran.given, ran.answer, space.nodes) if ran.calls == 1 and not ran.outputs else None
@@ -572,7 +572,7 @@ def searched(model: nn.Module, task: Task, space: Space) -> dict[str, SearchCell
             why.append(f"{ran.name} maps {shapes[0]} to {shapes[1]}" if read < 2 else f"{ran.name} reads {read} maps")
             continue
         with seeded(model, generator(task, f"cell {ran.name}").initial_seed()):
-            found[ran.name] = SearchCell(seat, space).to(device)
+            found[ran.name] = SearchCell(seat, space).to(like)
     if not found:
         raise GraphError(
             f"cells of {space.nodes} nodes were to take the place of blocks of {type(model).__name__}",
@@ -704,10 +704,10 @@ class DASS(Method):
         names = list(cells)
         gone = blocks_site(model, names, "cells")
         edits: list[Edit] = [Mask(gone, torch.zeros(len(names), dtype=torch.bool))]
-        device = next(model.parameters()).device
+        like = next(model.parameters())  # on its device, and as precise
         for name, cell in cells.items():
             with seeded(model, generator(task, f"found {name}").initial_seed()):
-                edits.append(Replace(name, cell.found(genotype).to(device)))
+                edits.append(Replace(name, cell.found(genotype).to(like)))
         return apply_(model, edits)
 
     def _unused(self, cells: Mapping[str, SearchCell]) -> list[str]:
