@@ -241,6 +241,12 @@ def test_a_voxel_answers_for_the_nearest_of_the_boxes_it_is_near_to():
     assert assigned(centres, scene, boxes, of, nearest=9).tolist() == [0, 0, 1, 1, -1]
 
 
+def test_without_boxes_no_voxel_answers_and_none_is_near():
+    centres, scene, boxes, of = torch.rand(3, 3), torch.tensor([0, 0, 1]), torch.zeros(0, 6), torch.zeros(0).long()
+    assert assigned(centres, scene, boxes, of).tolist() == [-1, -1, -1]
+    assert not near(centres, scene, boxes, of, 1.0).any()
+
+
 def test_a_cube_is_around_the_centre_whatever_the_box():
     centres = torch.tensor([[0.5, 0.5, -0.5], [0.6, 0, 0], [0.0, 0, 0]])
     boxes = torch.tensor([[0.0, 0, 0, 9, 9, 9]])
