@@ -96,7 +96,7 @@ CLAIM = Claim(
     says="Dropping voxels by the text raises ScanRefer accuracy at IoU 0.25 from 44.87 to 54.63, completion to 56.45, "
     "with 7 % of the voxels left, at 14.58, 12.84 and 12.43 frames a second.",
     source="arXiv:2502.10392, ablation (by way of a public note)",
-    here="Rooms of 3.8 x 3.8 x 1.2 m with 4 to 6 boxes of three colours and two sizes, 400 to train on and 100 others, "
+    here="Rooms of 3.8 x 3.8 x 1.2 m with 5 or 6 boxes of three colours and two sizes, 400 to train on and 100 others, "
     "up to three sentences each, a quarter of which name a second box. A network of width 24 on voxels of 8 cm, levels "
     "of 32, 64 and 128 cm; from the same new weights 400 steps of 8 sentences for each condition, one learning rate "
     "for all: the best of 0.004, 0.008 and 0.016 with pruning, and better than 0.016 without, by seed 9 on rooms of "

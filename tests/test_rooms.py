@@ -185,6 +185,29 @@ def test_rooms_that_cannot_be_are_refused(changes):
         rooms(**changes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"fewest": 2, "most": 2}, "two of every look"),
+        ({"fewest": 4, "most": 4}, "two of every look"),
+        ({"colours": 2, "fewest": 3, "most": 7}, "4 looks, of which 2 are there twice"),
+        ({"side": 9.0, "most": 40}, "10 looks, of which 11"),
+        ({"side": float("nan")}, "a side has 2 m at least"),
+    ],
+)
+def test_rooms_in_which_nothing_could_be_said_are_refused(changes, says):
+    with pytest.raises(TaskError, match=says):
+        rooms(**{**SMALLER, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "counts"), [({"colours": 2, "most": 6, "fewest": 6}, {6}), ({"fewest": 2, "most": 4}, {3})]
+)
+def test_rooms_have_as_many_boxes_as_were_asked_for(changes, counts):
+    held = rooms(**{**SMALLER, **changes}).splits["train"]
+    assert {len(boxes) for boxes in held.boxes} == counts
+
+
 def test_data_that_does_not_fit_is_refused(task):
     held = task.splits["val"]
     with pytest.raises(TaskError, match="one sentence per question"):

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from secateur.cut import role
 from secateur.errors import SettingError, TaskError
 from secateur.voxels import sparse
 from secateur.voxels.fusion import BiEncoder, Words, padded
@@ -58,6 +59,10 @@ def kernel(layer, transposed=False):
     weight = layer.kernel.weight.detach()
     cube = weight.view(3, 3, 3, *weight.shape[1:])
     return cube.permute(3, 4, 0, 1, 2) if transposed else cube.permute(4, 3, 0, 1, 2)
+
+
+def test_a_kernel_is_no_stack_of_experts():
+    assert role(torch.nn.Sequential(Submanifold(3, 4)), "0.kernel.weight") == "other"
 
 
 def test_a_submanifold_convolution_is_the_dense_one_at_its_places():
@@ -234,6 +239,12 @@ def test_a_voxel_answers_for_the_nearest_of_the_boxes_it_is_near_to():
     boxes = torch.tensor([[0.4, 0, 0, 1, 1, 1], [2.0, 0, 0, 1, 1, 1.0]])
     assert assigned(centres, scene, boxes, of, nearest=2).tolist() == [0, 0, 1, -1, -1]
     assert assigned(centres, scene, boxes, of, nearest=9).tolist() == [0, 0, 1, 1, -1]
+
+
+def test_without_boxes_no_voxel_answers_and_none_is_near():
+    centres, scene, boxes, of = torch.rand(3, 3), torch.tensor([0, 0, 1]), torch.zeros(0, 6), torch.zeros(0).long()
+    assert assigned(centres, scene, boxes, of).tolist() == [-1, -1, -1]
+    assert not near(centres, scene, boxes, of, 1.0).any()
 
 
 def test_a_cube_is_around_the_centre_whatever_the_box():

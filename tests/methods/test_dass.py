@@ -44,7 +44,7 @@ from secateur.methods.dass import (
 )
 from secateur.models import load, open_model, save
 from secateur.models.cells import CellNetwork, cells_grey
-from secateur.train import Loop, fit, seeded
+from secateur.train import Loop, Snapshot, fit, seeded
 
 TEXT = "normal sep_conv_3x3<0 skip_connect<1 | dil_conv_3x3<1 avg_pool_3x3<2; " + (
     "reduce skip_connect<0 sep_conv_3x3<1 | sep_conv_3x3<0 dil_conv_3x3<2"
@@ -364,6 +364,15 @@ def test_masks_are_searched_while_weights_and_alpha_stand_still():
     assert len(history.losses) == 6
 
 
+def test_no_gradient_of_pretraining_reaches_the_scores():
+    task, layers = tiny.toy_images(), Layers(0.7)
+    first, again = network(), network()
+    Stages().dense(first, task, 2)
+    again.load_state_dict(first.state_dict())  # the same weights, without the gradients
+    masks, plain = (Stages(0, 1, 0, score_rate=1.0).run(model, task, layers)[0] for model in (first, again))
+    assert all(torch.equal(a.keep, b.keep) for a, b in zip(masks, plain, strict=True))
+
+
 def test_scores_of_either_sign_stay_by_their_size():
     model, task, layers = network(), tiny.toy_images(), Layers(0.7)
     first = layers.rule(model).keep
@@ -395,6 +404,29 @@ def test_a_search_lowers_the_loss_and_the_entropy():
     assert [step for step, _ in history.curves["entropy of normal cells"]] == [10, 20, 25]
 
 
+def test_a_search_is_taken_up_where_it_was(tmp_path):
+    task, steps = tiny.toy_images(), 9
+    mine, held = divided(task, 0.25)  # six batches of held-out data: the run goes into a second epoch of it
+    whole, part, again = network(), network(), network(seed=5)
+    found = [
+        Architecture(m, torch.Generator().manual_seed(s), rate=0.02) for m, s in ((whole, 0), (part, 0), (again, 3))
+    ]
+
+    def sgd(model):
+        return torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+
+    def write(loop):
+        if loop.step == 7:
+            Snapshot.of(part, loop).save(tmp_path / "run.safetensors")
+
+    fit(whole, mine, steps, [Architect(found[0], held, AsTheyAre())], sgd(whole))
+    fit(part, mine, 7, [Architect(found[1], held, AsTheyAre())], sgd(part), watch=write)
+    saved = Snapshot.load(tmp_path / "run.safetensors")
+    fit(again, mine, steps, [Architect(found[2], held, AsTheyAre())], sgd(again), resume_from=saved)
+    assert all(torch.equal(v, found[2].alpha[k]) for k, v in found[0].alpha.items())
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in whole.state_dict().items())
+
+
 # Data
 
 
@@ -419,6 +451,15 @@ def test_data_that_leaves_a_part_empty_is_refused():
         divided(replace(task, splits={**task.splits, "train": one}), 0.5)
     with pytest.raises(SettingError, match="cannot be divided"):
         divided(tiny.toy_text(), 0.5)
+
+
+def test_frozen_layers_are_refused_before_any_step():
+    model = network()
+    model.stem.requires_grad_(False)
+    with pytest.raises(SettingError, match=r"stem.weight has requires_grad=False"):
+        prune(model, short(), tiny.toy_images())
+    before, after = model.stem.weight, prune(model, short(exclude=("stem",)), tiny.toy_images()).model.stem.weight
+    assert torch.equal(before, after)
 
 
 # The whole
@@ -493,6 +534,19 @@ def test_cells_take_the_places_of_blocks_and_the_rest_stays():
         prune(tiny.trained("mlp"), short(), tiny.toy_vectors())
     with pytest.raises(GraphError, match=r"block1 maps \[2, 8, 8, 8\] to \[2, 8, 8, 8\]"):
         prune(model, short(space=Space(3, ("sep_conv_3x3",))), task)
+    once = short(search=Chance(), final=Stages(0, 0, 0)).run(network(cells=3), task).model
+    with pytest.raises(GraphError, match=r"cells.0 reads 2 maps"):
+        prune(once, short(), task)  # the cells of a search are no blocks that a cell of one map could stand for
+
+
+@pytest.mark.parametrize("answer", [AsTheyAre(), Unrolled()])
+def test_cells_are_found_and_built_in_half_precision(answer):
+    task = tiny.toy_images()
+    task = replace(task, splits={k: (x.bfloat16(), *rest) for k, (x, *rest) in task.splits.items()})
+    for model in (network(), tiny.trained("cnn")):
+        method = short(search=SparseSearch(Stages(1, 1, 1), answer), final=Stages(1, 1, 1), space=SMALL)
+        outcome = prune(copy.deepcopy(model).bfloat16(), method, task)
+        assert {p.dtype for p in outcome.model.parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize(
@@ -505,6 +559,10 @@ def test_cells_take_the_places_of_blocks_and_the_rest_stays():
         ({"search": SparseSearch(Stages(rate=0.0))}, "it is above 0"),
         ({"search": SparseSearch(rate=float("nan"))}, "it is above 0"),
         ({"search": DenseSearch(held=1.0)}, "it is a fraction"),
+        ({"search": DenseSearch(decay=-1.0)}, "it is 0 or more"),
+        ({"final": Stages(decay=float("nan"))}, "it is 0 or more"),
+        ({"final": Stages(momentum=1.0)}, "a momentum of 1"),
+        ({"search": SparseSearch(Stages(momentum=float("nan")))}, "a momentum of nan"),
         ({"search": Known("normal")}, "node 0 has 0 predecessor"),
     ],
 )

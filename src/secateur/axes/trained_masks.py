@@ -370,6 +370,11 @@ class Scored:
         return found
 
 
+def _forget(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.grad = None  # nothing else clears it: the optimizer does not know these
+
+
 def _copied(score: Tensor) -> nn.Parameter:
     # float32: in half precision a score of 1 would not notice what it learns
     return nn.Parameter(score.detach().clone().to(torch.float32))
@@ -450,12 +455,12 @@ class TrainedMask(Rule):
                 "Build the optimizer from the rule's parameters() alone.",
             )
         self.scored.start(loop)
+        _forget(loop.model)  # what training left there would be added to the first gradient
 
     def before_step(self, loop: Loop) -> None:
         """The scores learn from the gradient of the weights seen, which is then let go."""
         self.scored.learn(loop)
-        for parameter in loop.model.parameters():
-            parameter.grad = None  # nothing else clears it: the optimizer does not know these
+        _forget(loop.model)
 
     def after_step(self, loop: Loop) -> None:
         """The masks follow."""

@@ -22,7 +22,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, log
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -127,6 +127,16 @@ class Architecture:
         finally:
             for alpha in alphas:
                 alpha.requires_grad_(False)
+
+    def state(self) -> dict[str, Any]:
+        """Alpha and what Adam remembers of it."""
+        return {"alpha": dict(self.alpha), "optimizer": self.optimizer.state_dict()}
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Both as they were; cells see the same tensors as before."""
+        for kind, alpha in self.alpha.items():
+            alpha.copy_(state["alpha"][kind])
+        self.optimizer.load_state_dict(state["optimizer"])
 
     def entropy(self, kind: str) -> float:
         """Of the shares of a kind's operations, in nats, the mean over edges: log(operations) where all count alike."""
@@ -261,16 +271,22 @@ class Architect(Rule):
 
     def __init__(self, architecture: Architecture, held: Task, answer: Answer) -> None:
         self.architecture, self.held, self.answer = architecture, held, answer
+        self._place = (0, 0)  # the epoch of held-out data and the number of the next batch in it
         self._batches: Iterator[tuple[int, int, Batch]] | None = None
 
     def start(self, loop: Loop) -> None:
         """Held-out data is drawn from the loop's epoch on."""
-        self._batches = forever(self.held, loop.epoch)
+        self._place, self._batches = (loop.epoch, 0), None
 
     def before_forward(self, loop: Loop) -> None:
         """Move alpha."""
-        assert self._batches is not None, "start was called"
-        _, _, batch = next(self._batches)
+        if self._batches is None:
+            first, skip = self._place
+            self._batches = forever(self.held, first)
+            for _ in range(skip):
+                next(self._batches)
+        epoch, place, batch = next(self._batches)
+        self._place = (epoch, place + 1)
         batch = batch.to(next(loop.model.parameters()).device)
         self.architecture.step(
             lambda alphas: self.answer.gradients(loop, alphas, lambda: self.held.loss(loop.model, batch))
@@ -281,6 +297,16 @@ class Architect(Rule):
         if loop.step % 10 == 0 or loop.step == loop.steps:
             for kind in self.architecture.alpha:
                 loop.log(f"entropy of {kind} cells", self.architecture.entropy(kind))
+
+    def state(self) -> dict[str, Any]:
+        """Alpha, its optimizer, and the place in the held-out data."""
+        return {**self.architecture.state(), "place": list(self._place)}
+
+    def resume(self, loop: Loop, state: Mapping[str, Any]) -> None:
+        """All of it as it was."""
+        self.architecture.resume(state)
+        epoch, place = state["place"]
+        self._place, self._batches = (epoch, place), None
 
 
 class _Other(Around):
@@ -353,6 +379,9 @@ class Stages:
             )
         for name in ("rate", "score_rate", "tune_rate"):
             _positive(name, getattr(self, name))
+        if not 0 <= self.momentum < 1:
+            raise SettingError(f"a momentum of {self.momentum:g} was asked for", "it is in [0, 1)", "Give 0.9, or 0.")
+        _decay("decay", self.decay)
         LearningRate(floor=self.floor)
         Clip(self.clip)
 
@@ -394,6 +423,11 @@ def _positive(name: str, value: float) -> None:
         raise SettingError(f"a {name} of {value:g} was asked for", "it is above 0", f"Leave {name} as it is.")
 
 
+def _decay(name: str, value: float) -> None:
+    if not 0 <= value < float("inf"):
+        raise SettingError(f"a {name} of {value:g} was asked for", "it is 0 or more", f"Leave {name} as it is.")
+
+
 # Searches
 
 
@@ -427,7 +461,7 @@ class SparseSearch:
     def check(self) -> None:
         """See Search."""
         self.stages.check()
-        _check_alpha(self.rate, self.held)
+        _check_alpha(self.rate, self.decay, self.held)
 
     def training_steps(self) -> int:
         """See Search."""
@@ -454,7 +488,7 @@ class DenseSearch:
     def check(self) -> None:
         """See Search."""
         self.stages.check()
-        _check_alpha(self.rate, self.held)
+        _check_alpha(self.rate, self.decay, self.held)
 
     def training_steps(self) -> int:
         """See Search."""
@@ -505,8 +539,9 @@ class Known:
         return Genotype.read(self.genotype), History(), []
 
 
-def _check_alpha(rate: float, held: float) -> None:
+def _check_alpha(rate: float, decay: float, held: float) -> None:
     _positive("rate", rate)
+    _decay("decay", decay)
     if not 0 <= held < 1:
         raise SettingError(
             f"a share of {held:g} of the training examples was to be held out",
@@ -535,16 +570,18 @@ def searched(model: nn.Module, task: Task, space: Space) -> dict[str, SearchCell
     own = {name: module for name, module in model.named_modules() if isinstance(module, SearchCell)}
     if own:
         return own
-    device = next(model.parameters()).device
+    like = next(model.parameters())
     found, why = {}, []
-    for ran in run_blocks(model, task.example.to(device), blocks_of(model)):
+    for ran in run_blocks(model, task.example.to(like.device), blocks_of(model)):
+        args, named = ran.arguments
+        read = sum(isinstance(value, Tensor) for value in (*args, *named.values()))
         seat = _seat(ran.given, ran.answer, space.nodes) if ran.calls == 1 and not ran.outputs else None
-        if seat is None:
+        if seat is None or read > 1:
             shapes = [None if value is None else list(value.shape) for value in (ran.given, ran.answer)]
-            why.append(f"{ran.name} maps {shapes[0]} to {shapes[1]}")
+            why.append(f"{ran.name} maps {shapes[0]} to {shapes[1]}" if read < 2 else f"{ran.name} reads {read} maps")
             continue
         with seeded(model, generator(task, f"cell {ran.name}").initial_seed()):
-            found[ran.name] = SearchCell(seat, space).to(device)
+            found[ran.name] = SearchCell(seat, space).to(like)
     if not found:
         raise GraphError(
             f"cells of {space.nodes} nodes were to take the place of blocks of {type(model).__name__}",
@@ -651,6 +688,7 @@ class DASS(Method):
         for name, cell in cells.items():
             apply_(supernet, Replace(name, copy.deepcopy(cell)))
             reinitialize_(supernet.get_submodule(name), generator(task, f"search {name}"))
+        self._trainable(supernet)
         genotype, history, notes = self.search.find(supernet, task, self.layers)
         edits = self.built_(model, task, cells, genotype)
         masks, trained = self.final.run(model, task, self.layers)
@@ -659,15 +697,26 @@ class DASS(Method):
         history = history.then(trained)
         return Outcome(model, [*edits, *masks], history, notes=said + history.notes)
 
+    def _trainable(self, model: nn.Module) -> None:
+        """Raise SettingError for a layer whose mask could not be learnt."""
+        named = tensors(model)
+        for site in self.layers.sites(model):
+            if not named[site.parts[0].name].requires_grad:
+                raise SettingError(
+                    "a sparse network was to be searched for and trained",
+                    f"{site.name} has requires_grad=False, so that its mask could not be learnt",
+                    "Set it to True, or leave the layer dense by exclude.",
+                )
+
     def built_(self, model: nn.Module, task: Task, cells: Mapping[str, SearchCell], genotype: Genotype) -> list[Edit]:
         """Put the cells of a genotype in the places of those searched, or of blocks, with new weights."""
         names = list(cells)
         gone = blocks_site(model, names, "cells")
         edits: list[Edit] = [Mask(gone, torch.zeros(len(names), dtype=torch.bool))]
-        device = next(model.parameters()).device
+        like = next(model.parameters())  # on its device, and as precise
         for name, cell in cells.items():
             with seeded(model, generator(task, f"found {name}").initial_seed()):
-                edits.append(Replace(name, cell.found(genotype).to(device)))
+                edits.append(Replace(name, cell.found(genotype).to(like)))
         return apply_(model, edits)
 
     def _unused(self, cells: Mapping[str, SearchCell]) -> list[str]:

@@ -7,6 +7,7 @@ nearest to the big green one". An answer is right when its box overlaps the one 
 """
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
@@ -243,8 +244,9 @@ def rooms(
     """Rooms of `side` metres with `fewest` to `most` boxes, `points` points and as many `sentences` each.
 
     The first `colours` of COLOURS are used. `relations` is the share of sentences that need a second box, as far as a
-    room has such. The rooms are the same whatever the seed, which draws the order of training. `settings` are fields
-    of `Grounding`. Raises TaskError for sizes that cannot be.
+    room has such. No room has 2 or 4 boxes: there would be two of every look, and no sentence names one of them. The
+    rooms are the same whatever the seed, which draws the order of training. `settings` are fields of `Grounding`.
+    Raises TaskError for sizes that cannot be.
     """
     sizes = {"train": train_size, "val": val_size, "test": test_size}
     if (
@@ -258,11 +260,23 @@ def rooms(
             f"every number is one at least, boxes two, colours two to {len(COLOURS)}, and relations a share in [0, 1]",
             "Give other numbers.",
         )
-    if side < 2 or height < 1 or most * 1.2 > side * side:
+    if not 2 <= side < math.inf or not 1 <= height < math.inf or most * 1.2 > side * side:
         raise TaskError(
             f"rooms of {side:g} x {side:g} x {height:g} m with up to {most} boxes were asked for",
             "a side has 2 m at least, a wall 1 m, and a box wants 1.2 square metres of floor",
             "Give larger rooms, or fewer boxes.",
+        )
+    if all(2 * _doubled(count) >= count for count in range(fewest, most + 1)):
+        raise TaskError(
+            f"rooms of {fewest} to {most} boxes were asked for",
+            "of 2 boxes, and of 4, there are two of every look, so that no sentence names one of them",
+            "Give 3 boxes, or 5 and more.",
+        )
+    if most > 2 * colours + _doubled(most):
+        raise TaskError(
+            f"rooms of up to {most} boxes of {colours} colours were asked for",
+            f"there are {2 * colours} looks, of which {_doubled(most)} are there twice",
+            "Give fewer boxes, or more colours.",
         )
     splits = {
         split: _rooms(split, size, sentences, points, side, height, fewest, most, colours, relations)
@@ -301,11 +315,16 @@ def _rooms(
     return Rooms(clouds, boxes, torch.tensor(asked), torch.stack(ids))
 
 
+def _doubled(count: int) -> int:
+    """How many looks two of a room's boxes share."""
+    return count // 4 + 1
+
+
 def _looks(count: int, colours: int, draw: torch.Generator) -> list[tuple[str, str]]:
     """Size and colour of each box: some of a few looks that there are several of, the others each once."""
     known = list(itertools.product(SIZES, [*COLOURS][:colours]))
     order = torch.randperm(len(known), generator=draw).tolist()
-    doubled = count // 4 + 1
+    doubled = _doubled(count)
     looks = [known[order[i % doubled]] for i in range(2 * doubled)]
     return (looks + [known[i] for i in order[doubled:]])[:count]
 

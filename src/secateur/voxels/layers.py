@@ -28,8 +28,11 @@ def gathered(features: Tensor, table: Tensor, weight: Tensor) -> Tensor:
     return wide @ weight.flatten(0, 1)
 
 
-class _Kernel(nn.Module):
-    """A weight [27, in, out], as the axes of a dense kernel [out, in, 3, 3, 3] in another order; no bias."""
+class _ConvKernel(nn.Module):
+    """A weight [27, in, out], as the axes of a dense kernel [out, in, 3, 3, 3] in another order; no bias.
+
+    What has no convolution in its name and three axes counts as a stack of experts: see secateur.cut.role.
+    """
 
     def __init__(self, width_in: int, width_out: int) -> None:
         super().__init__()
@@ -43,7 +46,7 @@ class Submanifold(nn.Module):
 
     def __init__(self, width_in: int, width_out: int) -> None:
         super().__init__()
-        self.kernel = _Kernel(width_in, width_out)
+        self.kernel = _ConvKernel(width_in, width_out)
 
     def forward(self, x: Voxels) -> Voxels:
         """Features [n, in] -> [n, out]."""
@@ -56,7 +59,7 @@ class Strided(nn.Module):
 
     def __init__(self, width_in: int, width_out: int) -> None:
         super().__init__()
-        self.kernel = _Kernel(width_in, width_out)
+        self.kernel = _ConvKernel(width_in, width_out)
 
     def forward(self, x: Voxels) -> Voxels:
         """Features [n, in] -> [m, out], stride doubled."""
@@ -71,7 +74,7 @@ class Generative(nn.Module):
 
     def __init__(self, width_in: int, width_out: int) -> None:
         super().__init__()
-        self.kernel = _Kernel(width_in, width_out)
+        self.kernel = _ConvKernel(width_in, width_out)
 
     def forward(self, x: Voxels) -> Voxels:
         """Features [n, in] -> [m, out] at the places of `children`."""

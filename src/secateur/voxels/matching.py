@@ -51,6 +51,8 @@ def assigned(centres: Tensor, scene: Tensor, boxes: Tensor, of: Tensor, nearest:
 
     Centres [n, 3] in scenes [n], boxes [m, 6] in scenes `of` [m] -> int64 [n].
     """
+    if not len(boxes):  # there is no least of none
+        return torch.full_like(scene, -1)
     apart = torch.cdist(boxes[:, :3], centres)  # [m, n]
     apart = apart.masked_fill(of[:, None] != scene, torch.inf)
     close = apart.topk(min(nearest, len(centres)), largest=False, dim=1).indices
