@@ -489,16 +489,40 @@ def test_biases_of_queries_keys_and_values_go_with_their_units():
     assert attention.o_proj.bias is None
 
 
-def test_attention_that_norms_queries_and_keys_is_refused():
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+def another(kind, **changes):
+    """A decoder of another kind, as wide as the others here."""
+    import transformers
 
-    config = Qwen3Config(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
-        num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.15, tie_word_embeddings=True,
-    )  # fmt: skip
-    model = tiny.seeded(lambda: Qwen3ForCausalLM(config).float(), 0)
-    with pytest.raises(GraphError, match="does more than turn queries and keys"):
-        ATP(**SMALL).run(model, tiny.make_task("decoder"))
+    settings = {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.15, "bos_token_id": 0,
+        "eos_token_id": 1, "pad_token_id": None, **changes,
+    }  # fmt: skip
+    config = getattr(transformers, f"{kind}Config")(**settings)
+    return tiny.seeded(lambda: getattr(transformers, f"{kind}ForCausalLM")(config).float(), 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "said"),
+    [
+        ("Qwen3", {"head_dim": 8}, "Qwen3Attention does more than turn queries and keys"),  # norms of both
+        ("Gemma2", {"head_dim": 8}, "Gemma2Attention does more than turn queries and keys"),  # a cap on scores
+        ("StableLm", {"partial_rotary_factor": 0.25}, "turns 2 of the 8 dims of a head"),
+    ],
+)
+def test_attention_that_does_more_is_refused_and_left_as_it_was(kind, changes, said):
+    model, task = another(kind, **changes), tiny.make_task("decoder")
+    held, before = model.model.layers[0].self_attn, logits(model, task)
+    for ask in (lambda: ATP(**SMALL).run(model, task), lambda: ATP(**SMALL).sites_in(model)):
+        with pytest.raises(GraphError, match=said):
+            ask()
+        assert model.model.layers[0].self_attn is held
+        assert torch.equal(logits(model, task), before)
+
+
+def test_a_cap_that_is_off_is_none():
+    model, task = another("Gemma2", head_dim=8, attn_logit_softcapping=None), tiny.make_task("decoder")
+    assert narrowable_(model, task.example)[1]
 
 
 # Plans
