@@ -36,6 +36,7 @@ from secateur.methods.atp import (
     soft_mask,
     weights_of,
 )
+from secateur.methods.slicegpt import SliceGPT
 from secateur.models import llama_shaped, load, save
 from secateur.site import Part, Site
 from secateur.train import Loop, Snapshot, fit
@@ -279,6 +280,14 @@ def test_it_goes_on_from_what_was_cut_before():
     again = ATP(**{**SMALL, "sparsity": 0.2}).run(first.model, task)
     assert len(again.edits) == 14 + 6
     assert sum(p.numel() for p in again.model.parameters()) < before
+
+
+def test_a_sliced_stream_is_gone_on_from():
+    task = tiny.make_task("decoder")
+    sliced = prune(tiny.trained("decoder"), SliceGPT(sparsity=0.25, samples=16), task).model
+    done = prune(sliced, ATP(**SMALL), task)
+    assert done.ledger.sparsity == pytest.approx(0.4, abs=0.01)
+    assert sum(p.numel() for p in done.model.parameters()) < sum(p.numel() for p in sliced.parameters())
 
 
 # Training

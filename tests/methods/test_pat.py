@@ -431,6 +431,8 @@ def test_an_adapter_goes_beside_the_weight_of_a_layer_only():
     found = tiny(Pat).layers(done.model, make_task("decoder"))
     assert "model.layers.0.self_attn.o_proj.weight" in found
     assert not any(name.endswith("shortcut") for name in found)
+    assert "model.layers.1.mlp.down_proj.weight" not in found  # what it makes is handed to the last norm, of full width
+    assert len(found) == 13
 
 
 def test_too_little_data_is_told_before_training():
