@@ -252,9 +252,11 @@ def test_a_site_keeps_its_best_units_whatever_is_proposed():
 
 def test_the_cut_model_is_saved_and_opened_again(tmp_path):
     model, task = tiny.trained("decoder"), tiny.make_task("decoder")
+    before = torch.get_rng_state()
     done = prune(model, ATP(**SMALL), task)
     save(done, model, tmp_path / "small")
     again = load(tmp_path / "small")
+    assert torch.equal(torch.get_rng_state(), before)  # nothing is drawn from the caller's
     assert isinstance(again.model.layers[0].self_attn, RotaryAttention)
     assert torch.allclose(logits(again, task), logits(done.model, task), atol=1e-5)
 

@@ -388,6 +388,14 @@ def test_a_width_that_cannot_be(changes, said):
     with pytest.raises(BudgetError, match=said):
         tiny(Pat, **changes).run(make_model("decoder"), make_task("decoder"))
     assert tiny(Pat, sparsity=0.3, round_to=8).width(32) == 16
+    with pytest.raises(BudgetError, match=r"no channel is left.\nGive a smaller round_to"):
+        tiny(Pat, round_to=64).width(32)
+
+
+def test_the_callers_generator_is_left_alone():
+    before = torch.get_rng_state()
+    tiny(Pat, steps=3).run(copy.deepcopy(trained("decoder")), make_task("decoder"))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_layer_norms_are_refused():

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import skip_init
 
 from secateur.edit import Edit, Replace, apply_, replacement
 from secateur.errors import GraphError, ModelError
@@ -54,7 +55,8 @@ class RotaryAttention(nn.Module):
         self.scaling, self.layer_idx, self.dropout = scaling, layer, dropout
         shapes = ((width, queries), (width, keys), (width, values), (read, width))
         for name, (into, out), biased in zip(PROJECTIONS, shapes, biases, strict=True):
-            setattr(self, name, nn.Linear(into, out, bias=biased, dtype=getattr(torch, dtype)))
+            # What it holds is given: first values of its own would be drawn from the caller's generator.
+            setattr(self, name, skip_init(nn.Linear, into, out, bias=biased, dtype=getattr(torch, dtype)))
         self.pairs = nn.Buffer(torch.arange(pairs))  # which of the embedding's pairs are left
 
     @classmethod
