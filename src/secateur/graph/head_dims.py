@@ -56,7 +56,8 @@ class RotaryAttention(nn.Module):
         shapes = ((width, queries), (width, keys), (width, values), (read, width))
         for name, (into, out), biased in zip(PROJECTIONS, shapes, biases, strict=True):
             # What it holds is given: first values of its own would be drawn from the caller's generator.
-            setattr(self, name, skip_init(nn.Linear, into, out, bias=biased, dtype=getattr(torch, dtype)))
+            held = skip_init(nn.Linear, into, out, bias=biased, dtype=getattr(torch, dtype))  # type: ignore[no-untyped-call]
+            setattr(self, name, held)
         self.pairs = nn.Buffer(torch.arange(pairs))  # which of the embedding's pairs are left
 
     @classmethod

@@ -382,7 +382,7 @@ def untied(model: nn.Module, name: str, keep: Tensor) -> Replace:
     old: Any = model.get_submodule(path)
     left, bias = old.weight.detach()[:, keep.to(old.weight.device)], old.bias
     # Without first values: they would be drawn from the caller's generator.
-    own = skip_init(
+    own = skip_init(  # type: ignore[no-untyped-call]
         UntiedLinear, left.shape[1], left.shape[0], bias=bias is not None, device=left.device, dtype=left.dtype
     )
     own.load_state_dict({"weight": left} if bias is None else {"weight": left, "bias": bias})
