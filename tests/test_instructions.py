@@ -127,7 +127,9 @@ def test_files_that_hold_none_are_refused(tmp_path):
     with pytest.raises(TaskError, match="cannot be read"):
         from_file(Bytes(), file=str(tmp_path / "none.jsonl"))
     file = tmp_path / "odd.jsonl"
-    for text, said in (("{", "no instruction with an answer"), ('{"instruction": "a"}', "answer"), ("", "it holds 0")):
+    null = '{"instruction": "a", "output": null}'
+    wrong = {"{": "no instruction with an answer", '{"instruction": "a"}': "answer", "": "it holds 0", null: "is null"}
+    for text, said in wrong.items():
         file.write_text(text)
         with pytest.raises(TaskError, match=said):
             from_file(Bytes(), file=str(file))

@@ -408,6 +408,13 @@ class StreamLinear(nn.Linear):
         return out if x is None else out - x.reshape(out.shape)
 
 
+def handing_on(model: nn.Module) -> set[str]:
+    """The paths of the layers that write where a stream changes its width: the sum goes past what they put out."""
+    writers = {name: module for name, module in model.named_modules() if isinstance(module, StreamLinear)}
+    onto = {w.onto for w in writers.values() if w.shortcut is not None and w.shortcut.shape[0] != w.shortcut.shape[1]}
+    return {name for name, writer in writers.items() if writer.onto in onto}
+
+
 @replacement
 class UntiedLinear(nn.Linear):
     """A linear layer with a weight of its own, where it used to share the embedding's."""

@@ -36,6 +36,7 @@ from secateur.methods.atp import (
     soft_mask,
     weights_of,
 )
+from secateur.methods.slicegpt import SliceGPT
 from secateur.models import llama_shaped, load, save
 from secateur.site import Part, Site
 from secateur.train import Loop, Snapshot, fit
@@ -251,9 +252,11 @@ def test_a_site_keeps_its_best_units_whatever_is_proposed():
 
 def test_the_cut_model_is_saved_and_opened_again(tmp_path):
     model, task = tiny.trained("decoder"), tiny.make_task("decoder")
+    before = torch.get_rng_state()
     done = prune(model, ATP(**SMALL), task)
     save(done, model, tmp_path / "small")
     again = load(tmp_path / "small")
+    assert torch.equal(torch.get_rng_state(), before)  # nothing is drawn from the caller's
     assert isinstance(again.model.layers[0].self_attn, RotaryAttention)
     assert torch.allclose(logits(again, task), logits(done.model, task), atol=1e-5)
 
@@ -279,6 +282,14 @@ def test_it_goes_on_from_what_was_cut_before():
     again = ATP(**{**SMALL, "sparsity": 0.2}).run(first.model, task)
     assert len(again.edits) == 14 + 6
     assert sum(p.numel() for p in again.model.parameters()) < before
+
+
+def test_a_sliced_stream_is_gone_on_from():
+    task = tiny.make_task("decoder")
+    sliced = prune(tiny.trained("decoder"), SliceGPT(sparsity=0.25, samples=16), task).model
+    done = prune(sliced, ATP(**SMALL), task)
+    assert done.ledger.sparsity == pytest.approx(0.4, abs=0.01)
+    assert sum(p.numel() for p in done.model.parameters()) < sum(p.numel() for p in sliced.parameters())
 
 
 # Training
@@ -489,16 +500,40 @@ def test_biases_of_queries_keys_and_values_go_with_their_units():
     assert attention.o_proj.bias is None
 
 
-def test_attention_that_norms_queries_and_keys_is_refused():
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+def another(kind, **changes):
+    """A decoder of another kind, as wide as the others here."""
+    import transformers
 
-    config = Qwen3Config(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
-        num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.15, tie_word_embeddings=True,
-    )  # fmt: skip
-    model = tiny.seeded(lambda: Qwen3ForCausalLM(config).float(), 0)
-    with pytest.raises(GraphError, match="does more than turn queries and keys"):
-        ATP(**SMALL).run(model, tiny.make_task("decoder"))
+    settings = {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.15, "bos_token_id": 0,
+        "eos_token_id": 1, "pad_token_id": None, **changes,
+    }  # fmt: skip
+    config = getattr(transformers, f"{kind}Config")(**settings)
+    return tiny.seeded(lambda: getattr(transformers, f"{kind}ForCausalLM")(config).float(), 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "said"),
+    [
+        ("Qwen3", {"head_dim": 8}, "Qwen3Attention does more than turn queries and keys"),  # norms of both
+        ("Gemma2", {"head_dim": 8}, "Gemma2Attention does more than turn queries and keys"),  # a cap on scores
+        ("StableLm", {"partial_rotary_factor": 0.25}, "turns 2 of the 8 dims of a head"),
+    ],
+)
+def test_attention_that_does_more_is_refused_and_left_as_it_was(kind, changes, said):
+    model, task = another(kind, **changes), tiny.make_task("decoder")
+    held, before = model.model.layers[0].self_attn, logits(model, task)
+    for ask in (lambda: ATP(**SMALL).run(model, task), lambda: ATP(**SMALL).sites_in(model)):
+        with pytest.raises(GraphError, match=said):
+            ask()
+        assert model.model.layers[0].self_attn is held
+        assert torch.equal(logits(model, task), before)
+
+
+def test_a_cap_that_is_off_is_none():
+    model, task = another("Gemma2", head_dim=8, attn_logit_softcapping=None), tiny.make_task("decoder")
+    assert narrowable_(model, task.example)[1]
 
 
 # Plans

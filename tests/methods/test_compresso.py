@@ -40,6 +40,11 @@ from secateur.train import Loop, fit
 
 T = 2 / 3
 SMALL = {"prompt": "", "steps": 30, "tune": 4, "rank": 2, "alpha": 4.0, "rate": 5e-3, "tune_rate": 5e-3}
+WIDTHS = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.15, "bos_token_id": 0, "eos_token_id": 1,
+    "pad_token_id": None,
+}  # fmt: skip
 COUPLINGS = {}
 
 
@@ -411,6 +416,33 @@ def test_opt_keeps_its_stream():
         prune(model, Compresso(**SMALL), task)
     done = prune(model, Compresso(**SMALL, kinds=("head", "channel")), task)
     assert done.ledger.sparsity == pytest.approx(0.3, abs=0.02)
+
+
+def test_a_stream_that_cannot_be_followed_stays_whole():
+    """Embeddings that are scaled, and norms after each branch."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    model = tiny.seeded(lambda: Gemma2ForCausalLM(Gemma2Config(**WIDTHS)).float(), 0)
+    task = tiny.make_task("decoder")
+    with pytest.raises(GraphError, match=r"goes through 'mul'[\s\S]*kinds=head,channel"):
+        prune(model, Compresso(**SMALL), task)
+    model, task, masks = ready(("head", "channel"), model=model)
+    scatter(masks)
+    z = masks.settle(0.3)
+    with masked(model, masks):
+        wanted = logits(model, task)
+    cut_(model, masks.layout, z)
+    assert torch.allclose(logits(model, task), wanted, atol=1e-4)
+
+
+def test_heads_that_a_norm_runs_over_are_refused():
+    from transformers import Olmo2Config, Olmo2ForCausalLM
+
+    model = tiny.seeded(lambda: Olmo2ForCausalLM(Olmo2Config(**WIDTHS)).float(), 0)
+    with pytest.raises(GraphError, match=r"statistics over all of them[\s\S]*without head"):
+        lay_out(model, tiny.make_task("decoder"), ("head", "channel"))
+    layout, _ = lay_out(model, tiny.make_task("decoder"), ("channel",))
+    assert len(layout.gated) == 2
 
 
 # The preface

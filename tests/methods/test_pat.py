@@ -388,6 +388,14 @@ def test_a_width_that_cannot_be(changes, said):
     with pytest.raises(BudgetError, match=said):
         tiny(Pat, **changes).run(make_model("decoder"), make_task("decoder"))
     assert tiny(Pat, sparsity=0.3, round_to=8).width(32) == 16
+    with pytest.raises(BudgetError, match=r"no channel is left.\nGive a smaller round_to"):
+        tiny(Pat, round_to=64).width(32)
+
+
+def test_the_callers_generator_is_left_alone():
+    before = torch.get_rng_state()
+    tiny(Pat, steps=3).run(copy.deepcopy(trained("decoder")), make_task("decoder"))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_layer_norms_are_refused():
@@ -431,6 +439,8 @@ def test_an_adapter_goes_beside_the_weight_of_a_layer_only():
     found = tiny(Pat).layers(done.model, make_task("decoder"))
     assert "model.layers.0.self_attn.o_proj.weight" in found
     assert not any(name.endswith("shortcut") for name in found)
+    assert "model.layers.1.mlp.down_proj.weight" not in found  # what it makes is handed to the last norm, of full width
+    assert len(found) == 13
 
 
 def test_too_little_data_is_told_before_training():

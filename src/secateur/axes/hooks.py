@@ -16,6 +16,7 @@ from secateur.adapters import LowRank
 from secateur.cut import weights
 from secateur.errors import SiteError
 from secateur.site import Part
+from secateur.stream import handing_on
 
 
 class Hook(Protocol):
@@ -83,14 +84,19 @@ def is_linear(module: nn.Module) -> bool:
 def adaptable(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> dict[str, Part]:
     """The matrices of a model's linear layers by the name of the weight, of those chosen as `weights` chooses.
 
-    A layer may have further matrices, such as the shortcut of a sliced stream: an adapter goes beside its weight.
-    Raises SiteError where there are none.
+    A layer may have further matrices, such as the shortcut of a sliced stream: an adapter goes beside its weight. One
+    that changes the width of such a stream is left out: what it makes goes past what it puts out. Raises SiteError
+    where there are none.
     """
     parts = [site.parts[0] for site in weights(model, include, exclude)]
+    past = handing_on(model)
     found = {
         part.name: part
         for part in parts
-        if part.name == f"{part.module}.weight" and part.index is None and is_linear(model.get_submodule(part.module))
+        if part.name == f"{part.module}.weight"
+        and part.index is None
+        and part.module not in past
+        and is_linear(model.get_submodule(part.module))
     }
     if not found:
         raise SiteError(

@@ -16,6 +16,7 @@ Then a last decision, without noise, and adapters learn on under it (3 and 4). A
 that merging and cutting changes nothing: a small dense model.
 """
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -42,7 +43,7 @@ from secateur.graph.inner import inner
 from secateur.method import Budget, Card, Method
 from secateur.methods.flap import Adaptive
 from secateur.outcome import Outcome
-from secateur.site import Part, Site, unwrapped
+from secateur.site import Part, Site, tensors, unwrapped
 from secateur.task import Batch, Task, generator
 from secateur.train import History, Loop, Rule, fit, seeded
 
@@ -601,7 +602,8 @@ class ATP(Method):
     def sites_in(self, model: nn.Module) -> list[Site]:
         """The sites, for plans. Raises as `prepared`."""
         dims = head_dims(model)  # before a network that takes no tokens is given some
-        few = Batch({"input_ids": torch.zeros(1, 4, dtype=torch.long, device=next(model.parameters()).device)})
+        few = Batch({"input_ids": torch.arange(4, device=next(model.parameters()).device)[None]})
+        narrowable_(copy.deepcopy(model, {id(value): value for value in tensors(model).values()}), few)
         return self.terms.free(model, together(dims, inner(couple(model, few), ("channel",))))
 
     def check_affordable(self, sites: Sequence[Site]) -> None:

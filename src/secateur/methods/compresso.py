@@ -65,6 +65,9 @@ SOFT = 0.8
 KINDS = ("head", "channel", "stream")
 """What may have masks: heads, neurons, hidden channels."""
 
+LEAVE = "Leave the stream whole: kinds=head,channel."
+"""What to do where hidden channels cannot be masked."""
+
 
 # Masks by hard concrete
 
@@ -153,26 +156,36 @@ class Layout:
 
 
 def lay_out(model: nn.Module, task: Task, kinds: Sequence[str]) -> tuple[Layout, Coupling]:
-    """Find what can have masks in a pre-norm decoder.
+    """Find what can have masks in a decoder; of hidden channels in a pre-norm one.
 
-    Raises GraphError for a model whose blocks or stream cannot be followed, ModelError for layers that masks cannot
-    be put round.
+    Raises GraphError for a model whose blocks cannot be followed, or whose stream where that is to have masks,
+    ModelError for layers that masks cannot be put round.
     """
-    coupling, stream = couple(model, task.example), follow(model, task.example)
+    coupling = couple(model, task.example)
     inside = inner(coupling)
-    width, named = stream.width, tensors(model)
+    width, named = reader(inside[0]).shape[0], tensors(model)
     rows = {site.name: _rows(site, width) for site in inside}
     gated = tuple(site for site in inside if site.kind in kinds)
     for site in gated:
         _check_called(model, reader(site).module)
-    if "stream" not in kinds:
+        if site.name in coupling.inexact:
+            raise GraphError(
+                f"units of {site.name} were to be masked",
+                "a norm takes statistics over all of them, in which one counts that is zero",
+                f"Leave them whole: give kinds= without {site.kind}.",
+            )
+    if "stream" not in kinds:  # nor need it be one that can be followed
         return Layout(inside, rows, gated, None, (), {}, False, width), coupling
-    numbers = coupling.need("stream")[0].numbers
+    try:
+        stream = follow(model, task.example)
+    except GraphError as why:
+        raise GraphError(why.asked, why.found, LEAVE) from None
     tables = [name for segment in stream.segments for name in segment.embeddings]
     writers = [name for segment in stream.segments for name in segment.writers]
     for name in writers:
         _check_called(model, name.rpartition(".")[0])
-    norms = rms_norms(model, stream, "Leave the stream whole: kinds=head,channel.")
+    norms = rms_norms(model, stream, LEAVE)
+    numbers = coupling.need("stream")[0].numbers
     readers = [name for segment in stream.segments for names in segment.readers for name in names]
     own = [name for name in readers if not any(named[name] is named[table] for table in tables)]
     biases = [name for w in writers if (name := w.rpartition(".")[0] + ".bias") in named]

@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, skip_init
 
 from secateur.adapters import LowRank, tied_names
 from secateur.axes import Cosine, keep_top, kept_of
@@ -381,7 +381,10 @@ def untied(model: nn.Module, name: str, keep: Tensor) -> Replace:
     path = name.rpartition(".")[0]
     old: Any = model.get_submodule(path)
     left, bias = old.weight.detach()[:, keep.to(old.weight.device)], old.bias
-    own = UntiedLinear(left.shape[1], left.shape[0], bias is not None, device=left.device, dtype=left.dtype)
+    # Without first values: they would be drawn from the caller's generator.
+    own = skip_init(  # type: ignore[no-untyped-call]
+        UntiedLinear, left.shape[1], left.shape[0], bias=bias is not None, device=left.device, dtype=left.dtype
+    )
     own.load_state_dict({"weight": left} if bias is None else {"weight": left, "bias": bias})
     return Replace(path, own.train(old.training))
 
@@ -394,7 +397,7 @@ class Pat(Method):
     """
 
     sparsity: float = 0.25  # fraction of the residual width removed, in [0, 1): not of the parameters
-    round_to: int = 1  # what the width that is left is a multiple of
+    round_to: int = 1  # what the width that is left is a multiple of; stock transformers may want that of heads
     active: Active = Counted()  # holds the count of channels: the paper's; settled is that of the authors' code
     choice: Choice = Learned()  # who chooses channels: learned, or frozen for chance
     operator_rank: int = 32  # of the operator before each write: r; the paper has 200 of a width of 4096
@@ -489,12 +492,12 @@ class Pat(Method):
         """Channels that stay of so many, rounded down. Raises BudgetError where none do, or all."""
         keep = kept_of(whole, self.sparsity) // self.round_to * self.round_to
         if keep < 1 or kept_of(whole, self.sparsity) == whole:
-            fewest = f"{1 / whole:.4g} at least and {1 - self.round_to / whole:.4g} at most"
+            most = 1 - self.round_to / whole
             raise BudgetError(
                 f"a sparsity of {self.sparsity:g} of a residual width of {whole}, in multiples of {self.round_to}, was"
                 " asked for",
                 f"{'no channel is left' if keep < 1 else 'it takes no channel'}",
-                f"Ask for {fewest}.",
+                f"Ask for {1 / whole:.4g} at least and {most:.4g} at most." if most > 0 else "Give a smaller round_to.",
             )
         return keep
 

@@ -232,7 +232,7 @@ def _read(path: Path) -> list[tuple[str, str]]:
         raw = path.read_bytes()
         text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
         rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-        found = [(_asked(row), str(row["output"] if "output" in row else row["answer"])) for row in rows]
+        found = [(_asked(row), _said(row, "output", "answer")) for row in rows]
     except OSError as reason:
         raise TaskError(asked, f"it cannot be read ({reason.strerror or reason})", "Check the path.") from None
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as reason:
@@ -244,9 +244,17 @@ def _read(path: Path) -> list[tuple[str, str]]:
 
 def _asked(row: Mapping[str, Any]) -> str:
     """An instruction, with its input where it has one, up to where the answer begins."""
-    asked = str(row["instruction"] if "instruction" in row else row["question"]).strip()
+    asked = _said(row, "instruction", "question").strip()
     given = str(row.get("input") or "").strip()
     return f"\nInstruction: {asked}\n" + (f"Input: {given}\n" if given else "") + "Answer: "
+
+
+def _said(row: Mapping[str, Any], name: str, other: str) -> str:
+    """What goes by one of two names. Raises KeyError where neither is there, TypeError for null."""
+    value = row[name if name in row else other]
+    if value is None:
+        raise TypeError(f"{name if name in row else other} is null")
+    return str(value)
 
 
 def _divide(rows: Sequence[tuple[str, str]], shares: Mapping[str, float]) -> dict[str, Sequence[tuple[str, str]]]:
