@@ -540,3 +540,17 @@ def test_shared_and_gated_weights_are_refused():
 def test_a_task_without_a_batch_to_train_on_is_refused():
     with pytest.raises(TaskError, match="a batch is 10000"):
         prune(tiny.trained("decoder"), LoRAPrune(**SMALL), tiny.toy_text(batch=10000))
+
+
+def test_heads_that_a_norm_runs_over_are_refused_and_can_be_left_alone():
+    from transformers import Olmo2Config, Olmo2ForCausalLM
+
+    config = Olmo2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, bos_token_id=0, eos_token_id=1, pad_token_id=None,
+    )  # fmt: skip
+    model, task = tiny.seeded(lambda: Olmo2ForCausalLM(config).float(), 0), tiny.make_task("decoder")
+    with pytest.raises(GraphError, match=r"statistics over all of them(.|\n)*protect="):
+        LoRAPrune(**SMALL).run(copy.deepcopy(model), task)
+    done = LoRAPrune(**SMALL, protect=("*self_attn*",)).run(model, task)
+    assert {edit.site.kind for edit in done.edits if isinstance(edit, Remove)} == {"channel"}

@@ -7,7 +7,7 @@ rule keeps what it touches and is named, and every site is tried before it is of
 must give what the model with those units at zero gives.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import cast
 
@@ -51,6 +51,16 @@ class Coupling:
                 "Use a method that masks weights, which needs no coupling.",
             )
         return found
+
+    def check_exact(self, sites: Iterable[Site], advice: Callable[[Site], str]) -> None:
+        """Raise GraphError, with advice, for a site of which a masked unit is not a missing one."""
+        for site in sites:
+            if site.name in self.inexact:
+                raise GraphError(
+                    f"units of {site.name} were to be masked",
+                    "a norm takes statistics over all of them, in which one counts that is zero",
+                    advice(site),
+                )
 
 
 def couple(model: nn.Module, example: Batch, *, verify: bool = True) -> Coupling:

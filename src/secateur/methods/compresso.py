@@ -168,12 +168,7 @@ def lay_out(model: nn.Module, task: Task, kinds: Sequence[str]) -> tuple[Layout,
     gated = tuple(site for site in inside if site.kind in kinds)
     for site in gated:
         _check_called(model, reader(site).module)
-        if site.name in coupling.inexact:
-            raise GraphError(
-                f"units of {site.name} were to be masked",
-                "a norm takes statistics over all of them, in which one counts that is zero",
-                f"Leave them whole: give kinds= without {site.kind}.",
-            )
+    coupling.check_exact(gated, lambda site: f"Leave them whole: give kinds= without {site.kind}.")
     if "stream" not in kinds:  # nor need it be one that can be followed
         return Layout(inside, rows, gated, None, (), {}, False, width), coupling
     try:

@@ -443,7 +443,10 @@ class LoRAPrune(Method):
             )
 
     def run(self, model: nn.Module, task: Task) -> Outcome:
-        """See Method. Raises BudgetError where nothing or too much would go, ModelError for layers it cannot mask."""
+        """See Method. Raises BudgetError where nothing or too much would go, ModelError for layers it cannot mask.
+
+        Raises GraphError for units that a norm takes statistics over: masked is not removed there.
+        """
         self.check()
         Retrain().ready(model, task)
         coupling = couple(model, task.example)
@@ -455,6 +458,7 @@ class LoRAPrune(Method):
 
         met = self.terms.counts(model, task.example, sites, coupling.multiples, spread)
         inside, cut = self.chosen(sites, met)
+        coupling.check_exact(cut, lambda site: f"Leave it alone: protect={site.name}.")
         layers = self.layers(model, task, cut)
         rule = Shutting(
             cut, met.counts, layers, self.schedule(), self.score,
