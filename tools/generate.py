@@ -65,7 +65,8 @@ def generated() -> dict[str, str]:
     if COVERAGE.exists():
         pages["docs/coverage.md"] = coverage_page(json.loads(COVERAGE.read_text(encoding="utf-8")))
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    readme = between(readme, "methods", method_table(methods, measured, "docs/reference/"))
+    catalogued = [method_table(methods, measured, "docs/reference/"), study_table(methods, measured, "docs/reference/")]
+    readme = between(readme, "methods", "\n\nStudies, in `secateur.studies`:\n\n".join(catalogued))
     readme = between(readme, "session", session(records(RECORDS / "session")))
     readme = between(readme, "speed", speed_text())
     drawn = measured.get(FIGURE)
@@ -276,18 +277,36 @@ def method_table(methods: dict[str, type[Method]], measured: dict[str, ClaimResu
     return "\n".join(lines)
 
 
+def study_table(methods: dict[str, type[Method]], measured: dict[str, ClaimResult], link: str) -> str:
+    """Every study in a line: papers that compare, whose outcome is a table and no model."""
+    also = {kind.card.number: f"that of {name}" for name, kind in methods.items()}  # papers of a method and a study
+    lines = table("study", "paper", "year", "its claim, measured here")
+    for name, card in registry.study_cards().items():
+        verdict = measured[name].verdict if name in measured else also.get(card.number, "not measured")
+        lines.append(row(f"[{name}]({link}{name}.md)", paper(card), card.year or "", verdict))
+    return "\n".join(lines)
+
+
 def methods_page(methods: dict[str, type[Method]], measured: dict[str, ClaimResult]) -> str:
     """The catalogue beside the method files."""
     papers = sum(kind.card.number > 0 for kind in methods.values())
+    numbers = {kind.card.number for kind in methods.values()} | {
+        card.number for card in registry.study_cards().values()
+    }
     return "\n".join(
         [
             NOTE,
             "# Methods",
             "",
-            f"{len(methods)} methods, {papers} of them from the list of papers. One paper, one file;",
-            "`secateur explain NAME` prints its page.",
+            f"{len(methods)} methods, {papers} of them from the list of papers, which with the studies below counts "
+            f"{len(numbers - {0})}.",
+            "One paper, one file; `secateur explain NAME` prints its page.",
             "",
             method_table(methods, measured, "../../../docs/reference/"),
+            "",
+            "Studies, which end in a table and no model:",
+            "",
+            study_table(methods, measured, "../../../docs/reference/"),
             "",
         ]
     )
