@@ -15,11 +15,14 @@ from secateur.errors import ExportError, SettingError
 from secateur.export.serving import refusal, served
 from secateur.method import Budget, Chain
 from secateur.methods.adapt_pruner import AdaptPruner
+from secateur.methods.compresso import Compresso
 from secateur.methods.flap import FLAP, Adaptive, PerLayer
 from secateur.methods.int8 import Int8
 from secateur.methods.l1_norm import L1Norm
 from secateur.methods.llm_pruner import LLMPruner
 from secateur.methods.loraprune import LoRAPrune
+from secateur.methods.pat import Pat
+from secateur.methods.slicegpt import SliceGPT
 from secateur.methods.wanda import Wanda
 from secateur.site import Part, Site
 
@@ -65,6 +68,18 @@ def test_what_transformers_takes_and_what_it_gives_up():
     assert "the first 10% of the blocks and the last 1" in said[0]
     method, said = served(Chain((FLAP(), Int8())), "hf", llama())
     assert isinstance(method.methods[0].allocation, Alike) and len(said) == 1
+
+
+def test_a_residual_width_is_a_multiple_of_the_heads():
+    heads = llama().config.num_attention_heads
+    method, said = served(Pat(), "hf", llama())
+    assert method.round_to == heads
+    assert said == [f"the residual width that pat leaves is a multiple of {heads}, as hf wants one of its heads"]
+    assert served(method, "hf", llama()) == (method, [])
+    assert served(SliceGPT(), "hf", llama())[0].round_to % heads == 0
+    assert served(Pat(), "gguf", llama()) == (Pat(), [])
+    with pytest.raises(ExportError, match=rf"multiple of the {heads} heads(.|\n)*kinds="):
+        served(Compresso(kinds=("stream",)), "hf", llama())
 
 
 def test_what_cannot_be_held_is_refused():

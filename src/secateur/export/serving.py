@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from math import lcm
 
 from torch import nn
 
@@ -18,7 +19,8 @@ WIDTHS = {"channel", "head"}
 def served(method: Method, to: str, model: nn.Module) -> tuple[Method, list[str]]:
     """A method that leaves shapes which a target loads, and what it has to give up for that.
 
-    llama.cpp, ONNX Runtime, OpenVINO and the sparse file take any widths; stock transformers one for all layers.
+    llama.cpp, ONNX Runtime, OpenVINO and the sparse file take any widths; stock transformers one for all layers, and a
+    residual width that is a multiple of the heads.
     Raises ExportError, before data is read, for a model that the target does not take as it is, and for a method
     whose widths cannot be held to one.
     """
@@ -29,9 +31,35 @@ def served(method: Method, to: str, model: nn.Module) -> tuple[Method, list[str]
     if isinstance(method, Chain):
         found = [served(link, to, model) for link in method.methods]
         return Chain(tuple(link for link, _ in found)), [said for _, given in found for said in given]
-    if not WIDTHS & set(getattr(method, "kinds", None) or method.card.granularity):
+    kinds = set(getattr(method, "kinds", None) or method.card.granularity)
+    said: list[str] = []
+    if "stream" in kinds:
+        method, said = _whole_heads(method, model)
+    if not WIDTHS & kinds:
+        return method, said
+    method, more = _alike(method)
+    return method, [*said, *more]
+
+
+def _whole_heads(method: Method, model: nn.Module) -> tuple[Method, list[str]]:
+    """The residual width held to a multiple of the heads: transformers asks that, even where heads keep theirs."""
+    heads = getattr(getattr(model, "config", None), "num_attention_heads", None)
+    if not isinstance(heads, int):
         return method, []
-    return _alike(method)
+    round_to = getattr(method, "round_to", None)
+    if not isinstance(round_to, int):
+        raise ExportError(
+            f"{method.name} was to leave a residual width that hf loads",
+            f"that is a multiple of the {heads} heads, and {method.name} leaves any width",
+            "Leave the stream whole, by kinds=, or serve it by gguf, onnx or openvino, which take any width.",
+        )
+    if round_to % heads == 0:
+        return method, []
+    multiple = lcm(round_to, heads)
+    changed = replace(method, round_to=multiple)  # type: ignore[type-var]  # methods are dataclasses, which `Method` does not say
+    return changed, [
+        f"the residual width that {method.name} leaves is a multiple of {multiple}, as hf wants one of its heads"
+    ]
 
 
 def _alike(method: Method) -> tuple[Method, list[str]]:
