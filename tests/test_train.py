@@ -116,6 +116,8 @@ def test_no_steps_change_nothing_and_negative_ones_are_refused():
     assert equal(model, before)
     with pytest.raises(SettingError, match="-1 training steps"):
         fit(model, tiny.toy_vectors(), -1)
+    with pytest.raises(SettingError, match=r"2.5 training steps(.|\n)*fraction(.|\n)*Give 2"):
+        fit(model, tiny.toy_vectors(), 2.5)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_at_once():

@@ -201,8 +201,12 @@ def fit(
 
     Raises EvidenceError when the loss is not finite, ResumeError for a snapshot that does not belong to this run.
     """
-    if steps < 0:
-        raise SettingError(f"{steps} training steps were asked for", "a count cannot be negative", "Give 0 or more.")
+    if steps < 0 or steps != int(steps):
+        raise SettingError(
+            f"{steps} training steps were asked for",
+            f"a count cannot be {'negative' if steps < 0 else 'a fraction'}",
+            f"Give {'0 or more' if steps < 0 else int(steps)}.",
+        )
     if steps == 0:
         return History(epoch=epoch)
     rules = tuple(rules)
