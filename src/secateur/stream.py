@@ -358,8 +358,17 @@ class StreamNorm(nn.Module):
         return f"{self.width}, eps={self.eps}"
 
 
+class GivenLinear(nn.Linear):
+    """A linear layer that is zero until its values are given: none are drawn from the caller's generator."""
+
+    def reset_parameters(self) -> None:
+        """Zeros."""
+        for value in self.parameters(recurse=False):
+            nn.init.zeros_(value)
+
+
 @replacement
-class StreamLinear(nn.Linear):
+class StreamLinear(GivenLinear):
     """A linear layer that writes to the stream, and turns the stream it is added to into its own basis.
 
     The model adds the output to x; with a shortcut S [out, in] the output is W a + b + S x - x, so that the sum is
@@ -416,7 +425,7 @@ def handing_on(model: nn.Module) -> set[str]:
 
 
 @replacement
-class UntiedLinear(nn.Linear):
+class UntiedLinear(GivenLinear):
     """A linear layer with a weight of its own, where it used to share the embedding's."""
 
     def settings(self) -> dict[str, Any]:

@@ -307,3 +307,10 @@ def test_fusing_twice_changes_nothing_more() -> None:
     for edit in fuse(model, follow(model, few(Batch((IDS,))))):
         edit.apply_(model)
     torch.testing.assert_close(logits(model), before)
+
+
+def test_nothing_is_drawn_from_the_callers_generator() -> None:
+    model, task = trained("decoder"), make_task("decoder")
+    before = torch.get_rng_state()
+    prune(model, SliceGPT(sparsity=0.25, samples=8, round_to=1), task)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize, skip_init
+from torch.nn.utils import parametrize
 
 from secateur.adapters import LowRank, tied_names
 from secateur.axes import Cosine, keep_top, kept_of
@@ -381,10 +381,7 @@ def untied(model: nn.Module, name: str, keep: Tensor) -> Replace:
     path = name.rpartition(".")[0]
     old: Any = model.get_submodule(path)
     left, bias = old.weight.detach()[:, keep.to(old.weight.device)], old.bias
-    # Without first values: they would be drawn from the caller's generator.
-    own = skip_init(  # type: ignore[no-untyped-call]
-        UntiedLinear, left.shape[1], left.shape[0], bias=bias is not None, device=left.device, dtype=left.dtype
-    )
+    own = UntiedLinear(left.shape[1], left.shape[0], bias is not None, device=left.device, dtype=left.dtype)
     own.load_state_dict({"weight": left} if bias is None else {"weight": left, "bias": bias})
     return Replace(path, own.train(old.training))
 
