@@ -183,8 +183,11 @@ def counts(method: Method, found: Found) -> tuple[dict[str, int] | None, bool]:
         keep = allocation.spread(sites, budget, _Unread())
     except _Unread.Asked:
         keep, exact = Uniform().spread(sites, budget), False
+    width = getattr(method, "width", None)  # of a stream that was so wide, for methods that cut nothing else
     for site in sites:
-        if (of := found.multiples.get(site.name, 1)) > 1:
+        if callable(width) and site.kind == "stream":
+            keep[site.name] = width(site.units)
+        elif (of := found.multiples.get(site.name, 1)) > 1:
             keep[site.name] = min(site.units, max(round(keep[site.name] / of) * of, of))
     pattern = getattr(method, "pattern", None)
     if pattern is not None and hasattr(pattern, "nearest"):

@@ -11,6 +11,7 @@ from torch import nn
 from secateur.edit import Remove, Rotate
 from secateur.errors import BudgetError, GraphError, SettingError
 from secateur.method import Chain, prune, tiny
+from secateur.methods.pat import Pat
 from secateur.methods.slicegpt import (
     PcaGlobal,
     PcaPerBlock,
@@ -22,6 +23,7 @@ from secateur.methods.slicegpt import (
     random_rotation,
 )
 from secateur.methods.sparsegpt import SparseGPT
+from secateur.plan import plan
 from secateur.stream import few, follow, fuse
 from secateur.task import Batch
 
@@ -314,3 +316,10 @@ def test_nothing_is_drawn_from_the_callers_generator() -> None:
     before = torch.get_rng_state()
     prune(model, SliceGPT(sparsity=0.25, samples=8, round_to=1), task)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("method", [SliceGPT(sparsity=0.3, samples=8, round_to=4), Pat(sparsity=0.3, round_to=4)])
+def test_a_plan_rounds_the_width_as_the_run_does(method: SliceGPT | Pat) -> None:
+    found = plan(method, trained("decoder"), make_task("decoder"), priced=False)
+    assert [row.keep for row in found.rows] == [20]  # of 32; the nearest multiple of 4 would be 24
+    assert found.reachable == pytest.approx(12 / 32)
