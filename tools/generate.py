@@ -113,7 +113,8 @@ def speed_text() -> str:
     lines = [
         "Masks are at random, and what zeros cost is another line. Each figure is how many times as fast the "
         "accelerated model is as the same weights elsewhere: one thread, medians of runs that took turns. Below 1 it "
-        "is slower.",
+        "is slower. A language model runs elsewhere in bfloat16 or float32, whichever is faster there, and in "
+        "llama.cpp as bf16, or as Q8_0 beside 8 bits.",
     ]
     for result, page in kept.everywhere(peers.RESULT, peers.PAGE):
         found = kept.read(result, {})

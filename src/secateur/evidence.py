@@ -243,7 +243,7 @@ class Recorder(TorchFunctionMode):
     def __exit__(self, *about: Any) -> None:
         """Leave, with everything seen counted."""
         self._flush()
-        super().__exit__(*about)  # type: ignore[no-untyped-call]
+        super().__exit__(*about)  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
     def _note(self, x: Tensor, unfolding: tuple[Any, ...], name: str) -> None:
         if self._pending is not None:

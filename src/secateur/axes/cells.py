@@ -342,7 +342,7 @@ class SearchCell(nn.Module):
             terms = []
             for x in maps:
                 terms += [
-                    share[edge, place] * self.edges[edge][name](x)  # type: ignore[index]
+                    share[edge, place] * self.edges[edge][name](x)  # type: ignore[index]  # a ModuleList says Module
                     for place, name in enumerate(self.space.operations)
                     if name != NONE
                 ]

@@ -371,7 +371,7 @@ def _halves(batches: Sequence[Batch]) -> list[Batch]:
 
     inputs: tuple[Any, ...] | Mapping[str, Any]
     if isinstance(first.inputs, Mapping):
-        inputs = {key: join([b.inputs[key] for b in batches]) for key in first.inputs}  # type: ignore[call-overload]
+        inputs = {key: join([b.inputs[key] for b in batches]) for key in first.inputs}  # type: ignore[call-overload]  # all batches have inputs of one kind
     else:
         inputs = tuple(join(values) for values in zip(*(b.inputs for b in batches), strict=True))
     whole = Batch(inputs, join([b.target for b in batches]))

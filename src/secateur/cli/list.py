@@ -112,7 +112,7 @@ def command(
         told = {name: value for name, value in answers.items() if value is not None}
         _recommend(
             speaker,
-            Situation(**told, labels=labels is not False, family=given.get("family")),  # type: ignore[arg-type]
+            Situation(**told, labels=labels is not False, family=given.get("family")),  # type: ignore[arg-type]  # options carry their types in click, not here
         )
         return
     stray = next((name for name, value in answers.items() if value is not None), None)

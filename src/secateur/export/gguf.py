@@ -396,7 +396,7 @@ def _logits(model: Any, context: Any, tokens: Sequence[int]) -> Tensor:
 
 def _llama() -> Any:
     try:
-        import llama_cpp  # type: ignore[import-untyped,unused-ignore]
+        import llama_cpp  # type: ignore[import-untyped,unused-ignore]  # no types, or not installed
     except ImportError as error:
         raise missing("llama-cpp-python", "llamacpp", "a GGUF file was to be tried in llama.cpp") from error
     return llama_cpp

@@ -136,7 +136,7 @@ def left_of(sites: Sequence[Site], keep: Mapping[str, Tensor]) -> tuple[Site, ..
             if part.axis is None or part.owner is None:
                 continue
             owner = part.owner.reshape(-1)
-            alive = (owner < 0) | kept.reshape(-1)[owner.clamp(min=0)]  # type: ignore[union-attr]
+            alive = (owner < 0) | kept.reshape(-1)[owner.clamp(min=0)]  # type: ignore[union-attr]  # the parts of coupled sites have owners
             still[part.key, part.axis] = still.get((part.key, part.axis), torch.ones_like(alive)) & alive
     found = []
     for site in sites:

@@ -56,7 +56,7 @@ class RotaryAttention(nn.Module):
         shapes = ((width, queries), (width, keys), (width, values), (read, width))
         for name, (into, out), biased in zip(PROJECTIONS, shapes, biases, strict=True):
             # What it holds is given: first values of its own would be drawn from the caller's generator.
-            held = skip_init(nn.Linear, into, out, bias=biased, dtype=getattr(torch, dtype))  # type: ignore[no-untyped-call]
+            held = skip_init(nn.Linear, into, out, bias=biased, dtype=getattr(torch, dtype))  # type: ignore[no-untyped-call]  # torch leaves it untyped
             setattr(self, name, held)
         self.pairs = nn.Buffer(torch.arange(pairs))  # which of the embedding's pairs are left
 
@@ -68,8 +68,8 @@ class RotaryAttention(nn.Module):
         new = cls(
             (q.in_features, q.out_features, k.out_features, v.out_features, o.in_features),
             [layer.bias is not None for layer in (q, k, v, o)],
-            int(attention.head_dim) // 2,  # type: ignore[arg-type]
-            float(attention.scaling),  # type: ignore[arg-type]
+            int(attention.head_dim) // 2,  # type: ignore[arg-type]  # is_rotary saw that it is there, and a config holds a number
+            float(attention.scaling),  # type: ignore[arg-type]  # the same
             int(getattr(attention, "layer_idx", 0)),
             float(getattr(attention, "attention_dropout", 0.0)),
             str(q.weight.dtype).removeprefix("torch."),
@@ -214,7 +214,7 @@ def sites_of(attention: nn.Module, path: str, block: str, uses: float = 1.0) -> 
     assert isinstance(q, nn.Linear) and isinstance(k, nn.Linear), "is_rotary looked"
     assert isinstance(v, nn.Linear) and isinstance(o, nn.Linear), "is_rotary looked"
     held = attention.pairs if isinstance(attention, RotaryAttention) else None
-    pairs = int(attention.head_dim) // 2 if held is None else len(held)  # type: ignore[arg-type]
+    pairs = int(attention.head_dim) // 2 if held is None else len(held)  # type: ignore[arg-type]  # the same
     heads, key_values = q.out_features // (2 * pairs), k.out_features // (2 * pairs)
     dims = v.out_features // key_values
     pair, dim = torch.arange(2 * pairs) % pairs, torch.arange(dims)

@@ -471,35 +471,21 @@ class SparseSearch:
         """See Search."""
         mine, held = divided(task, self.held)
         found = Architecture(model, generator(task, "alpha"), self.rate, self.decay)
-        _, history = self.stages.run(model, mine, layers, [Architect(found, held, self.answer)])
+        history = self.train(model, mine, layers, Architect(found, held, self.answer))
         return found.genotype(), history, _sureness(found)
+
+    def train(self, model: nn.Module, task: Task, layers: Layers, architect: Architect) -> History:
+        """Weights in stages, the architect following them."""
+        return self.stages.run(model, task, layers, [architect])[1]
 
 
 @dataclass(frozen=True)
-class DenseSearch:
-    """The same without masks: DARTS, as a baseline."""
+class DenseSearch(SparseSearch):
+    """The same without masks: DARTS, as a baseline. All its steps are of one stage, at the rate of pre-training."""
 
-    stages: Stages = Stages()  # all its steps are of one stage, at the rate of pre-training
-    answer: Answer = AsTheyAre()
-    rate: float = 3e-4
-    decay: float = 1e-3
-    held: float = 0.5
-
-    def check(self) -> None:
-        """See Search."""
-        self.stages.check()
-        _check_alpha(self.rate, self.decay, self.held)
-
-    def training_steps(self) -> int:
-        """See Search."""
-        return self.stages.steps
-
-    def find(self, model: nn.Module, task: Task, layers: Layers) -> tuple[Genotype, History, list[str]]:
-        """See Search."""
-        mine, held = divided(task, self.held)
-        found = Architecture(model, generator(task, "alpha"), self.rate, self.decay)
-        history = self.stages.dense(model, mine, self.stages.steps, [Architect(found, held, self.answer)])
-        return found.genotype(), history, _sureness(found)
+    def train(self, model: nn.Module, task: Task, layers: Layers, architect: Architect) -> History:
+        """Weights dense throughout."""
+        return self.stages.dense(model, task, self.stages.steps, [architect])
 
 
 @dataclass(frozen=True)
