@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import nn
 
 from secateur import accelerate as front
-from secateur import kernels
+from secateur import candidates, kernels
 from secateur.accelerate import Accelerated, Choice, Trial, accelerate, break_even, memory_speed
 from secateur.cli import bench, main
 from secateur.cli.terminal import Terminal
@@ -316,9 +316,12 @@ def test_linear_layers_with_rows_enough_are_tried_in_groups(cost):
     assert [t.name for t in found.choices[1].trials] == ["dense", "group-cols-1"]
     few = accelerate(Slow(), torch.randn(15, 256), formats=[GroupCols(1)])
     assert few.choices[1].why == "group-cols-1: 15 rows leave its lanes empty"
+    assert accelerate(Slow(), torch.randn(4, 256), formats=[KBlocked(128)]).choices[1].trial("k-blocked-128")
+    few = accelerate(Slow(), torch.randn(3, 256), formats=[KBlocked(128)])
+    assert few.choices[1].why == "k-blocked-128: 3 rows leave its lanes empty"
 
 
-def test_single_weights_in_bfloat16_are_tried_where_few_are_left_for_few_rows(cost):
+def test_single_weights_in_bfloat16_beside_a_matrix_unit_are_tried_where_few_are_left_for_few_rows(cost, monkeypatch):
     cost(2.0, 1.0)
 
     def why(rows, dtype=torch.bfloat16, kept=1.0):
@@ -327,11 +330,16 @@ def test_single_weights_in_bfloat16_are_tried_where_few_are_left_for_few_rows(co
             model.thin.weight[:, : int(256 * (1 - kept))] = 1
         return accelerate(model, torch.randn(rows, 256).to(dtype), formats=[KBlocked(256)]).choices[1]
 
+    monkeypatch.setattr(candidates.kernels, "level", lambda: "amx")
     assert [t.name for t in why(16).trials] == ["dense", "k-blocked-256"]
     assert [t.name for t in why(64).trials] == ["dense", "k-blocked-256"]
-    assert why(65).why == "k-blocked-256: it is for float32, or up to 64 rows of bfloat16"
-    assert why(16, torch.float16).why == "k-blocked-256: it is for float32, or up to 64 rows of bfloat16"
-    assert why(16, kept=0.5).why == "k-blocked-256: it is for 80% zeros and more in bfloat16, and 48% are"
+    assert why(65).why == "k-blocked-256: in bfloat16 it is for up to 64 rows beside a matrix unit"
+    assert why(16, torch.float16).why == "k-blocked-256: it is for float32 and bfloat16"
+    found = why(16, kept=0.5).why
+    assert found == "k-blocked-256: beside a matrix unit it is for 80% zeros and more, and 48% are"
+    monkeypatch.setattr(candidates.kernels, "level", lambda: "avx512bf16")
+    assert [t.name for t in why(65, kept=0.5).trials] == ["dense", "k-blocked-256"]
+    assert why(16, torch.float16).why == "k-blocked-256: it is for float32 and bfloat16"
 
 
 def test_the_break_even_of_a_convolution(monkeypatch):

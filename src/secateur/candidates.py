@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur import kernels
 from secateur.formats import Bitmap, BitmapInt8, DepthTaps, Format, GroupCols, KBlocked, SellBlocked
 from secateur.formats import conv as convolutions
 from secateur.formats.conv import Form
@@ -31,8 +32,8 @@ SHARED = 0.15  # the same for groups of FEWEST_SHARED outputs and more, which sh
 FEWEST_SHARED = 4
 SMALL = 2**14  # weights of a convolution that is tried whatever its zeros
 FEW = 16  # rows of 16 bits up to which a bitmap of a whole weight is read faster than F.linear reads the weight
-FEWEST = 16  # rows of an input below which the lanes of `GroupCols` and `KBlocked` are empty
-SINGLE, MOST_SINGLE = 0.8, 64  # zeros from which, and rows up to which, `KBlocked` is tried in bfloat16
+FEWEST, FEWEST_SINGLE = 16, 4  # rows of an input below which the lanes of `GroupCols` and `KBlocked` are empty
+SINGLE, MOST_SINGLE = 0.8, 64  # zeros from which, and rows up to which, `KBlocked` is tried beside a matrix unit
 FULLEST = 0.8  # of what groups store that must not be zero: with less, smaller groups do less
 
 
@@ -131,7 +132,8 @@ def why_not(format: Format, layer: Layer, seen: Seen) -> str | None:
     reason = reason or format.why_not(layer.weight)
     if reason is not None or not isinstance(format, (GroupCols, KBlocked)):
         return reason
-    if (rows := seen.rows(layer)) < FEWEST and not isinstance(layer, nn.Conv2d):  # in a chain it may make up for that
+    fewest = FEWEST_SINGLE if isinstance(format, KBlocked) else FEWEST
+    if (rows := seen.rows(layer)) < fewest and not isinstance(layer, nn.Conv2d):  # in a chain it may make up for that
         return f"{rows} rows leave its lanes empty"
     if isinstance(format, KBlocked):
         return _why_not_single(layer.weight, rows)
@@ -140,13 +142,17 @@ def why_not(format: Format, layer: Layer, seen: Seen) -> str | None:
 
 
 def _why_not_single(weight: Tensor, rows: int) -> str | None:
-    """Why `KBlocked` is not tried: in 16 bits processors multiply whole weights faster, but for few that are left."""
-    if weight.dtype is torch.float32:
+    """Why `KBlocked` is not tried: a matrix unit multiplies whole weights faster, but for few that are left."""
+    if weight.dtype is torch.float32 or (weight.dtype is torch.bfloat16 and kernels.level() != "amx"):
         return None
-    if weight.dtype is torch.bfloat16 and rows <= MOST_SINGLE:
-        zeros = sparsity_of(weight)
-        return None if zeros >= SINGLE else f"it is for {SINGLE:.0%} zeros and more in bfloat16, and {zeros:.0%} are"
-    return f"it is for float32, or up to {MOST_SINGLE} rows of bfloat16"
+    if weight.dtype is torch.float16:
+        return "it is for float32 and bfloat16"
+    if rows > MOST_SINGLE:
+        return f"in bfloat16 it is for up to {MOST_SINGLE} rows beside a matrix unit"
+    zeros = sparsity_of(weight)
+    return (
+        None if zeros >= SINGLE else f"beside a matrix unit it is for {SINGLE:.0%} zeros and more, and {zeros:.0%} are"
+    )
 
 
 def sparsity_of(weight: Tensor) -> float:

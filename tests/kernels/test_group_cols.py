@@ -149,6 +149,34 @@ def test_single_outputs_that_share_columns_stand_side_by_side():
     assert torch.equal(k_blocked.shared(packed.tensors), packed.tensors["offsets"].diff().int())
 
 
+def test_in_bfloat16_a_step_has_two_weights_of_each_output():
+    weight = torch.arange(1.0, 61).repeat(4, 1).to(torch.bfloat16)
+    mask = torch.zeros(4, 60, dtype=torch.bool)
+    mask[:2, :23], mask[2:, 10:33], mask[1, 40] = True, True, True
+    packed = KBlocked().pack(weight, mask)
+    columns, values, offsets = (packed.tensors[name] for name in ("columns", "values", "offsets"))
+    assert columns.shape == values.shape == (12, 8)
+    assert offsets.tolist() == [0, 12]
+    assert torch.equal(values, torch.where(values != 0, columns.long() + 1, 0))  # two of an output, next to one another
+    # Of 23 shared columns 22 come in whole steps, and the last step is no shared one.
+    assert packed.tensors["rows"].tolist() in ([[1, 0, 2, 3]], [[2, 3, 1, 0]], [[1, 0, 3, 2]], [[3, 2, 1, 0]])
+    assert k_blocked.shared(packed.tensors).tolist() == [11]
+    assert torch.equal(packed.dense(), weight * mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [40, 90, 120, 300])
+def test_rows_of_x_go_in_panels_of_all_widths(rows, dtype):
+    weight, mask, bias = (tensor if tensor.dtype is torch.bool else tensor.to(dtype) for tensor in case((37, 300), 0.6))
+    x = whole_numbers((rows, 300), 3).to(dtype)
+    wanted = F.linear(x.double(), (weight * mask).double(), bias.double()).to(dtype)
+    for depth in (128, 256):
+        packed = KBlocked(depth).pack(weight, mask)
+        for level in kernels.levels():
+            with kernels.forced(level):
+                assert torch.equal(packed.matmul(x, bias), wanted), level
+
+
 def test_where_pairs_no_longer_share_columns():
     columns = torch.tensor([[1, 1, 2, 2], [4, 4, 2, 3], [5, 5, 6, 6], [0, 1, 2, 2]], dtype=torch.uint8)
     laid = {"columns": columns, "offsets": torch.tensor([0, 2, 3, 3, 4])}

@@ -37,13 +37,14 @@ class Struct(ctypes.Structure):
 
 
 def blocked(
-    weight: Tensor, keep: Tensor, depth: int, rows: int = 1, index: torch.dtype = torch.uint8
+    weight: Tensor, keep: Tensor, depth: int, rows: int = 1, index: torch.dtype = torch.uint8, each: int = 1
 ) -> dict[str, Tensor]:
     """What is kept of a matrix [out, in] in blocks of inputs that `index` can count: the tensors of `KBlocked`.
 
     With `rows` groups of so many outputs share their columns, values are [steps, groups side by side, rows], and an
-    output that is none has zeros. Single outputs that keep many columns stand in pairs, and what both pairs of a four
-    share comes first (`shared` says how much that is), for kernels that load it once for two.
+    output that is none has zeros. With `each` a step has so many columns of each output, next to one another. Single
+    outputs that keep many columns stand in pairs, and what both pairs of a four share comes first (`shared` says how
+    much that is), for kernels that load it once for two.
     """
     (outputs, inputs), abreast = weight.shape, max(1, ABREAST // rows)
     blocks, groups = -(-inputs // depth), -(-outputs // rows)
@@ -59,20 +60,22 @@ def blocked(
         order = paired(kept, order)
     kept = kept.gather(1, order.unsqueeze(2).expand_as(kept))  # as they stand
     # Of each column among those of its group.
-    places = shared_first(kept) if pairs else kept.cumsum(2, dtype=torch.int32) - 1
+    places = shared_first(kept, each) if pairs else kept.cumsum(2, dtype=torch.int32) - 1
     offsets = torch.zeros(blocks * padded // abreast + 1, dtype=torch.int64)
-    offsets[1:] = kept.sum(2).view(-1, abreast).amax(1).cumsum(0)
+    offsets[1:] = -(-kept.sum(2).view(-1, abreast).amax(1) // each)
+    offsets.cumsum_(0)
     block, stand, column = kept.nonzero(as_tuple=True)
     bunch = (block * padded + stand) // abreast
-    at = (offsets[bunch] + places[block, stand, column]) * abreast + stand % abreast
+    place = places[block, stand, column]
+    at = ((offsets[bunch] + place // each) * abreast + stand % abreast) * each + place % each
     steps = int(offsets[-1])
-    made = weight.new_zeros(steps * abreast, rows)
+    made = weight.new_zeros(steps * abreast * each, rows)
     made.index_copy_(0, at, values[order[block, stand], :, block * depth + column])
-    columns = torch.zeros(steps * abreast, dtype=index)
+    columns = torch.zeros(steps * abreast * each, dtype=index)
     columns.index_copy_(0, at, column.to(index))
     return {
-        "columns": columns.view(steps, abreast),
-        "values": made.view(steps, abreast * rows),
+        "columns": columns.view(steps, abreast * each),
+        "values": made.view(steps, abreast * each * rows),
         "rows": order.to(torch.int32),
         "offsets": offsets,
     }
@@ -117,12 +120,12 @@ def paired(kept: Tensor, order: Tensor) -> Tensor:
     return made
 
 
-def shared_first(kept: Tensor) -> Tensor:
-    """Places of columns [blocks, padded, depth] so that what both pairs of a four share comes first, as much."""
+def shared_first(kept: Tensor, each: int = 1) -> Tensor:
+    """Places of columns [blocks, padded, depth] so that what both pairs of a four share comes first, as many steps."""
     blocks, padded, depth = kept.shape
     both = kept.view(blocks, padded // 2, 2, depth).all(2)
     which = both.cumsum(2, dtype=torch.int32)
-    count = both.sum(2).view(blocks, -1, 2).amin(2)  # of a four
+    count = both.sum(2).view(blocks, -1, 2).amin(2) // each * each  # of a four
     front = both & (which <= count.repeat_interleave(2, 1).unsqueeze(2))
     front, which = (t.repeat_interleave(2, 1) for t in (front, which))
     rest = (kept & ~front).cumsum(2, dtype=torch.int32) + count.repeat_interleave(4, 1).unsqueeze(2)
@@ -130,9 +133,10 @@ def shared_first(kept: Tensor) -> Tensor:
 
 
 def shared(laid: Mapping[str, Tensor]) -> Tensor:
-    """With how many steps each four begins in which the first two columns are one, and the last two, int32."""
-    columns, offsets = laid["columns"], laid["offsets"]
-    apart = ((columns[:, 0] != columns[:, 1]) | (columns[:, 2] != columns[:, 3])).long()
+    """How many steps each four begins with in which its first two outputs, and its last two, share columns, int32."""
+    offsets, wide = laid["offsets"], laid["columns"].shape[1]
+    columns = laid["columns"].view(-1, 2, 2, wide // ABREAST)
+    apart = (columns[:, :, 0] != columns[:, :, 1]).flatten(1).any(1).long()
     # A step is one of them while none since its four began is apart.
     before = F.pad(apart.cumsum(0), (1, 0))
     first = before[offsets[:-1]].repeat_interleave(offsets.diff())
@@ -144,13 +148,14 @@ def shared(laid: Mapping[str, Tensor]) -> Tensor:
 class KBlocked:
     """A value and a byte for each weight that is kept, in blocks of `depth` inputs: for 16 rows and more.
 
-    It is for float32, and in bfloat16 for up to 64 rows and above 80 % zeros.
+    It is for float32, and for bfloat16 where there is no matrix unit, or for few rows.
     In each block the outputs are sorted, 256 at a time, by how many of its weights they keep, and four that follow one
     another go side by side, filled up with zeros for the first input of the block; the first two and the last two are
     such that share many inputs, and begin with these. 256 inputs to a block are for very
     high sparsity, where each output keeps few of them.
 
-    columns [steps, 4], uint8 and values [steps, 4]: a step of a four holds one weight of each of its outputs
+    columns [steps, 4], uint8 and values [steps, 4]: a step of a four holds one weight of each of its outputs. In
+    bfloat16 both are [steps, 8]: two of each, next to one another, which processors multiply and add as one
     rows [blocks, padded], int32: which output stands where; outputs are rounded up to a multiple of four
     offsets [blocks * padded / 4 + 1], int64: the step at which a four begins, and the number of steps at the end
     """
@@ -159,7 +164,7 @@ class KBlocked:
 
     names: ClassVar[tuple[str, ...]] = ("columns", "values", "rows", "offsets")
     code: ClassVar[int] = 8
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         if self.depth not in DEPTHS:
@@ -185,7 +190,7 @@ class KBlocked:
         """The weight in blocks. Raises FormatError on `why_not`."""
         refuse(self, weight, mask)
         weight = weight.detach().cpu()
-        tensors = blocked(weight, kept(weight, mask).cpu(), self.depth)
+        tensors = blocked(weight, kept(weight, mask).cpu(), self.depth, each=_each(weight.dtype))
         return Packed(self, (weight.shape[0], weight.shape[1]), tensors)
 
     def dense(self, packed: Packed) -> Tensor:
@@ -193,7 +198,7 @@ class KBlocked:
         values, rows = packed.tensors["values"], packed.tensors["rows"].long()
         outputs, inputs = packed.shape
         of = self._fours(packed)
-        at = rows.view(-1, ABREAST)[of]  # [steps, 4]
+        at = rows.view(-1, ABREAST)[of].repeat_interleave(_each(packed.dtype), 1)  # [steps, 4 or 8]
         real = at < outputs
         made = values.new_zeros(outputs, inputs)
         # Added, not set: what fills up is zero, and must not overwrite the first weight of the block.
@@ -207,7 +212,7 @@ class KBlocked:
         found = columns.dtype, rows.dtype, offsets.dtype
         if found != (torch.uint8, torch.int32, torch.int64):
             raise broken(packed, f"its columns are {found[0]}, its rows {found[1]} and its offsets {found[2]}")
-        if values.dim() != 2 or values.shape[1] != ABREAST or columns.shape != values.shape:
+        if values.dim() != 2 or values.shape[1] != ABREAST * _each(values.dtype) or columns.shape != values.shape:
             raise broken(packed, f"its columns are {list(columns.shape)} and its values {list(values.shape)}")
         if rows.shape != (blocks, padded):
             raise broken(packed, f"its rows are {list(rows.shape)}, for {blocks} blocks of {padded} outputs")
@@ -246,6 +251,11 @@ class KBlocked:
         return torch.repeat_interleave(torch.arange(len(offsets) - 1), offsets.diff())
 
     def _inputs(self, packed: Packed, of: Tensor) -> Tensor:
-        """The input of each weight, [steps, 4], for the fours of its steps."""
+        """The input of each weight, [steps, 4 or 8], for the fours of its steps."""
         block = of // (self._padded(packed.shape[0]) // ABREAST)
         return packed.tensors["columns"].long() + (block * self.depth).unsqueeze(1)
+
+
+def _each(dtype: torch.dtype) -> int:
+    """Weights of an output in a step."""
+    return 2 if dtype is torch.bfloat16 else 1

@@ -96,7 +96,7 @@ struct Side {
 
 enum {
   FAR = 8,    // bunches ahead that memory is asked for
-  SHORT = 45  // steps of a bunch
+  SHORT = 45  // weights of an output in a bunch
 };
 
 template <class Any>
@@ -111,20 +111,22 @@ inline void ask_for(const Any* from, const Any* to) {
 template <class T, class Column, int N, int V, int G, class Inputs>
 __attribute__((noinline)) int64_t add_bunches(const KBlocked& weight, int64_t block, int64_t begin, int64_t end,
                                               const Inputs& inputs, const Tile& tile) {
-  enum { A = abreast(N), S = at_once(N), R = together(N), EACH = S * R };
+  enum { A = abreast(N), S = at_once(N), R = together(N), EACH = S * R, TWO = each<T>() };
   static_assert(G == 1 || EACH == A * N, "bunches that go together go whole");
+  static_assert(TWO == 1 || N == 1, "only single outputs have two weights in a step");
   const int64_t bunches = weight.padded / A;
   const int32_t* group = weight.rows + block * weight.padded + begin * A;
   const int64_t* offsets = weight.offsets + block * bunches;
   const bool whole = tile.count == V * LANES;
   const int64_t rest = tile.count - (V - 1) * LANES;
-  // A step: an output, or the R of a group, for each of S columns.
+  // A step: an output, or the R of a group, for each of S columns, or TWO.
   const auto step = [&](const Column* columns, const T* values, Vector(&sum)[EACH][V]) __attribute__((always_inline)) {
-    const Side<Column, S> side(columns);
-    const Weights<T, (R == 1 ? S : 1)> weights(values);
-#pragma GCC unroll 4
-    for (int s = 0; s < S; s++) {
-      const float* from = inputs[Inputs::AS_ONE ? side[s] : columns[s]];
+    const Side<Column, S * TWO> side(columns);
+    const Weights<T, (R == 1 ? S * TWO : 1)> weights(values);
+#pragma GCC unroll 8
+    for (int c = 0; c < S * TWO; c++) {
+      const int s = c / TWO;
+      const float* from = inputs[Inputs::AS_ONE ? side[c] : columns[c]];
 #ifdef __x86_64__
       if (V > 1) __asm__("" : "+r"(from));  // in a register: of several instructions each with an index is taken apart
 #endif
@@ -133,7 +135,7 @@ __attribute__((noinline)) int64_t add_bunches(const KBlocked& weight, int64_t bl
       for (int v = 0; v < V && R > 1; v++) x[v] = load(from + v * LANES);
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) {
-        const Vector value = weights[s * N + r];
+        const Vector value = weights[c * N + r];
 #pragma GCC unroll 8
         for (int v = 0; v < V; v++) sum[s * R + r][v] += (R > 1 ? x[v] : load(from + v * LANES)) * value;
       }
@@ -141,10 +143,11 @@ __attribute__((noinline)) int64_t add_bunches(const KBlocked& weight, int64_t bl
   };
   // One in which an input that is loaded serves two outputs.
   const auto shared = [&](const Column* columns, const T* values, Vector(&sum)[EACH][V]) __attribute__((always_inline)) {
-    const Side<Column, S> side(columns);
-#pragma GCC unroll 2
-    for (int s = 0; s < S; s += 2) {
-      const float* from = inputs[Inputs::AS_ONE ? side[s] : columns[s]];
+    const Side<Column, S * TWO> side(columns);
+#pragma GCC unroll 4
+    for (int c = 0; c < S / 2 * TWO; c++) {
+      const int s = c / TWO * 2, i = c % TWO;  // the pair of outputs, and which of its columns
+      const float* from = inputs[Inputs::AS_ONE ? side[s * TWO + i] : columns[s * TWO + i]];
 #ifdef __x86_64__
       __asm__("" : "+r"(from));
 #endif
@@ -152,10 +155,10 @@ __attribute__((noinline)) int64_t add_bunches(const KBlocked& weight, int64_t bl
 #pragma GCC unroll 8
       for (int v = 0; v < V; v++) x[v] = load(from + v * LANES);
 #pragma GCC unroll 2
-      for (int i = s; i < s + 2; i++) {
-        const Vector value = weight_of(values, i);
+      for (int one = s; one < s + 2; one++) {
+        const Vector value = weight_of(values, one * TWO + i);
 #pragma GCC unroll 8
-        for (int v = 0; v < V; v++) sum[i][v] += x[v] * value;
+        for (int v = 0; v < V; v++) sum[one][v] += x[v] * value;
       }
     }
   };
@@ -169,8 +172,8 @@ __attribute__((noinline)) int64_t add_bunches(const KBlocked& weight, int64_t bl
       const int64_t from = least(bunch + FAR, end), to = least(bunch + FAR + G, end);
       const Column* const columns = static_cast<const Column*>(weight.columns);
       const T* const values = static_cast<const T*>(weight.values);
-      ask_for(columns + offsets[from] * A, columns + offsets[to] * A);
-      ask_for(values + offsets[from] * A * N, values + offsets[to] * A * N);
+      ask_for(columns + offsets[from] * A * TWO, columns + offsets[to] * A * TWO);
+      ask_for(values + offsets[from] * A * N * TWO, values + offsets[to] * A * N * TWO);
     }
     // Outputs of some groups, or of a part of one.
     for (int part = 0; part < A * N; part += EACH) {
@@ -181,8 +184,9 @@ __attribute__((noinline)) int64_t add_bunches(const KBlocked& weight, int64_t bl
 #pragma GCC unroll 8
       for (int i = 0; i < G * EACH; i++) {
         if (i % EACH == 0) {
-          columns[i / EACH] = static_cast<const Column*>(weight.columns) + offsets[bunch + i / EACH] * A + part / N;
-          values[i / EACH] = static_cast<const T*>(weight.values) + offsets[bunch + i / EACH] * A * N + part;
+          const int64_t steps = offsets[bunch + i / EACH] * A;
+          columns[i / EACH] = static_cast<const Column*>(weight.columns) + (steps + part / N) * TWO;
+          values[i / EACH] = static_cast<const T*>(weight.values) + (steps * N + part) * TWO;
         }
         const int64_t output = int64_t(group[(part + i) / N]) * N + (part + i) % N;
         const bool real = output < tile.outputs;
@@ -204,17 +208,17 @@ __attribute__((noinline)) int64_t add_bunches(const KBlocked& weight, int64_t bl
 #pragma GCC unroll 2
           for (int g = 0; g < G; g++) {
             step(columns[g], values[g], sum[g]);
-            columns[g] += A;
-            values[g] += A * N;
+            columns[g] += A * TWO;
+            values[g] += A * N * TWO;
           }
       } else if constexpr (N == 1 && S == 4) {
         int64_t pairs = weight.shared ? weight.shared[block * bunches + bunch] : 0;
-        for (left[0] -= pairs; pairs > 0; pairs--, columns[0] += A, values[0] += A)
+        for (left[0] -= pairs; pairs > 0; pairs--, columns[0] += A * TWO, values[0] += A * TWO)
           shared(columns[0], values[0], sum[0]);
       }
 #pragma GCC unroll 2
       for (int g = 0; g < G; g++)
-        for (int64_t steps = left[g]; steps > 0; steps--, columns[g] += A, values[g] += A * N)
+        for (int64_t steps = left[g]; steps > 0; steps--, columns[g] += A * TWO, values[g] += A * N * TWO)
           step(columns[g], values[g], sum[g]);
       if (tile.last) {
         const Vector low = all(tile.low), high = all(tile.high);
@@ -252,7 +256,7 @@ void add_blocked(const KBlocked& weight, int64_t block, int64_t begin, int64_t e
                  const Tile& tile) {
   if constexpr (V == 1 && N == 1 && at_once(N) == 4 && !Inputs::PLACED) {
     const int64_t* const offsets = weight.offsets + block * (weight.padded / abreast(N));
-    if (offsets[end] - offsets[begin] < SHORT * (end - begin))
+    if ((offsets[end] - offsets[begin]) * each<T>() < SHORT * (end - begin))
       begin = add_bunches<T, Column, N, V, 2>(weight, block, begin, end, inputs, tile);
   }
   add_bunches<T, Column, N, V, 1>(weight, block, begin, end, inputs, tile);

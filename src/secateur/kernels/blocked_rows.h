@@ -103,26 +103,54 @@ bool finite(const T* x, int64_t count) {
   return !wild;
 }
 
+// How x lies in a panel, and what adds to sums what is kept of it: as floats.
+template <class T, class Column, int N>
+struct Floats {
+  typedef float Number;
+
+  // Of so many rows that go together, those that do not fill the nearest cache.
+  static int64_t wide(int64_t rows, int64_t depth) {
+    int64_t wide = least(most(N) * LANES, (rows + LANES - 1) / LANES * LANES);
+    while (N == 1 && wide > LANES && depth * wide > NEAR) wide -= LANES;
+    return wide;
+  }
+
+  static void lay(const T* x, int64_t apart, int64_t count, int64_t inputs, float* panel, int64_t wide) {
+    lay_panel(x, apart, count, inputs, panel, wide);
+  }
+
+  static void add(const KBlocked& weight, int64_t block, int64_t begin, int64_t end, const float* panel, int64_t wide,
+                  const Tile& tile) {
+    if (wide == LANES)
+      add_blocked<T, Column, N, 1>(weight, block, begin, end, Narrow{panel}, tile);
+    else
+      add_some<T, Column, N, most(N)>(weight, block, begin, end, Panel{panel, wide}, tile);
+  }
+};
+
 // Groups [begin, end) of N outputs, for rows that are finite or will be computed again; `own` are biases of the weight's, or
 // null.
-template <class T, class Column, int N>
+template <class T, class Column, int N, class X = Floats<T, Column, N>>
 void multiply_blocked(const Matmul& call, const KBlocked& weight, int64_t begin, int64_t end, const float* own) {
-  enum { V = most(N), A = abreast(N) };
-  int64_t wide = least(V * LANES, (call.rows + LANES - 1) / LANES * LANES);
-  while (N == 1 && wide > LANES && weight.depth * wide > NEAR) wide -= LANES;
+  enum { A = abreast(N) };
+  typedef typename X::Number Number;
+  if (!call.rows) return;
+  const int64_t wide = X::wide(call.rows, weight.depth);
   // Sums are of many rows and some outputs, so that a block of the weight is read once for the rows, or where the weight
   // keeps less than x has, of one panel and many outputs, so that the panel is laid out once for these.
   const int64_t blocks = (weight.inputs + weight.depth - 1) / weight.depth;
-  const int64_t kept = weight.offsets[blocks * weight.padded / A] * A * N;
-  const int64_t at_once = kept < LIGHT * call.rows * weight.inputs ? wide : ROWS, most_outputs = SUMS / at_once;
-  const int64_t stretch = most_outputs / (A * N) * A, room = wide * weight.depth, last = least(end, weight.padded);
-  float* const panel = static_cast<float*>(
+  const int64_t kept = weight.offsets[blocks * weight.padded / A] * A * N * each<T>();
+  const int64_t at_once = kept < LIGHT * call.rows * weight.inputs || call.rows <= wide ? wide : ROWS, most_outputs = SUMS / at_once;
+  const int64_t stretch = most_outputs / (A * N) * A, last = least(end, weight.padded);
+  const int64_t room = wide * weight.depth * sizeof(Number) / sizeof(float);
+  float* const memory = static_cast<float*>(
       scratch((room + most_outputs * (at_once + LANES) + most_outputs + SPARE) * sizeof(float)));
-  float *const sums = panel + room, *const biases = sums + most_outputs * (at_once + LANES);
+  Number* const panel = reinterpret_cast<Number*>(memory);
+  float *const sums = memory + room, *const biases = sums + most_outputs * (at_once + LANES);
   float* const spare = biases + most_outputs;
   const T* const bias = static_cast<const T*>(call.bias);
   for (int64_t first = 0; first < call.rows; first += at_once) {
-    const int64_t count = least(at_once, call.rows - first), pitch = (count + LANES - 1) / LANES * LANES + LANES;
+    const int64_t count = least(at_once, call.rows - first), pitch = count <= LANES ? LANES : (count + LANES - 1) / LANES * LANES + LANES;
     const T* const x = static_cast<const T*>(call.x) + first * weight.inputs;
     for (int64_t from = begin; from < last; from += stretch) {
       const int64_t until = least(last, from + stretch);
@@ -132,15 +160,11 @@ void multiply_blocked(const Matmul& call, const KBlocked& weight, int64_t begin,
       for (int64_t block = 0; block < blocks; block++) {
         const int64_t start = block * weight.depth, deep = least(weight.depth, weight.inputs - start);
         for (int64_t row = 0; row < count; row += wide) {
-          lay_panel(x + row * weight.inputs + start, weight.inputs, least(wide, count - row), deep, panel, wide);
+          X::lay(x + row * weight.inputs + start, weight.inputs, least(wide, count - row), deep, panel, wide);
           tile.sums = sums + row;
           tile.count = least(wide, count - row);
           tile.count = (tile.count + LANES - 1) / LANES * LANES;  // there is room for whole vectors
-          const int64_t bunch = from / A, bunches_end = (until + A - 1) / A;
-          if (wide == LANES)
-            add_blocked<T, Column, N, 1>(weight, block, bunch, bunches_end, Narrow{panel}, tile);
-          else
-            add_some<T, Column, N, V>(weight, block, bunch, bunches_end, Panel{panel, wide}, tile);
+          X::add(weight, block, from / A, (until + A - 1) / A, panel, wide, tile);
         }
         tile.bias = nullptr;
       }

@@ -18,10 +18,11 @@ void multiply(const Matmul& call, int64_t chunk, int64_t row) {
     for (int64_t place = first; place < last; place++) {
       const int64_t output = weight.rows[block * weight.padded + place] - first;
       const int64_t* steps = weight.offsets + block * fours + place / ABREAST;
-      for (int64_t step = steps[0]; step < steps[1]; step++) {
-        const int64_t at = step * ABREAST + place % ABREAST;
-        sums[output].add(widen(values[at]), widen(x[block * weight.depth + columns[at]]));
-      }
+      for (int64_t step = steps[0]; step < steps[1]; step++)
+        for (int i = 0; i < each<T>(); i++) {
+          const int64_t at = (step * ABREAST + place % ABREAST) * each<T>() + i;
+          sums[output].add(widen(values[at]), widen(x[block * weight.depth + columns[at]]));
+        }
     }
   for (int64_t output = first; output < last && output < weight.outputs; output++) {
     const float found = sums[output - first].of(not_finite);

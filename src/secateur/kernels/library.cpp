@@ -91,7 +91,7 @@ Level detect() { return base; }
 
 // Raised when a struct that Python fills in changes, or the levels, of which Python gets numbers: a library of other
 // sources is then refused.
-SECATEUR_API int secateur_version() { return 7; }
+SECATEUR_API int secateur_version() { return 8; }
 
 // The highest level that this processor and its system can run.
 SECATEUR_API int secateur_machine() {
