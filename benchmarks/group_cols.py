@@ -393,11 +393,11 @@ def main() -> None:
                 engine = subprocess.run(
                     ["node", "--version"], capture_output=True, text=True, check=True
                 ).stdout.strip()
-                found["about_node"] = f"One thread, Node {engine}, on {machine['processor']}, {load}"
+                found["about_node"] = f"One thread, Node {engine}, on {kept.processor(machine)}, {load}"
             else:
                 found |= {"created": now(), "machine": machine, "versions": about_versions(), "level": kernels.level()}
                 found["about"] = (
-                    f"One thread, kernels for {kernels.level()}, on {machine['processor']}, torch {torch.__version__}, "
+                    f"One thread, kernels for {kernels.level()}, on {kept.processor(machine)}, torch {torch.__version__}, "
                     f"{load}"
                 )
             kept.write(result, found)

@@ -31,6 +31,11 @@ def everywhere(result: Path, page: Path) -> list[tuple[Path, Path]]:
     return [(result, page), *found] if result.exists() else found
 
 
+def processor(machine: dict[str, Any]) -> str:
+    """A processor's name, with its family where that is kept: a hypervisor calls several generations the same."""
+    return machine["processor"] + (f" (family {machine['family']})" if "family" in machine else "")
+
+
 def read(result: Path, empty: dict[str, Any]) -> dict[str, Any]:
     """What is kept, or what there is before anything was measured."""
     return json.loads(result.read_text(encoding="utf-8")) if result.exists() else empty

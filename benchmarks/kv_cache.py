@@ -279,7 +279,7 @@ def main() -> None:
         "created": now(),
         "machine": machine,
         "versions": about_versions(),
-        "about": f"One thread, kernels for {kernels.level()}, on {machine['processor']}.",
+        "about": f"One thread, kernels for {kernels.level()}, on {kept.processor(machine)}.",
     }
     if "attention" in parts:
         for name, shape in SHAPES.items():

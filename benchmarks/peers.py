@@ -423,7 +423,7 @@ def about(found: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in found["runtimes"].items())
     loads = [cell["load"] for cell in found["cells"]]
     return (
-        f"{found['machine']['processor']}, {found['machine']['cores']} cores; kernels for {found['level']}, torch "
+        f"{kept.processor(found['machine'])}, {found['machine']['cores']} cores; kernels for {found['level']}, torch "
         f"{found['versions']['torch']}, {versions}; {found['settings']['rounds']} rounds, load "
         f"{min(loads):.0f} to {max(loads):.0f}, {found['created']}."
     )

@@ -144,7 +144,7 @@ def main() -> None:
         "created": now(),
         "machine": machine,
         "versions": about_versions(),
-        "about": f"One thread, kernels for {kernels.level()}, on {machine['processor']}.",
+        "about": f"One thread, kernels for {kernels.level()}, on {kept.processor(machine)}.",
         "rows": measured,
     }
     result, place = kept.here(RESULT, PAGE)

@@ -166,7 +166,7 @@ def measured(model: str, rounds: int, threads: int) -> dict[str, Any]:
 def about(found: dict[str, Any]) -> str:
     machine, settings = found["machine"], found["settings"]
     return (
-        f"{machine['processor']}, {machine['cores']} cores; {settings['threads']} thread(s), kernels for "
+        f"{kept.processor(machine)}, {machine['cores']} cores; {settings['threads']} thread(s), kernels for "
         f"{found['level']}, torch {found['versions']['torch']}, transformers {found['versions']['transformers']}, "
         f"medians of {settings['rounds']} rounds, load average {found['load'][0]:.0f} to {found['load'][1]:.0f}, "
         f"{found['created']}."

@@ -46,3 +46,8 @@ def test_a_generation_of_the_same_name_has_a_place_of_its_own(places, monkeypatc
         machine = {"processor": "AMD EPYC (R) 9", "family": family}
         monkeypatch.setattr(kept, "about_machine", lambda machine=machine: machine)
         assert kept.here(result, page)[0].parent.name == place
+
+
+def test_a_processor_is_told_with_its_family():
+    assert kept.processor({"processor": "AMD EPYC", "family": "25"}) == "AMD EPYC (family 25)"
+    assert kept.processor({"processor": "a Xeon"}) == "a Xeon"

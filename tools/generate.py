@@ -119,7 +119,7 @@ def speed_text() -> str:
     for result, page in kept.everywhere(peers.RESULT, peers.PAGE):
         found = kept.read(result, {})
         cells = {cell["name"]: cell["milliseconds"] for cell in found["cells"]}
-        said = f"{found['machine']['processor']}, {found['level']}"
+        said = f"{kept.processor(found['machine'])}, {found['level']}"
         lines += ["", *table(said, "zeros", "torch", "torch at its best", *PEERS)]
         for what, cell, ours, precision in SPEEDS:
             if cell in cells:

@@ -78,6 +78,7 @@ struct Rows {
   // N rows of x times some panels at once, `apart` from one to the next; of few rows a panel has two sums in turn.
   template <int PANELS, int N>
   void some(int64_t panel, int64_t apart, int64_t row) const {
+    const bool asks = call.rows > 1 || asks_ahead();
     enum { CHAINS = N <= 2 && PANELS <= By::TWICE ? 2 : 1 };
     const int64_t steps = (weight.inputs + DEPTH - 1) / DEPTH, next = apart * steps;
     const Word* masks = reinterpret_cast<const Word*>(weight.masks) + panel * steps;
@@ -94,7 +95,7 @@ struct Rows {
     int64_t step = 0;
     for (; step + 2 <= steps; step += 2, in += 2 * ahead, masks += 2) {
 #pragma GCC unroll 4
-      for (int p = 0; p < PANELS; p++) prefetch(values[p], masks + p * next);
+      for (int p = 0; p < PANELS && asks; p++) prefetch(values[p], masks + p * next);
       one<PANELS, N, CHAINS>(masks, next, values, in, each, sum, 0);
       one<PANELS, N, CHAINS>(masks + 1, next, values, in + ahead, each, sum, 1);
     }

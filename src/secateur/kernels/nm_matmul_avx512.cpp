@@ -42,6 +42,7 @@ void rows(const Matmul& call, const NM& weight, int64_t panel, int64_t apart, in
   const int64_t groups = weight.inputs / M, bytes = M <= 4 ? 4 : 8, slots = groups * weight.n, next = apart * slots;
   const T* values = static_cast<const T*>(weight.values) + panel * slots * LANES;
   const uint8_t* place = weight.places + panel * slots * bytes;
+  const bool asks = call.rows > 1 || asks_ahead();
   __m512 sum[2][PANELS][N];  // two chains
   for (int p = 0; p < PANELS; p++)
     for (int n = 0; n < N; n++) sum[0][p][n] = sum[1][p][n] = _mm512_setzero_ps();
@@ -52,7 +53,7 @@ void rows(const Matmul& call, const NM& weight, int64_t panel, int64_t apart, in
 #pragma GCC unroll 4
       for (int p = 0; p < PANELS; p++) {
         const T* const here = values + p * next * LANES;
-        _mm_prefetch(reinterpret_cast<const char*>(here) + AHEAD, _MM_HINT_T0);
+        if (asks) _mm_prefetch(reinterpret_cast<const char*>(here) + AHEAD, _MM_HINT_T0);
         const __m512 w = load(here, 0xffff);
         const __m512i from = places<M>(place + p * next * bytes);
         for (int n = 0; n < N; n++)

@@ -28,9 +28,10 @@ struct Floats {
   }
 
   void sum(const uint8_t* columns, const T* values, int64_t steps, float* made) const {
+    const bool asks = asks_ahead();
     __m512 sums[4] = {}, x[4];
     for (; steps > 1; steps -= 2, columns += 2 * STEP, values += 2 * STEP) {
-      ask_for(columns, values);
+      if (asks) ask_for(columns, values);
       pick(two_steps(columns), x);
       for (int i = 0; i < 4; i++) sums[i] = _mm512_fmadd_ps(x[i], load(values + i * PANEL, 0xffff), sums[i]);
     }

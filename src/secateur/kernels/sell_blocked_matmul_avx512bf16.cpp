@@ -22,10 +22,11 @@ struct Pairs {
 
   void sum(const uint8_t* columns, const bf16* values, int64_t steps, float* made) const {
     const auto pairs = [&](int i) { return (__m512bh)_mm512_loadu_si512(values + i * STEP); };
+    const bool asks = asks_ahead();
     __m512 sums[2] = {};
     __m512bh x[2];
     for (; steps > 1; steps -= 2, columns += 2 * STEP, values += 2 * STEP) {
-      ask_for(columns, values);
+      if (asks) ask_for(columns, values);
       pick(two_steps(columns), x);
       for (int i = 0; i < 2; i++) sums[i] = _mm512_dpbf16_ps(sums[i], x[i], pairs(i));
     }
