@@ -397,8 +397,8 @@ def main() -> None:
             else:
                 found |= {"created": now(), "machine": machine, "versions": about_versions(), "level": kernels.level()}
                 found["about"] = (
-                    f"One thread, kernels for {kernels.level()}, on {kept.processor(machine)}, torch {torch.__version__}, "
-                    f"{load}"
+                    f"One thread, kernels for {kernels.level()}, on {kept.processor(machine)}, "
+                    f"torch {torch.__version__}, {load}"
                 )
             kept.write(result, found)
     kept.write_page(place, page(found))

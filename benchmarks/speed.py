@@ -186,8 +186,9 @@ def about(found: dict[str, object], threads: int, rounds: int) -> str:
     memory = f", which reads {found['memory'] / 1e9:.1f} GB/s" if found["memory"] else ""
     loads = [row["load"] for row in found["cells"]]
     return (
-        f"{kept.processor(machine)}, {machine['cores']} cores{memory}; {threads} thread(s), kernels for {found['level']}, "
-        f"torch {found['versions']['torch']}, {rounds} rounds, load average {min(loads):.0f} to {max(loads):.0f}, "
+        f"{kept.processor(machine)}, {machine['cores']} cores{memory}; {threads} thread(s), "
+        f"kernels for {found['level']}, torch {found['versions']['torch']}, {rounds} rounds, "
+        f"load average {min(loads):.0f} to {max(loads):.0f}, "
         f"{found['created']}."
     )
 

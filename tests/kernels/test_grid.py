@@ -79,6 +79,16 @@ def test_every_variant_computes_the_product(format, dtype):
                     assert torch.equal(got, wanted), f"{level} {shape} {rows} rows at {sparsity}"
 
 
+def test_many_wide_rows_go_in_turns():
+    """Panels of a bitmap are expanded once for as many rows as fit into some megabytes."""
+    weight, mask = case(Bitmap(), (35, 40_000), 0.6, torch.bfloat16)
+    x = inputs(115, weight.shape[1], torch.bfloat16)
+    packed = Bitmap().pack(weight, mask)
+    for level in kernels.levels():
+        with kernels.forced(level):
+            assert torch.equal(packed.matmul(x), exact(x, weight, mask, torch.zeros(len(weight)))), level
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("format", FORMATS, **names)
 def test_variants_round_as_the_oracle_does(format, dtype):

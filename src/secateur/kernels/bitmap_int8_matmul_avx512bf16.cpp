@@ -31,7 +31,7 @@ struct Bytes {
     __m512bh first, second;
   };
   typedef Weights Inputs;
-  enum { TWICE = 4, TURNED = true, MOST = 16, ABREAST = 1 };
+  enum { TWICE = 4, TURNED = true, MOST = 16, ABREAST = 1, ONCE = 32 };
 
   // The magnitudes are looked up byte by byte, the sign is put on, and the halves of a lane's four numbers part.
   static Weights weights(__m512i step) {

@@ -10,7 +10,7 @@ struct Singles {
   typedef float Value, Kept, Input;
   typedef uint16_t Word;
   typedef __m512 Weights, Inputs;
-  enum { TWICE = 2, TURNED = false, MOST = 8, ABREAST = 3 };
+  enum { TWICE = 2, TURNED = false, MOST = 8, ABREAST = 3, ONCE = 0 };
 
   static Weights weights(__m512i step) { return _mm512_castsi512_ps(step); }
   static Inputs inputs(const Input* x) { return _mm512_set1_ps(*x); }
@@ -38,7 +38,7 @@ struct Halves {
     __m512 first, second;
   };
   typedef Weights Inputs;
-  enum { TWICE = 2, TURNED = false, MOST = 8, ABREAST = 3 };
+  enum { TWICE = 2, TURNED = false, MOST = 8, ABREAST = 3, ONCE = 0 };
 
   static Weights weights(__m512i step) { return {lower(step, T()), upper(step, T())}; }
   static Inputs inputs(const Input* x) { return {_mm512_set1_ps(x[0]), _mm512_set1_ps(x[1])}; }
@@ -58,7 +58,7 @@ void widened(const Matmul& call, int64_t begin, int64_t end) {
     for (int64_t input = 0; input < inputs; input += 16)
       _mm512_store_ps(x + row * stride + input,
                       load(static_cast<const T*>(call.x) + row * inputs + input, first(inputs - input)));
-  Rows<Halves<T>>{call, weight, x, stride, nullptr}.panels(begin, end);
+  Rows<Halves<T>>{call, weight, x, stride, nullptr, nullptr}.panels(begin, end);
 }
 
 }  // namespace
@@ -66,7 +66,7 @@ void widened(const Matmul& call, int64_t begin, int64_t end) {
 extern "C" void bitmap_matmul_f32_avx512(const void* pointer, int64_t begin, int64_t end) {
   const Matmul& call = *static_cast<const Matmul*>(pointer);
   const Bitmap& weight = *static_cast<const Bitmap*>(call.weight);
-  Rows<Singles>{call, weight, static_cast<const float*>(call.x), weight.inputs, nullptr}.panels(begin, end);
+  Rows<Singles>{call, weight, static_cast<const float*>(call.x), weight.inputs, nullptr, nullptr}.panels(begin, end);
 }
 
 extern "C" void bitmap_matmul_bf16_avx512(const void* call, int64_t begin, int64_t end) {

@@ -8,7 +8,7 @@ struct Pairs {
   typedef bf16 Value, Kept, Input;
   typedef uint32_t Word;
   typedef __m512bh Weights, Inputs;
-  enum { TWICE = 4, TURNED = true, MOST = 8, ABREAST = 3 };
+  enum { TWICE = 4, TURNED = true, MOST = 8, ABREAST = 3, ONCE = 32 };
 
   static Weights weights(__m512i step) { return (__m512bh)step; }
   static Inputs inputs(const Input* x) { return pair_of(x); }

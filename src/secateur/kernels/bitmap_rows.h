@@ -3,7 +3,8 @@
 // register. The values are read once for eight rows, in order, ahead of their use.
 //
 // How a step is multiplied is the caller's: `By` has the types Value, of the weights and of y, Input, of x as `Rows` is
-// given it, and Word, of a mask; Weights and Inputs, what a step and the inputs it meets become; and `add`.
+// given it, and Word, of a mask; Weights and Inputs, what a step and the inputs it meets become; and `add`. From ONCE rows
+// on, where that is not zero, panels are expanded once for many rows.
 //
 // Everything here is static: each file keeps the copy compiled with its own flags.
 #pragma once
@@ -21,19 +22,23 @@ struct Rows {
   typedef typename By::Word Word;
   enum { DEPTH = sizeof(Word) / 2 };
   enum { AHEAD = 2048, MASKS_AHEAD = 1024 };  // bytes: far enough for memory, near enough to stay in the first cache
+  enum { NEAR = 1 << 22 };  // bytes of x for which panels are expanded once
 
   const Matmul& call;
   const Bitmap& weight;
   const Input* x;  // zero from the last input to the end of its step
   int64_t stride;
-  const void* scales;  // [outputs], or null
+  const void* scales;           // [outputs], or null
+  typename By::Weights* strip;  // room for what some panels become, or null
 
   // x with the inputs of a step of rows that go together side by side, so that they are few lines of the first cache:
   // rows that lie a large power of two apart would push one another out of it.
   static Rows turned(const Matmul& call, const Bitmap& weight, const void* scales) {
     const int64_t inputs = weight.inputs, steps = (inputs + DEPTH - 1) / DEPTH, whole = inputs / DEPTH;
-    const int64_t stride = DEPTH * steps;
-    Input* const x = static_cast<Input*>(scratch(call.rows * stride * sizeof(Input)));
+    const int64_t stride = DEPTH * steps, room = (call.rows * stride * sizeof(Input) + 63) / 64 * 64;
+    const bool once = By::ONCE && call.rows >= By::ONCE;
+    char* const memory = static_cast<char*>(scratch(room + (once ? By::ABREAST * steps * sizeof(typename By::Weights) : 0)));
+    Input* const x = reinterpret_cast<Input*>(memory);
     const Input* from = static_cast<const Input*>(call.x);
     for (int64_t row = 0, count; row < call.rows; row += count, from += count * inputs) {
       count = together(call.rows - row);
@@ -45,7 +50,7 @@ struct Rows {
         for (int64_t r = 0; r < count; r++, to += DEPTH)
           for (int64_t i = 0, at = DEPTH * whole; i < DEPTH; i++, at++) to[i] = at < inputs ? from[r * inputs + at] : 0;
     }
-    return {call, weight, x, stride, scales};
+    return {call, weight, x, stride, scales, once ? reinterpret_cast<typename By::Weights*>(memory + room) : nullptr};
   }
 
   static void prefetch(const Kept* values, const Word* masks) {
@@ -100,6 +105,11 @@ struct Rows {
       one<PANELS, N, CHAINS>(masks + 1, next, values, in + ahead, each, sum, 1);
     }
     if (step < steps) one<PANELS, N, CHAINS>(masks, next, values, in, each, sum, 0);
+    finish<PANELS, N, CHAINS>(sum, panel, apart, row);
+  }
+
+  template <int PANELS, int N, int CHAINS>
+  inline void finish(const __m512 (&sum)[PANELS][2][N], int64_t panel, int64_t apart, int64_t row) const {
 #pragma GCC unroll 4
     for (int p = 0; p < PANELS; p++) {
       const int64_t at = (panel + p * apart) * LANES;
@@ -112,6 +122,43 @@ struct Rows {
         store(static_cast<Value*>(call.y) + (row + n) * weight.outputs + at, lanes, _mm512_fmadd_ps(all, scale, bias));
       }
     }
+  }
+
+  // Panels as they are multiplied, a step of each after the other.
+  template <int PANELS>
+  void expand(int64_t panel, int64_t apart) const {
+    const int64_t steps = (weight.inputs + DEPTH - 1) / DEPTH;
+    for (int p = 0; p < PANELS; p++) {
+      const Word* const masks = reinterpret_cast<const Word*>(weight.masks) + (panel + p * apart) * steps;
+      const Kept* values = static_cast<const Kept*>(weight.values) + weight.offsets[panel + p * apart];
+      for (int64_t step = 0; step < steps; step++) {
+        prefetch(values, masks + step);
+        strip[step * PANELS + p] = By::weights(expanded(masks[step], values));
+        values += __builtin_popcountll(masks[step]);
+      }
+    }
+  }
+
+  // N rows of x times panels that were expanded.
+  template <int PANELS, int N>
+  void many(int64_t panel, int64_t apart, int64_t row) const {
+    const int64_t steps = (weight.inputs + DEPTH - 1) / DEPTH;
+    __m512 sum[PANELS][2][N];
+#pragma GCC unroll 4
+    for (int p = 0; p < PANELS; p++)
+#pragma GCC unroll 16
+      for (int n = 0; n < N; n++) sum[p][0][n] = _mm512_setzero_ps();
+    const Input* in = x + row * stride;
+    const typename By::Weights* weights = strip;
+    const int64_t each = By::TURNED ? int64_t(DEPTH) : stride, ahead = By::TURNED ? N * DEPTH : DEPTH;
+    for (int64_t step = 0; step < steps; step++, in += ahead, weights += PANELS)
+#pragma GCC unroll 16
+      for (int n = 0; n < N; n++) {
+        const typename By::Inputs inputs = By::inputs(in + n * each);
+#pragma GCC unroll 4
+        for (int p = 0; p < PANELS; p++) By::add(sum[p][0][n], sum[p][0][n], weights[p], inputs);
+      }
+    finish<PANELS, N, 1>(sum, panel, apart, row);
   }
 
   // How many of some rows share what is expanded: a power of two up to MOST.
@@ -127,12 +174,37 @@ struct Rows {
     if constexpr (N > 1) all<PANELS, N / 2>(panel, apart, row);
   }
 
+  // Rows [row, end), those left over in smaller numbers.
+  template <int PANELS, int N = By::MOST>
+  void all_many(int64_t panel, int64_t apart, int64_t row, int64_t end) const {
+    for (; row + N <= end; row += N) many<PANELS, N>(panel, apart, row);
+    if constexpr (N > 1) all_many<PANELS, N / 2>(panel, apart, row, end);
+  }
+
+  template <int PANELS>
+  int64_t abreast_many(int64_t begin, int64_t end, int64_t row, int64_t behind) const {
+    return ::abreast<PANELS>(begin, end, [&](int64_t panel, int64_t apart) {
+      expand<PANELS>(panel, apart);
+      all_many<PANELS>(panel, apart, row, behind);
+    });
+  }
+
   template <int PANELS>
   int64_t abreast(int64_t begin, int64_t end) const {
     return ::abreast<PANELS>(begin, end, [&](int64_t panel, int64_t apart) { all<PANELS>(panel, apart); });
   }
 
   void panels(int64_t begin, int64_t end) const {
+    if constexpr (By::ONCE)
+      if (strip) {
+        int64_t near = NEAR / (stride * int64_t(sizeof(Input))) / By::MOST * By::MOST;  // rows of x
+        if (near < By::ONCE) near = By::ONCE;
+        for (int64_t row = 0; row < call.rows; row += near) {
+          const int64_t behind = row + near < call.rows ? row + near : call.rows;
+          abreast_many<1>(abreast_many<By::ABREAST>(begin, end, row, behind), end, row, behind);
+        }
+        return;
+      }
     if (call.rows == 1)
       begin = ::abreast<STREAMS>(begin, end, [&](int64_t panel, int64_t apart) { some<STREAMS, 1>(panel, apart, 0); });
     if (call.rows >= By::MOST) begin = abreast<By::ABREAST>(begin, end);
