@@ -4,10 +4,10 @@
 
 SmolLM2-135M writes tokens one by one after a prompt that it remembers, and reads a prompt of 512 tokens. Dense: as it
 comes in float32 and bfloat16, and in bfloat16 compiled and frozen by torch.compile, which packs its weights for
-oneDNN. Accelerated: `secateur.accelerate` for one token, with masks at random in all linear layers but the head, as
-`secateur prune` leaves it; what time a mask takes does not depend on which weights it keeps. All take turns in every
-round; with one thread a time is the processor's for it, so what other programs take is not counted. Writes
-results/whole_models.json, from which docs/whole-models-speed.md is made.
+oneDNN. Accelerated: `secateur.accelerate` for one token, or where it says so for a prompt, with masks at random in all
+linear layers but the head, as `secateur prune` leaves it; what time a mask takes does not depend on which weights it
+keeps. All take turns in every round; with one thread a time is the processor's for it, so what other programs take is
+not counted. Writes results/whole_models.json, from which docs/whole-models-speed.md is made.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from benchmarks import kept
 from secateur import kernels
 from secateur.accelerate import accelerate
-from secateur.formats import NM, Bitmap, BitmapInt8, Format, SellBlocked
+from secateur.formats import NM, Bitmap, BitmapInt8, Format, KBlocked, SellBlocked
 from secateur.models import open_model
 from secateur.outcome import about_machine, about_versions, now
 
@@ -46,9 +46,11 @@ class Way:
     masked: float | tuple[int, int] | None = None  # a share of each layer's weights, or n of m, that is kept
     formats: tuple[Format, ...] = ()  # that accelerate chooses from; none: the dense model
     compiled: bool = False
+    example: int = 1  # tokens that accelerate was given
 
 
 HALF, BOTH = torch.bfloat16, (Bitmap(), SellBlocked())
+MANY = (Bitmap(), KBlocked(128), KBlocked(256))
 WAYS = (
     Way("torch, float32", torch.float32),
     Way("torch, bfloat16", HALF),
@@ -58,6 +60,8 @@ WAYS = (
     Way("accelerated, 50% zeros, 8 bits", HALF, 0.5, (BitmapInt8(),)),
     Way("accelerated, 50% zeros, compiled", HALF, 0.5, BOTH, compiled=True),
     Way("accelerated, 50% zeros, 8 bits, compiled", HALF, 0.5, (BitmapInt8(),), compiled=True),
+    *(Way(f"accelerated for prompts, {s:.0%} zeros", HALF, s, MANY, example=WINDOW) for s in (0.5, 0.7)),
+    Way("accelerated for prompts, 50% zeros, compiled", HALF, 0.5, MANY, compiled=True, example=WINDOW),
 )
 
 
@@ -93,7 +97,7 @@ def ready(way: Way, model: str) -> Running:
     if way.masked is not None:
         mask_(net, way.masked)
     if way.formats:
-        found = accelerate(net, {"input_ids": torch.tensor([[1]])}, formats=way.formats)
+        found = accelerate(net, {"input_ids": torch.ones(1, way.example, dtype=torch.int64)}, formats=way.formats)
         net = found.model
         about |= {"bytes": held(net), "chosen": found.chosen, "error": found.error}
     made = torch.Generator().manual_seed(1)
@@ -184,9 +188,10 @@ def page(found: dict[str, Any]) -> str:
         "Written by `python -m benchmarks.whole_models`. SmolLM2-135M writes tokens one by one after a prompt of "
         f"{PROMPT}, and reads a prompt of {WINDOW} at once. No weight of the head is zero, as `secateur prune` leaves "
         "it, and it takes a fifth of the bytes. `accelerate` was given one token as its example, so layers are as "
-        "writing wants them. `over eager` is how many times as fast as the dense model in bfloat16 as it comes, `over "
-        "the best` as the fastest of the dense ones, which is frozen and compiled. Accelerated models run as they "
-        "come where it is not said that they are compiled too.",
+        f"writing wants them, or where that is said a prompt of {WINDOW}, as reading does. `over eager` is how many "
+        "times as fast as the dense model in bfloat16 as it comes, `over the best` as the fastest of the dense ones, "
+        "which is frozen and compiled. Accelerated models run as they come where it is not said that they are "
+        "compiled too.",
         "",
         str(found["about"]),
         "",

@@ -15,8 +15,8 @@ from secateur.formats.packed import VALUES, Call, Packed, broken, kept, pointer,
 ABREAST, CHUNK = 4, 256  # of kernels/k_blocked.h: outputs side by side, and outputs that are sorted together
 WINDOW = 16
 """Outputs that change places so that two side by side share many columns."""
-PAIRED = 20
-"""Columns of a block that outputs keep on average, from which on that pays. Measured."""
+PAIRED = {1: 20, 2: 30}
+"""Columns of a block that outputs keep on average, from which on that pays, by how many a step has. Measured."""
 DEPTHS = 128, 256
 
 
@@ -55,7 +55,7 @@ def blocked(
     kept = F.pad(there, (0, 0, 0, padded - groups)).view(padded, blocks, depth).transpose(0, 1)
     counts = kept.sum(2)  # [blocks, padded]
     order = fullest_first(counts, CHUNK // rows)
-    pairs = abreast == ABREAST and int(counts.sum()) >= PAIRED * counts.numel()
+    pairs = abreast == ABREAST and int(counts.sum()) >= PAIRED[each] * counts.numel()
     if pairs:
         order = paired(kept, order)
     kept = kept.gather(1, order.unsqueeze(2).expand_as(kept))  # as they stand
@@ -151,8 +151,8 @@ class KBlocked:
     It is for float32, and for bfloat16 where there is no matrix unit, or for few rows.
     In each block the outputs are sorted, 256 at a time, by how many of its weights they keep, and four that follow one
     another go side by side, filled up with zeros for the first input of the block; the first two and the last two are
-    such that share many inputs, and begin with these. 256 inputs to a block are for very
-    high sparsity, where each output keeps few of them.
+    such that share many inputs, and begin with these. 256 inputs to a block are for bfloat16, and for very high
+    sparsity, where each output keeps few of them.
 
     columns [steps, 4], uint8 and values [steps, 4]: a step of a four holds one weight of each of its outputs. In
     bfloat16 both are [steps, 8]: two of each, next to one another, which processors multiply and add as one
