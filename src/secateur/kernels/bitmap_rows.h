@@ -108,6 +108,7 @@ struct Rows {
     finish<PANELS, N, CHAINS>(sum, panel, apart, row);
   }
 
+  // The sums of some rows and panels, with scales and biases, become y.
   template <int PANELS, int N, int CHAINS>
   inline void finish(const __m512 (&sum)[PANELS][2][N], int64_t panel, int64_t apart, int64_t row) const {
 #pragma GCC unroll 4
