@@ -7,7 +7,7 @@ import tiny
 import torch
 
 from secateur.errors import TaskError
-from secateur.task import Batch, Task, forever, generator
+from secateur.task import Batch, Onward, Task, forever, generator
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -82,6 +82,19 @@ def test_training_goes_on_through_epochs_each_in_its_own_order() -> None:
     assert not torch.equal(steps[0][2].target, steps[2][2].target)
     again = next(forever(task, epoch=1))
     assert torch.equal(again[2].inputs[0], steps[2][2].inputs[0])  # type: ignore[index]
+
+
+def test_batches_are_drawn_on_from_where_a_run_stopped() -> None:
+    task = tiny.toy_vectors(batch=256, examples=768)  # two batches an epoch
+    wanted = [(epoch, place + 1, batch) for epoch, place, batch in itertools.islice(forever(task, 3), 9)]
+    assert wanted[-1][0] > 3  # into another epoch
+    drawn = Onward(3)
+    assert drawn.place == (3, 0)
+    for number, (epoch, place, batch) in enumerate(wanted):
+        assert torch.equal(drawn.next(task).target, batch.target)
+        assert drawn.place == (epoch, place)
+        if number % 2:
+            drawn = Onward(*drawn.place)
 
 
 def test_nothing_to_train_on_is_an_error() -> None:

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -240,3 +241,21 @@ def forever(task: Task, epoch: int = 0) -> Iterator[tuple[int, int, Batch]]:
         if place < 0:
             raise TaskError(f"{task.name} was to be trained on", "its training split is empty", "Give it data.")
         epoch += 1
+
+
+class Onward:
+    """Training batches one after another, from any place on: a run that was cut off draws what would have come next."""
+
+    def __init__(self, epoch: int, drawn: int = 0) -> None:
+        """From an epoch on, after so many of its batches."""
+        self.place = (epoch, drawn)
+        self._batches: Iterator[tuple[int, int, Batch]] | None = None
+
+    def next(self, task: Task) -> Batch:
+        """The next batch of a task, the same at every call. Raises TaskError where there is none."""
+        if self._batches is None:
+            epoch, drawn = self.place
+            self._batches = islice(forever(task, epoch), drawn, None)
+        epoch, place, batch = next(self._batches)
+        self.place = (epoch, place + 1)
+        return batch

@@ -169,30 +169,23 @@ struct Rows {
     return count;
   }
 
-  template <int PANELS, int N = By::MOST>
-  void all(int64_t panel, int64_t apart, int64_t row = 0) const {
-    for (; row + N <= call.rows; row += N) some<PANELS, N>(panel, apart, row);
-    if constexpr (N > 1) all<PANELS, N / 2>(panel, apart, row);
+  // Rows [row, end), those left over in smaller numbers, of panels that were expanded before or are as they lie.
+  template <int PANELS, bool EXPANDED, int N = By::MOST>
+  void all(int64_t panel, int64_t apart, int64_t row, int64_t end) const {
+    for (; row + N <= end; row += N)
+      if constexpr (EXPANDED)
+        many<PANELS, N>(panel, apart, row);
+      else
+        some<PANELS, N>(panel, apart, row);
+    if constexpr (N > 1) all<PANELS, EXPANDED, N / 2>(panel, apart, row, end);
   }
 
-  // Rows [row, end), those left over in smaller numbers.
-  template <int PANELS, int N = By::MOST>
-  void all_many(int64_t panel, int64_t apart, int64_t row, int64_t end) const {
-    for (; row + N <= end; row += N) many<PANELS, N>(panel, apart, row);
-    if constexpr (N > 1) all_many<PANELS, N / 2>(panel, apart, row, end);
-  }
-
-  template <int PANELS>
-  int64_t abreast_many(int64_t begin, int64_t end, int64_t row, int64_t behind) const {
+  template <int PANELS, bool EXPANDED = false>
+  int64_t abreast(int64_t begin, int64_t end, int64_t row, int64_t behind) const {
     return ::abreast<PANELS>(begin, end, [&](int64_t panel, int64_t apart) {
-      expand<PANELS>(panel, apart);
-      all_many<PANELS>(panel, apart, row, behind);
+      if constexpr (EXPANDED) expand<PANELS>(panel, apart);
+      all<PANELS, EXPANDED>(panel, apart, row, behind);
     });
-  }
-
-  template <int PANELS>
-  int64_t abreast(int64_t begin, int64_t end) const {
-    return ::abreast<PANELS>(begin, end, [&](int64_t panel, int64_t apart) { all<PANELS>(panel, apart); });
   }
 
   void panels(int64_t begin, int64_t end) const {
@@ -202,15 +195,15 @@ struct Rows {
         if (near < By::ONCE) near = By::ONCE;
         for (int64_t row = 0; row < call.rows; row += near) {
           const int64_t behind = row + near < call.rows ? row + near : call.rows;
-          abreast_many<1>(abreast_many<By::ABREAST>(begin, end, row, behind), end, row, behind);
+          abreast<1, true>(abreast<By::ABREAST, true>(begin, end, row, behind), end, row, behind);
         }
         return;
       }
     if (call.rows == 1)
       begin = ::abreast<STREAMS>(begin, end, [&](int64_t panel, int64_t apart) { some<STREAMS, 1>(panel, apart, 0); });
-    if (call.rows >= By::MOST) begin = abreast<By::ABREAST>(begin, end);
-    begin = abreast<2>(begin, end);
-    abreast<1>(begin, end);
+    if (call.rows >= By::MOST) begin = abreast<By::ABREAST>(begin, end, 0, call.rows);
+    begin = abreast<2>(begin, end, 0, call.rows);
+    abreast<1>(begin, end, 0, call.rows);
   }
 };
 

@@ -108,7 +108,7 @@ template <class T, class Column, int N>
 struct Floats {
   typedef float Number;
 
-  // Of so many rows that go together, those that do not fill the nearest cache.
+  // How many of some rows go together, and still leave room in the nearest cache.
   static int64_t wide(int64_t rows, int64_t depth) {
     int64_t wide = least(most(N) * LANES, (rows + LANES - 1) / LANES * LANES);
     while (N == 1 && wide > LANES && depth * wide > NEAR) wide -= LANES;
@@ -140,7 +140,8 @@ void multiply_blocked(const Matmul& call, const KBlocked& weight, int64_t begin,
   // keeps less than x has, of one panel and many outputs, so that the panel is laid out once for these.
   const int64_t blocks = (weight.inputs + weight.depth - 1) / weight.depth;
   const int64_t kept = weight.offsets[blocks * weight.padded / A] * A * N * each<T>();
-  const int64_t at_once = kept < LIGHT * call.rows * weight.inputs || call.rows <= wide ? wide : ROWS, most_outputs = SUMS / at_once;
+  const bool panel_by_panel = kept < LIGHT * call.rows * weight.inputs || call.rows <= wide;
+  const int64_t at_once = panel_by_panel ? wide : ROWS, most_outputs = SUMS / at_once;
   const int64_t stretch = most_outputs / (A * N) * A, last = least(end, weight.padded);
   const int64_t room = wide * weight.depth * sizeof(Number) / sizeof(float);
   float* const memory = static_cast<float*>(
@@ -150,7 +151,8 @@ void multiply_blocked(const Matmul& call, const KBlocked& weight, int64_t begin,
   float* const spare = biases + most_outputs;
   const T* const bias = static_cast<const T*>(call.bias);
   for (int64_t first = 0; first < call.rows; first += at_once) {
-    const int64_t count = least(at_once, call.rows - first), pitch = count <= LANES ? LANES : (count + LANES - 1) / LANES * LANES + LANES;
+    const int64_t count = least(at_once, call.rows - first);
+    const int64_t pitch = count <= LANES ? LANES : (count + LANES - 1) / LANES * LANES + LANES;
     const T* const x = static_cast<const T*>(call.x) + first * weight.inputs;
     for (int64_t from = begin; from < last; from += stretch) {
       const int64_t until = least(last, from + stretch);

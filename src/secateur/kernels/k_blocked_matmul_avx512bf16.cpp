@@ -92,8 +92,7 @@ void add_pairs(const KBlocked& weight, int64_t block, int64_t begin, int64_t end
       for (int v = 0; v < V; v++) sum[i][v] = tile.bias ? _mm512_set1_ps(bias) : _mm512_loadu_ps(at[i] + v * LANES);
     }
     for (; together > 0; together--, columns += STEP, values += STEP) {
-      uint64_t all;
-      __builtin_memcpy(&all, columns, sizeof all);
+      const uint64_t all = Side<uint8_t, STEP>(columns).all;
 #pragma GCC unroll 2
       for (int i = 0; i < ABREAST; i += 2) {
         const Met<V> x = met(all, i);
@@ -102,8 +101,7 @@ void add_pairs(const KBlocked& weight, int64_t block, int64_t begin, int64_t end
       }
     }
     for (; left > 0; left--, columns += STEP, values += STEP) {
-      uint64_t all;
-      __builtin_memcpy(&all, columns, sizeof all);
+      const uint64_t all = Side<uint8_t, STEP>(columns).all;
 #pragma GCC unroll 4
       for (int i = 0; i < ABREAST; i++) add(i, met(all, i), sum[i]);
     }

@@ -11,7 +11,7 @@ second derivative, as w and m enter only by their product. Scores start as the w
 magnitude.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -31,7 +31,7 @@ from secateur.graph import channels, removals
 from secateur.method import Budget, Card, Method
 from secateur.outcome import Outcome
 from secateur.site import Part, Site, tensors
-from secateur.task import Batch, Task, forever
+from secateur.task import Batch, Onward, Task
 from secateur.train import History, Loop, Rule, fit
 
 OTHER = 1 << 20  # epochs of the mask's batches are counted from here, so that their order is not that of the weights'
@@ -180,8 +180,7 @@ class Bilevel(Rule):
         self.rate = LearningRate(Steps() if curve is None else curve)
         self.base, self.every, self.upper = rate, every, upper
         self.passes = 0  # forward and backward passes of the upper level so far
-        self._place = (OTHER, 0)  # the epoch and the number of the next batch in it
-        self._batches: Iterator[tuple[int, int, Batch]] | None = None
+        self._data = Onward(OTHER)
 
     @property
     def sites(self) -> list[Site]:
@@ -205,7 +204,7 @@ class Bilevel(Rule):
                 "this loop has no task to draw them from",
                 "Give upper=, a function from the model to its loss on another batch.",
             )
-        self._place = (OTHER + loop.epoch, 0)
+        self._data = Onward(OTHER + loop.epoch)
         self.scored.start(loop)
 
     def before_step(self, loop: Loop) -> None:
@@ -237,31 +236,24 @@ class Bilevel(Rule):
         if self.upper is not None:
             return self.upper(loop.model)
         assert loop.task is not None, "start was called"
-        if self._batches is None:
-            first, skip = self._place
-            self._batches = forever(loop.task, first)
-            for _ in range(skip):
-                next(self._batches)
-        epoch, place, batch = next(self._batches)
-        self._place = (epoch, place + 1)
-        return loop.task.loss(loop.model, batch.to(next(loop.model.parameters()).device))
+        batch = self._data.next(loop.task).to(next(loop.model.parameters()).device)
+        return loop.task.loss(loop.model, batch)
 
     def finish(self, loop: Loop) -> None:
         """The model keeps what the masks leave."""
         self.scored.holder.finish(loop)
-        self._batches = None
+        self._data = Onward(*self._data.place)  # what it draws from is let go
 
     def state(self) -> dict[str, Any]:
         """Masks, weights, scores and their optimizer, and the place in the data."""
-        held = {"optimizer": self.optimizer.state_dict(), "place": list(self._place), "passes": self.passes}
+        held = {"optimizer": self.optimizer.state_dict(), "place": list(self._data.place), "passes": self.passes}
         return {**self.scored.state(), **held}
 
     def resume(self, loop: Loop, state: Mapping[str, Any]) -> None:
         """All of it as it was."""
         self.scored.resume(loop, state)
         self.optimizer.load_state_dict(state["optimizer"])
-        epoch, place = state["place"]
-        self._place, self._batches, self.passes = (epoch, place), None, state["passes"]
+        self._data, self.passes = Onward(*state["place"]), state["passes"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ et al. 2019, arXiv:1806.09055, section 2.3, equations 6 to 8):
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, log
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -42,7 +42,7 @@ from secateur.errors import EvidenceError, GraphError, SettingError, TaskError
 from secateur.method import Card, Method, check_sparsity
 from secateur.outcome import Outcome
 from secateur.site import Site, tensors
-from secateur.task import Around, Batch, Forgettable, Task, forever, generator
+from secateur.task import Around, Batch, Forgettable, Onward, Task, generator
 from secateur.train import History, Loop, Rule, fit, seeded
 
 # Sparse layers
@@ -271,23 +271,15 @@ class Architect(Rule):
 
     def __init__(self, architecture: Architecture, held: Task, answer: Answer) -> None:
         self.architecture, self.held, self.answer = architecture, held, answer
-        self._place = (0, 0)  # the epoch of held-out data and the number of the next batch in it
-        self._batches: Iterator[tuple[int, int, Batch]] | None = None
+        self._data = Onward(0)
 
     def start(self, loop: Loop) -> None:
         """Held-out data is drawn from the loop's epoch on."""
-        self._place, self._batches = (loop.epoch, 0), None
+        self._data = Onward(loop.epoch)
 
     def before_forward(self, loop: Loop) -> None:
         """Move alpha."""
-        if self._batches is None:
-            first, skip = self._place
-            self._batches = forever(self.held, first)
-            for _ in range(skip):
-                next(self._batches)
-        epoch, place, batch = next(self._batches)
-        self._place = (epoch, place + 1)
-        batch = batch.to(next(loop.model.parameters()).device)
+        batch = self._data.next(self.held).to(next(loop.model.parameters()).device)
         self.architecture.step(
             lambda alphas: self.answer.gradients(loop, alphas, lambda: self.held.loss(loop.model, batch))
         )
@@ -300,13 +292,12 @@ class Architect(Rule):
 
     def state(self) -> dict[str, Any]:
         """Alpha, its optimizer, and the place in the held-out data."""
-        return {**self.architecture.state(), "place": list(self._place)}
+        return {**self.architecture.state(), "place": list(self._data.place)}
 
     def resume(self, loop: Loop, state: Mapping[str, Any]) -> None:
         """All of it as it was."""
         self.architecture.resume(state)
-        epoch, place = state["place"]
-        self._place, self._batches = (epoch, place), None
+        self._data = Onward(*state["place"])
 
 
 class _Other(Around):

@@ -361,7 +361,7 @@ def _only(model: nn.Module, wanted: Sequence[Tensor], look: Any) -> Iterator[Non
     try:
         for parameter in trained:
             parameter.requires_grad_(any(parameter is one for one in wanted))
-        hooks = [each.register_post_accumulate_grad_hook(look) for each in wanted]  # type: ignore[no-untyped-call]
+        hooks = [each.register_post_accumulate_grad_hook(look) for each in wanted]  # type: ignore[no-untyped-call]  # torch leaves it untyped
         yield
     finally:
         for hook in hooks:

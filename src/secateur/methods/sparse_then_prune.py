@@ -200,12 +200,12 @@ class AttentionPenalty(Rule):
         self._seen = []
         if module.training and torch.is_grad_enabled():
             self._open.append(AttentionTap())
-            self._open[-1].__enter__()  # type: ignore[no-untyped-call]
+            self._open[-1].__enter__()  # type: ignore[no-untyped-call]  # a mode of torch's, which leaves it untyped
 
     def _leave(self, module: nn.Module, given: Any, out: Any) -> None:
         if self._open:
             tap = self._open.pop()
-            tap.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            tap.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # the same
             self._seen = list(self.layers.pick(tap.seen))
 
     def loss(self, loop: Loop, value: Tensor) -> Tensor:

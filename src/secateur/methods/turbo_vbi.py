@@ -410,7 +410,7 @@ class Posterior(Rule):
             if isinstance(module, nn.Linear):
                 wide = nn.functional.linear(squares, variance)
             else:
-                wide = module._conv_forward(squares, variance, None)  # type: ignore[operator]
+                wide = module._conv_forward(squares, variance, None)  # type: ignore[operator]  # sites are linear layers and convolutions
             return out + wide.clamp(min=1e-10).sqrt() * torch.randn_like(out)
 
         return hook
