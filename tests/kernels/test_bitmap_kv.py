@@ -26,6 +26,7 @@ SHAPES = [
     (1, 1, 9, 96, 300),
     (1, 1, 6, 160, 200),
 ]
+LONG = [(1, 1, 3, 64, 9000), (1, 1, 4, 30, 9000), (1, 1, 5, 96, 6000), (1, 1, 7, 128, 5000), (1, 1, 8, 128, 5000)]
 
 
 def case(shape, dtype, sparsity=0.7, choice=PerToken(), window=5):  # noqa: B008
@@ -50,8 +51,10 @@ def exact(past, query, mask):
     return scores.softmax(-1) @ values
 
 
-@pytest.mark.parametrize("dtype", CLOSE)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [*((shape, dtype) for shape in SHAPES for dtype in CLOSE), *((shape, torch.bfloat16) for shape in LONG)],
+)
 def test_every_variant_attends(shape, dtype):
     for choice in (PerToken(), PerChannel()):
         past, query, mask = case(shape, dtype, choice=choice)
@@ -148,6 +151,29 @@ def test_weights_of_tokens_are_not_rounded_to_bfloat16(group):
         with kernels.forced(level):
             got = attend(query, past, None, 0.125).double()
         # Half of the last of eight bits, and what sums of floats and the lower halves leave.
+        assert bool(((got - wanted).abs() <= wanted.abs() * 2**-8 + 2e-5).all()), level
+
+
+@pytest.mark.parametrize("width", [32, 64, 96, 128])
+@pytest.mark.parametrize("group", [1, 3, 4, 8])
+def test_of_two_tokens_that_cancel_among_thousands_nothing_is_lost(group, width):
+    """Most tokens weigh next to nothing and may be rounded; two weigh much, with opposite values, and one has none."""
+    made = torch.Generator().manual_seed(0)
+    keys, values = (torch.randn(2, 1, 1, 6100, width, generator=made) / 4).bfloat16()
+    query = torch.zeros(1, group, 1, width)
+    query[..., :8] = 2 + torch.rand(1, group, 1, 8, generator=made) / 16
+    query = query.bfloat16()
+    value = torch.randn(width, generator=made).bfloat16()
+    for token, large, sign in ((100, 9.0, 0), (3001, 8.0, 1), (5000, 7.9, -1)):
+        keys[0, 0, token], values[0, 0, token] = 0, sign * value
+        keys[0, 0, token, :8] = large * width**0.5 / 16  # a score of a little more than `large`
+    past = Past(Pruning(0.5, 0.25, window=7))
+    past.append_(keys, values)
+    past.settle_(query.expand(-1, -1, 2, -1))
+    wanted = exact(past, query, None)
+    for level in kernels.levels():
+        with kernels.forced(level):
+            got = attend(query, past, None, width**-0.5).double()
         assert bool(((got - wanted).abs() <= wanted.abs() * 2**-8 + 2e-5).all()), level
 
 

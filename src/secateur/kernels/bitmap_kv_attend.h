@@ -3,8 +3,8 @@
 // key bits expands into 32 tokens of one channel, so that a score is a lane and nothing is added across a register; a
 // word of value bits into 32 channels of one token. What is expanded serves all the queries of a head.
 //
-// How what is packed is multiplied is handed in: by vectors, here, or by the matrix unit (bitmap_kv_attend_amx.cpp). Everything
-// is static: each file keeps the copy compiled with its own flags.
+// How what is packed is multiplied is handed in: by vectors, here, by pairs (bitmap_kv_attend_avx512bf16.cpp) or by the matrix
+// unit (bitmap_kv_attend_amx.cpp). Everything is static: each file keeps the copy compiled with its own flags.
 #pragma once
 #include "bitmap_kv.h"
 #include "wide.h"
@@ -33,14 +33,17 @@ inline Pair halves(__m512i both, f16) {
   return {_mm512_cvtph_ps(_mm512_castsi512_si256(both)), _mm512_cvtph_ps(_mm512_extracti64x4_epi64(both, 1))};
 }
 
+inline Pair halves(Pair both, float) { return both; }
+
+// What a word says of the values that come next, not in halves yet.
 inline Pair expand(uint32_t word, const float* values) {
   return {_mm512_castsi512_ps(expanded(uint16_t(word), values)),
           _mm512_castsi512_ps(expanded(uint16_t(word >> 16), values + __builtin_popcount(word & 0xffff)))};
 }
 
 template <class T>
-inline Pair expand(uint32_t word, const T* values) {
-  return halves(expanded(word, values), T());
+inline __m512i expand(uint32_t word, const T* values) {
+  return expanded(word, values);
 }
 
 inline Pair dense(uint32_t lanes, const float* values) {
@@ -114,12 +117,14 @@ struct Rooms {
   float* query;
   float* score;
   uint32_t* spare;
+  uint32_t* pairs;
 
   explicit Rooms(const BitmapKV& call) : words((call.width + 31) / 32) {
-    sum = static_cast<float*>(scratch((MOST * (words * 128 + BEHIND) + SCORES) * sizeof(float)));
+    sum = static_cast<float*>(scratch((MOST * (words * 128 + BEHIND) + SCORES + SCORES / 2) * sizeof(float)));
     query = sum + MOST * words * 32;
     score = query + MOST * words * 32;
     spare = reinterpret_cast<uint32_t*>(score + SCORES + MOST * BEHIND);
+    pairs = spare + MOST * words * 64;
   }
 };
 
@@ -135,11 +140,12 @@ struct Head {
   float* const score;   // [G, CHUNK + BEHIND]
   __m512* const sum;    // [G, words] pairs
   uint32_t* const spare;  // [words * 64, G], for what else a query becomes
+  uint32_t* const pairs;  // [G, CHUNK / 2], for weights of 16 bits
   So so[G];
 
   Head(const BitmapKV& all, int64_t which, const Rooms& rooms)
       : call(all), item(which), words(rooms.words), query(rooms.query), score(rooms.score),
-        sum(reinterpret_cast<__m512*>(rooms.sum)), spare(rooms.spare) {}
+        sum(reinterpret_cast<__m512*>(rooms.sum)), spare(rooms.spare), pairs(rooms.pairs) {}
 
   // Of the tiles from `from` on those from `tile` up to `tiles`, P at once, `apart` from one to the next: memory gives more to
   // several streams than to one. Where it came to is returned: what is no multiple of P is left.
@@ -159,7 +165,7 @@ struct Head {
       for (int64_t channel = 0; channel < width; channel++, bits++)
 #pragma GCC unroll 4
         for (int p = 0; p < P; p++) {
-          const Pair key = next(bits[p * apart * width], value[p]);
+          const Pair key = halves(next(bits[p * apart * width], value[p]), T());
           ask_ahead(value[p], channel);
 #pragma GCC unroll 4
           for (int g = 0; g < G; g++) {
@@ -178,9 +184,8 @@ struct Head {
     return tile + (P - 1) * apart;
   }
 
-  // What a word says of the values that come next.
-  inline Pair next(uint32_t word, const T*& value) {
-    const Pair found = expand(word, value);
+  static inline auto next(uint32_t word, const T*& value) {
+    const auto found = expand(word, value);
     value += __builtin_popcount(word);
     return found;
   }
@@ -225,15 +230,12 @@ struct Head {
     }
   }
 
-  // Likewise of the W words of a token those from FIRST to LAST, their sums in registers for as long as a chunk lasts.
-  template <int W, int FIRST, int LAST, int P>
-  int64_t packed_values(int64_t from, int64_t tile, int64_t tiles) {
-    enum { HELD = 2 * (LAST - FIRST) };
-    __m512 held[G * HELD];
-#pragma GCC unroll 8
-    for (int g = 0; g < G; g++)
-#pragma GCC unroll 8
-      for (int i = 0; i < HELD; i++) held[g * HELD + i] = sum[(g * W + FIRST) * 2 + i];
+  // Likewise of all W words of a token, their sums in registers for as long as a chunk lasts.
+  template <int W, int P>
+  int64_t packed_values_abreast(int64_t from, int64_t tile, int64_t tiles) {
+    __m512 held[G * 2 * W];
+#pragma GCC unroll 32
+    for (int i = 0; i < G * 2 * W; i++) held[i] = sum[i];
     const int64_t apart = (tiles - tile) / P;
     for (int64_t end = tile + apart; tile < end; tile++) {
       const int64_t place = item * call.room + from + tile;
@@ -247,30 +249,67 @@ struct Head {
 #pragma GCC unroll 4
           for (int p = 0; p < P; p++) {
             const uint32_t mask = bits[p * apart * TILE * W];
-            if (word < FIRST || word >= LAST)
-              value[p] += __builtin_popcount(mask);
-            else
-              add(word - FIRST, next(mask, value[p]), (tile + p * apart) * TILE + token, held, HELD);
-            if (FIRST == 0) ask_ahead(value[p], token * W + word);
+            add(word, halves(next(mask, value[p]), T()), (tile + p * apart) * TILE + token, held, 2 * W);
+            ask_ahead(value[p], token * W + word);
           }
     }
+#pragma GCC unroll 32
+    for (int i = 0; i < G * 2 * W; i++) sum[i] = held[i];
+    return tile + (P - 1) * apart;
+  }
+
+  // Of tiles [tile, end) the words of a token from FIRST on, as many as there are registers for their sums, then those after
+  // them: what is read again lies in the first cache. A token is expanded while the one before it is multiplied.
+  template <int W, int FIRST>
+  void packed_values_in_turn(int64_t from, int64_t tile, int64_t end) {
+    enum { SOME = G > 5 ? 1 : 2, LAST = FIRST + SOME < W ? FIRST + SOME : W, COUNT = LAST - FIRST, HELD = 2 * COUNT };
+    __m512 held[G * HELD];
+#pragma GCC unroll 8
+    for (int g = 0; g < G; g++)
+#pragma GCC unroll 8
+      for (int i = 0; i < HELD; i++) held[g * HELD + i] = sum[(g * W + FIRST) * 2 + i];
+    const int64_t place = item * call.room + from + tile;
+    const uint32_t* bits = call.value_bits + place * TILE * W;
+    const T* value = static_cast<const T*>(call.value_values) + place * call.value_kept;  // of one tile after another
+    decltype(next(0, value)) now[COUNT], then[COUNT];
+    const auto read = [&](decltype(next(0, value))* to, int64_t token) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+      for (int word = 0; word < W; word++, bits++) {
+        if (word < FIRST || word >= LAST)
+          value += __builtin_popcount(*bits);
+        else
+          to[word - FIRST] = next(*bits, value);
+        if (FIRST == 0) ask_ahead(value, token * W + word);
+      }
+    };
+    const auto multiply = [&](int64_t token) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+      for (int word = 0; word < COUNT; word++) add(word, halves(now[word], T()), token, held, HELD);
+    };
+    int64_t token = tile * TILE;
+    read(now, token);
+    for (; token < end * TILE - 1; token++) {
+      read(then, token + 1);
+      multiply(token);
+#pragma GCC unroll 4
+      for (int word = 0; word < COUNT; word++) now[word] = then[word];
+    }
+    multiply(token);
 #pragma GCC unroll 8
     for (int g = 0; g < G; g++)
 #pragma GCC unroll 8
       for (int i = 0; i < HELD; i++) sum[(g * W + FIRST) * 2 + i] = held[g * HELD + i];
-    return tile + (P - 1) * apart;
+    if constexpr (LAST < W) packed_values_in_turn<W, LAST>(from, tile, end);
   }
 
   template <int W>
   void packed_values(int64_t from, int64_t tiles) {
-    enum { HALF = W / 2 };
-    if constexpr (G * W > 12)  // more sums than there are registers: a tile twice, the second time from the first cache
-      for (int64_t tile = 0; tile < tiles; tile++) {
-        packed_values<W, 0, HALF, 1>(from, tile, tile + 1);
-        packed_values<W, HALF, W, 1>(from, tile, tile + 1);
-      }
+    enum { AT_ONCE = 2 };  // tiles
+    if constexpr (G > 2)
+      for (int64_t tile = 0; tile < tiles; tile += AT_ONCE)
+        packed_values_in_turn<W, 0>(from, tile, tile + AT_ONCE < tiles ? tile + AT_ONCE : tiles);
     else
-      packed_values<W, 0, W, 1>(from, packed_values<W, 0, W, ABREAST>(from, 0, tiles), tiles);
+      packed_values_abreast<W, 1>(from, packed_values_abreast<W, ABREAST>(from, 0, tiles), tiles);
   }
 
   void packed_values_of_any_width(int64_t from, int64_t tiles) {
@@ -278,10 +317,7 @@ struct Head {
     const T* value = static_cast<const T*>(call.value_values) + (item * call.room + from) * call.value_kept;
     for (int64_t token = 0; token < tiles * TILE; token++)
       for (int64_t word = 0; word < words; word++) {
-        const uint32_t mask = *bits++;
-        const Pair v = expand(mask, value);
-        value += __builtin_popcount(mask);
-        add(word, v, token, sum, 2 * words);
+        add(word, halves(next(*bits++, value), T()), token, sum, 2 * words);
       }
   }
 
@@ -346,6 +382,16 @@ struct Head {
     return !_mm512_cmp_ps_mask(wild, wild, _CMP_UNORD_Q);
   }
 };
+
+// What a sum through neighbours' zeros has made NaN, again by vectors.
+template <int G, class T>
+void one_by_one(const Head<G, T>& head, const T* from, T* to) {
+  const Rooms rooms(head.call);
+  for (int g = 0; g < G; g++) {
+    Head<1, T> one(head.call, head.item, rooms);
+    one.run(one, from + g * head.call.width, to + g * head.call.width);
+  }
+}
 
 struct ByVectors {
   enum { AT_ONCE = 4 };  // queries, for which there are registers

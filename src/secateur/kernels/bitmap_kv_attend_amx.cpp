@@ -202,11 +202,7 @@ struct Tiled {
       _tile_release();
       if (finite) return;
     }
-    const Rooms rooms(head.call);
-    for (int g = 0; g < G; g++) {
-      Head<1, bf16> one(head.call, head.item, rooms);
-      one.run(one, from + g * head.call.width, to + g * head.call.width);
-    }
+    one_by_one(head, from, to);
   }
 };
 
