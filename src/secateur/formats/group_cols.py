@@ -35,8 +35,8 @@ MOST_TAPS = 2**16 - 1
 SUMS = 2**18
 """Of an item of a convolution, so that they stay in the second cache."""
 
-PIXELS, OF_ONE_TAP = 768, 1024
-"""Of an item, at most, and where nothing is laid out of it in copies. Measured."""
+PIXELS, WHOLE = 768, 1024
+"""Of an item, at most; and where nothing is laid out of it in copies, or it is a whole picture. Measured."""
 
 EMPTIEST = 1 << 20
 """How many times as many weights as numbers it holds a matrix may have, for a file to be believed."""
@@ -180,7 +180,8 @@ class GroupCols:
     def cut(self, shape: tuple[int, int], out: tuple[int, int], pictures: int, threads: int) -> tuple[int, int]:
         """Rows of the outcome in an item, or pixels where `out` is one row of them, and parts of the outputs."""
         size, units = out[0], self._units(shape[0])
-        pixels = max(128, min(OF_ONE_TAP if self.taps == 1 else PIXELS, SUMS // shape[0]))
+        whole = self.taps == 1 or out[0] * out[1] <= WHOLE
+        pixels = max(128, min(WHOLE if whole else PIXELS, SUMS // shape[0]))
         if units == 1:  # a picture is divided if not the outputs
             pixels = max(64, min(pixels, -(-out[0] * out[1] // threads)))
         chunk = max(1, pixels // out[1])

@@ -16,7 +16,10 @@ enum { TABLE = 1 };  // with one tap too: what compiles it makes more of a load 
 #else
 enum { TABLE = 0 };
 #endif
-enum { OFTEN = 8 };  // outputs of a group, for which what is loaded of x need not be in the first cache
+enum {
+  OFTEN = 8,      // outputs of a group, for which what is loaded of x need not be in the first cache
+  MANY = 1 << 14  // sums: more than stay in the first cache
+};
 
 // Where the columns of a block lie, from the first pixel of a tile: with a table of them, without one where they are as far
 // apart (a Panel), or where what stands in the place of columns says so, which loads least.
@@ -84,7 +87,10 @@ inline void take_rows(const Convolution& call, const Shifted& layout, const floa
     for (int64_t i = 0; i < call.out_width; i += LANES) {
       const int64_t some = least(LANES, call.out_width - i);
       Vector sum = load(from + i);
-      if (more) sum += load_some(more + i, some);
+      if (more) {
+        __builtin_prefetch(more + i + call.y_plane);  // the next output's: planes lie apart as pages do
+        sum += load_some(more + i, some);
+      }
       sum = sum < low ? low : sum;
       sum = sum > high ? high : sum;
       store_some(to + i, sum, some);
@@ -173,7 +179,10 @@ bool convolve_item(const Convolution& given, const ConvolutionItem& item) {
   const int64_t pixels = (layout.rows - 1) * layout.pitch + call.out_width;
   const bool alike = !call.more || more_alike(&given);
   const bool between = in_place && call.y_row == layout.pitch;  // y has zeros where x has
-  const bool one_run = layout.rows == 1 || between || (layout.pitch == call.out_width && call.y_row == layout.pitch);
+  // Many planes a power of two apart would push one another out of the caches while they hold sums.
+  const bool apart = call.y_plane % 64 == 0 && (last - first) * pixels > MANY;
+  const bool dense = layout.rows == 1 || (layout.pitch == call.out_width && call.y_row == layout.pitch);
+  const bool one_run = between || (dense && !apart);
   const int64_t pitch = up(pixels, 2 * LANES) + LANES;
   const int64_t laid = in_place ? 0 : up(each * layout.channel + 4 * LANES, 2 * LANES);
   const int64_t floats = laid + SPARE + (one_run ? 0 : (last - first) * pitch);

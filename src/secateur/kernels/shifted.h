@@ -175,6 +175,7 @@ inline void shift_neighbours(const Convolution& call, const Shifted& layout, con
         Vector last = {}, now = of_row(from, 0, width);
         for (int64_t column = LANES; at < end; at += LANES, column += LANES) {
           const Vector next = of_row(from, column, width);
+          __builtin_prefetch(from + column - LANES + call.x_plane);  // the next channel's, which may lie in another page
           seen += now * 0.0f;
           store(at, shifted_up(now, last));
           store(at + copy, now);
@@ -186,6 +187,8 @@ inline void shift_neighbours(const Convolution& call, const Shifted& layout, con
         Vector last = {};
         for (int64_t column = 0; at < end; at += LANES, column += 2 * LANES) {
           const Vector a = of_row(from, column, width), b = of_row(from, column + LANES, width), odd = odds(a, b);
+          __builtin_prefetch(from + column + call.x_plane);
+          __builtin_prefetch(from + column + LANES + call.x_plane);
           seen += a * 0.0f;
           more += b * 0.0f;
           store(at, shifted_up(odd, last));
