@@ -105,7 +105,9 @@ def attend(
     """Attention of one new token, query [batch, query heads, 1, width], to packed tokens and the newest as they are.
 
     `keys` and `values` [batch, heads, tail, width]; `bias` [batch, tokens] is added to the scores. None where no
-    kernel is compiled, or the dtype or device has none. On an NVIDIA card it is Triton's.
+    kernel is compiled, or the dtype or device has none. On an NVIDIA card it is Triton's. Where pairs of bfloat16 are
+    multiplied without a matrix unit, the softmax of a token that has less than 1/1024 of the whole so far may be
+    rounded to bfloat16, as torch rounds all of them.
     """
     if query.is_cuda and query.dtype in VALUES and find_spec("triton"):
         from secateur.kernels import bitmap_kv_triton
