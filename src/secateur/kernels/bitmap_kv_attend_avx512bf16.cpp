@@ -4,8 +4,8 @@
 //
 // Weights of tokens are floats, and where many of a chunk weigh something its values are multiplied by floats. Otherwise they
 // are rounded to bf16, as torch's own attention rounds all of them, and what that loses of tokens that have more than SLIGHT
-// of all weight so far with some query is added afterwards. Of many slight weights, some rounded up and some down, no more is lost
-// than by rounding the outcome.
+// of all weight so far with some query is added afterwards. Of many slight weights, some rounded up and some down, no more is
+// lost than by rounding the outcome.
 //
 // A zero meets a neighbour: where that is not finite a sum is NaN that need not be, and vectors compute the query again.
 #include "bitmap_kv_attend.h"
@@ -143,8 +143,9 @@ struct ByPairs {
       }
   }
 
-  // By rounded weights. Of so many tiles from one on the words of a token from FIRST on, as many as there are registers for their
-  // sums, then those after them: what is read again lies in the first cache, and what comes after is asked for all the while.
+  // By rounded weights. Of so many tiles from one on the words of a token from FIRST on, as many as there are registers for
+  // their sums, then those after them: what is read again lies in the first cache, and what comes after is asked for all
+  // the while.
   template <int W, int FIRST>
   void some_values(int64_t tile, int64_t tiles, Chunk& of) {
     enum { SOME = G > 5 ? 1 : 2, TURNS = (W + SOME - 1) / SOME };

@@ -179,8 +179,9 @@ bool convolve_item(const Convolution& given, const ConvolutionItem& item) {
   const int64_t pixels = (layout.rows - 1) * layout.pitch + call.out_width;
   const bool alike = !call.more || more_alike(&given);
   const bool between = in_place && call.y_row == layout.pitch;  // y has zeros where x has
-  // Many planes a power of two apart would push one another out of the caches while they hold sums.
-  const bool apart = call.y_plane % 64 == 0 && (last - first) * pixels > MANY;
+  // Many planes whole kilobytes apart would push one another out of the caches while they hold sums. Groups that go over all
+  // tiles in turn read and write few planes at a time.
+  const bool apart = weight.rows < OFTEN && call.y_plane % 256 == 0 && (last - first) * pixels > MANY;
   const bool dense = layout.rows == 1 || (layout.pitch == call.out_width && call.y_row == layout.pitch);
   const bool one_run = between || (dense && !apart);
   const int64_t pitch = up(pixels, 2 * LANES) + LANES;
