@@ -50,8 +50,8 @@ def test_batch_goes_through_by_position_or_by_keyword() -> None:
         return a - b
 
     a, b = torch.tensor([5.0]), torch.tensor([3.0])
-    assert Batch((a, b)).through(subtract) == 2  # type: ignore[arg-type]
-    assert Batch({"b": a, "a": b}).through(subtract) == -2  # type: ignore[arg-type]
+    assert Batch((a, b)).through(subtract) == 2  # type: ignore[arg-type]  # no module, but called as one
+    assert Batch({"b": a, "a": b}).through(subtract) == -2  # type: ignore[arg-type]  # likewise
 
 
 def test_batch_size_is_that_of_the_first_tensor_with_an_axis() -> None:
@@ -62,8 +62,8 @@ def test_batch_size_is_that_of_the_first_tensor_with_an_axis() -> None:
 
 def test_batch_moves_inputs_and_target_and_keeps_what_is_no_tensor() -> None:
     moved = Batch((torch.zeros(2), "word"), torch.zeros(2)).to("meta")
-    assert moved.inputs[0].device.type == "meta"  # type: ignore[index]
-    assert moved.inputs[1] == "word"  # type: ignore[index]
+    assert moved.inputs[0].device.type == "meta"  # type: ignore[index]  # inputs may be a dict, not here
+    assert moved.inputs[1] == "word"  # type: ignore[index]  # likewise
     assert moved.target.device.type == "meta"
 
 
@@ -81,7 +81,7 @@ def test_training_goes_on_through_epochs_each_in_its_own_order() -> None:
     assert [(epoch, place) for epoch, place, _ in steps] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0)]
     assert not torch.equal(steps[0][2].target, steps[2][2].target)
     again = next(forever(task, epoch=1))
-    assert torch.equal(again[2].inputs[0], steps[2][2].inputs[0])  # type: ignore[index]
+    assert torch.equal(again[2].inputs[0], steps[2][2].inputs[0])  # type: ignore[index]  # a tuple here
 
 
 def test_batches_are_drawn_on_from_where_a_run_stopped() -> None:
@@ -105,4 +105,4 @@ def test_nothing_to_train_on_is_an_error() -> None:
             return []
 
     with pytest.raises(TaskError, match=r"empty was to be trained on, but its training split is empty\."):
-        next(forever(Empty()))  # type: ignore[arg-type]
+        next(forever(Empty()))  # type: ignore[arg-type]  # as much of a task as is asked

@@ -78,7 +78,7 @@ def test_every_variant_adds_and_holds(size, rows):
 @pytest.mark.parametrize("rows", [1, 4, 8])
 @pytest.mark.parametrize("size", [(16, 16), (40, 24), (19, 15)])
 def test_sums_of_many_outputs_are_added_to_and_held(size, rows):
-    """They lie apart from planes that are a power of two apart, and where those are not in their place."""
+    """Where planes are whole kilobytes apart sums lie elsewhere, up to groups of 4, and otherwise in their place."""
     layers = [conv(5, 72, padding=1), conv(72, 72, 1, seed=1), conv(72, 72, padding=1, seed=2)]
     links = [Link(0, None, between=RELU), Link(1, 1), Link(2, 1, between=(-90.0, 200.0))]
     packed, x, outputs = [SparseConv2d.of(layer, GroupCols(rows)) for layer in layers], pictures(5, *size), [2, 3]

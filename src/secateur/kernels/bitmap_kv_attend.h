@@ -6,6 +6,8 @@
 // How what is packed is multiplied is handed in: by vectors, here, by pairs (bitmap_kv_attend_avx512bf16.cpp) or by the matrix
 // unit (bitmap_kv_attend_amx.cpp). Everything is static: each file keeps the copy compiled with its own flags.
 #pragma once
+#include <type_traits>
+
 #include "bitmap_kv.h"
 #include "wide.h"
 
@@ -326,6 +328,18 @@ struct Head {
     for (int64_t token = 0; token < count; token++, value += call.width)
       for (int64_t word = 0; word < words; word++)
         add(word, dense(some(call.width - word * 32), value + word * 32), token, sum, 2 * words);
+  }
+
+  // Hands over how many words a token has, as a constant, where it is one to four.
+  template <class Take>
+  void by_words(int64_t from, int64_t tiles, Take take) {
+    switch (words) {
+      case 1: return take(std::integral_constant<int, 1>());
+      case 2: return take(std::integral_constant<int, 2>());
+      case 3: return take(std::integral_constant<int, 3>());
+      case 4: return take(std::integral_constant<int, 4>());
+      default: packed_values_of_any_width(from, tiles);
+    }
   }
 
   // What is packed, of the tiles from one on, to scores and weighted values, by vectors.

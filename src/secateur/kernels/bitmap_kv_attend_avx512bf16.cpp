@@ -32,14 +32,10 @@ struct ByPairs {
   void scores(int64_t from, int64_t tiles) { some_scores<1>(from, some_scores<ABREAST>(from, 0, tiles), tiles); }
 
   void values(int64_t from, int64_t tiles) {
-    if constexpr (G < 3) return head.values(from, tiles);  // which wait for memory
-    switch (head.words) {
-      case 1: return values_of<1>(from, tiles);
-      case 2: return values_of<2>(from, tiles);
-      case 3: return values_of<3>(from, tiles);
-      case 4: return values_of<4>(from, tiles);
-      default: return head.packed_values_of_any_width(from, tiles);
-    }
+    if constexpr (G < 3)
+      head.values(from, tiles);  // which wait for memory
+    else
+      head.by_words(from, tiles, [&](auto words) { values_of<decltype(words)::value>(from, tiles); });
   }
 
   static void ask_ahead(const bf16* value) { _mm_prefetch(reinterpret_cast<const char*>(value) + AHEAD, _MM_HINT_T0); }
