@@ -8,7 +8,10 @@ namespace {
 typedef __m512bh Pairs;
 typedef int32_t __attribute__((may_alias, aligned(2))) Two;
 
-enum { LANES_OF_TWO = 2 * LANES };
+enum {
+  LANES_OF_TWO = 2 * LANES,
+  SOON = 512  // columns ahead that memory is asked for
+};
 
 // Where lanes of two vectors of 16 bfloat16 come from to stand in pairs.
 inline __m512i one_of_each() {
@@ -91,19 +94,58 @@ void add_pairs(const KBlocked& weight, int64_t block, int64_t begin, int64_t end
 #pragma GCC unroll 4
       for (int v = 0; v < V; v++) sum[i][v] = tile.bias ? _mm512_set1_ps(bias) : _mm512_loadu_ps(at[i] + v * LANES);
     }
-    for (; together > 0; together--, columns += STEP, values += STEP) {
+    const auto shared_step = [&](__m512(&to)[ABREAST][V]) __attribute__((always_inline)) {
       const uint64_t all = Side<uint8_t, STEP>(columns).all;
 #pragma GCC unroll 2
       for (int i = 0; i < ABREAST; i += 2) {
         const Met<V> x = met(all, i);
 #pragma GCC unroll 2
-        for (int one = i; one < i + 2; one++) add(one, x, sum[one]);
+        for (int one = i; one < i + 2; one++) add(one, x, to[one]);
       }
-    }
-    for (; left > 0; left--, columns += STEP, values += STEP) {
+      columns += STEP;
+      values += STEP;
+    };
+    const auto step = [&]() __attribute__((always_inline)) {
       const uint64_t all = Side<uint8_t, STEP>(columns).all;
 #pragma GCC unroll 4
       for (int i = 0; i < ABREAST; i++) add(i, met(all, i), sum[i]);
+      columns += STEP;
+      values += STEP;
+    };
+    if constexpr (V == 1) {
+      // By fours: how often a few of these follow one another is foreseen, as it is about the same for the bunch before.
+      const auto ask = [&]() __attribute__((always_inline)) {
+        __builtin_prefetch(reinterpret_cast<const char*>(values) + 2 * SOON);
+        __builtin_prefetch(columns + SOON);
+      };
+      left += together % 4;
+      if (together >= 4) {
+        __m512 more[ABREAST][V] = {};  // an instruction waits six cycles for the sum it adds to
+        for (together /= 4; together > 0; together--) {
+          ask();
+          shared_step(sum);
+          shared_step(more);
+          shared_step(sum);
+          shared_step(more);
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < ABREAST; i++) sum[i][0] = _mm512_add_ps(sum[i][0], more[i][0]);
+      }
+      for (; left >= 4; left -= 4) {
+        ask();
+        step();
+        step();
+        step();
+        step();
+      }
+      if (left & 2) {
+        step();
+        step();
+      }
+      if (left & 1) step();
+    } else {
+      for (; together > 0; together--) shared_step(sum);
+      for (; left > 0; left--) step();
     }
 #pragma GCC unroll 4
     for (int i = 0; i < ABREAST; i++)
