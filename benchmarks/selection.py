@@ -10,6 +10,7 @@ docs/selection-speed.md is made.
 """
 
 import argparse
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from benchmarks.plain import plain_sweep
 from secateur import kernels
 from secateur.axes import NM, ObsSweep, keep_top
 from secateur.axes.cached import PerToken
+from secateur.evidence import add_gram_
 from secateur.outcome import about_machine, about_versions, now
 
 HERE = Path(__file__).resolve().parent
@@ -77,6 +79,30 @@ def layer(outputs: int, inputs: int) -> Pair:
     )
 
 
+def gram(tokens: int, width: int, dtype: torch.dtype) -> Pair:
+    x = torch.randn(tokens, width, generator=torch.Generator().manual_seed(0)).to(dtype)
+    mean, total = torch.zeros(width, width), torch.zeros(width, width, dtype=torch.float64)
+    scale = math.sqrt(2 / tokens)
+
+    def plain() -> Tensor:  # of a first batch, whose mean is that of all
+        mean.mul_(0)
+        some = x.T.float() * scale
+        return mean.add_(some @ some.T)
+
+    def here() -> Tensor:  # the sum, below the diagonal
+        total.zero_()
+        add_gram_(total, x)
+        return total
+
+    return plain, here
+
+
+def apart(mean: Tensor, total: Tensor, tokens: int) -> float:
+    """How far a sum below the diagonal is from twice the mean, as a share of it."""
+    wanted = mean.tril().double()
+    return float((total.tril() * (2 / tokens) - wanted).norm() / wanted.norm())
+
+
 def tokens(heads: int, context: int, width: int) -> Pair:
     x = torch.randn(1, heads, context, width, generator=torch.Generator().manual_seed(0)).bfloat16()
 
@@ -87,9 +113,16 @@ def tokens(heads: int, context: int, width: int) -> Pair:
     return plain, lambda: PerToken().select(x, 0.5)
 
 
-def compare(name: str, pair: Pair, rounds: int) -> dict[str, object]:
+def agree(plain: Tensor, here: Tensor) -> dict[str, float]:
+    """The share of choices that are the same."""
+    return {"agree": float((plain == here).float().mean())}
+
+
+def compare(
+    name: str, pair: Pair, rounds: int, alike: Callable[[Tensor, Tensor], dict[str, float]] = agree
+) -> dict[str, object]:
     plain, here = pair
-    agree = float((plain() == here()).float().mean())  # and both are warm
+    like = alike(plain(), here())  # and both are warm
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(rounds):
         for spent, call in zip(times, pair, strict=True):
@@ -98,7 +131,7 @@ def compare(name: str, pair: Pair, rounds: int) -> dict[str, object]:
             spent.append(time.thread_time() - start)
     before, after = (1e3 * statistics.median(t) for t in times)
     print(f"{name}: {before:.1f} ms plainly, {after:.1f} ms here, {before / after:.1f} times", flush=True)
-    return {"name": name, "plainly": before, "here": after, "agree": agree}
+    return {"name": name, "plainly": before, "here": after, **like}
 
 
 def page(found: dict) -> str:
@@ -108,7 +141,8 @@ def page(found: dict) -> str:
         "",
         "Written by `python -m benchmarks.selection`. The steps that pruning spends its time in, against the "
         "published formulas done plainly in torch, as the authors' scripts go about them; medians of processor time, "
-        "over rounds in which both took turns. Where two scores are equal the plain way may choose the other.",
+        "over rounds in which both took turns. Where two scores are equal the plain way may choose the other; sums of "
+        "floats, which come in another order, are apart by a share of the whole.",
         "",
         str(found["about"]),
         "",
@@ -117,7 +151,8 @@ def page(found: dict) -> str:
     ]
     for row in found["rows"]:
         ratio = row["plainly"] / row["here"]
-        lines.append(f"| {row['name']} | {row['plainly']:.4g} | {row['here']:.4g} | {ratio:.1f} | {row['agree']:.4%} |")
+        like = f"{row['agree']:.4%}" if "agree" in row else f"apart by {row['apart']:.0e}"
+        lines.append(f"| {row['name']} | {row['plainly']:.4g} | {row['here']:.4g} | {ratio:.1f} | {like} |")
     return "\n".join(lines) + "\n"
 
 
@@ -139,6 +174,11 @@ def main() -> None:
     if n >= 4096:
         cases[f"SparseGPT, a layer of {n} x {n}"] = layer(n, n)
     measured = [compare(name, pair, asked.rounds) for name, pair in cases.items()]
+    for dtype in (torch.bfloat16, torch.float32):
+        name = f"Hessian, {n} tokens of {n} inputs in {str(dtype).removeprefix('torch.')}"
+        measured.append(
+            compare(name, gram(n, n, dtype), asked.rounds, lambda mean, total: {"apart": apart(mean, total, n)})
+        )
     machine = about_machine()
     found = {
         "created": now(),

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from secateur.errors import EvidenceError, SettingError, did_you_mean
+from secateur.kernels.products import BLOCK, add_product
 from secateur.site import Part, Site, Tensors, tensors
 from secateur.task import Batch, logits_of
 
@@ -265,6 +266,13 @@ class Recorder(TorchFunctionMode):
         self._counts[group] = self._counts.get(group, 0) + rows.shape[1]
         with torch.no_grad():
             for key in self.needs:
+                if key == "gram":
+                    width = rows.shape[-1]
+                    if key not in sums:
+                        sums[key] = rows.new_zeros(len(rows), width, width, dtype=torch.float64)
+                    for total, own in zip(sums[key], rows, strict=True):
+                        add_gram_(total, own)
+                    continue
                 found = _sum_of(key, rows, apart)
                 found = found[0] if rows.shape[0] == 1 else found
                 if key in sums:
@@ -276,6 +284,10 @@ class Recorder(TorchFunctionMode):
         """What was seen: site name -> Evidence. Sites that saw nothing have a count of zero."""
         found: dict[str, Evidence] = {}
         for group, sums in self._sums.items():
+            if "gram" in sums:
+                for total in sums["gram"]:
+                    mirror_(total)
+                sums = {**sums, "gram": sums["gram"][0] if len(sums["gram"]) == 1 else sums["gram"]}
             seen = Evidence(self._counts[group], sums)
             for name in dict.fromkeys(group):
                 found[name] = found[name].merge(seen) if name in found else seen
@@ -333,8 +345,7 @@ def _unfolding(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], weig
 
 
 def _rows(x: Tensor, unfolding: tuple[Any, ...]) -> Tensor:
-    """What meets the weight, a row per token or position: [groups, tokens, in], float32 or wider."""
-    x = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    """What meets the weight, a row per token or position: [groups, tokens, in]."""
     if not unfolding:
         return x.reshape(1, -1, x.shape[-1])
     kernel, stride, padding, dilation, groups = unfolding
@@ -345,9 +356,31 @@ def _rows(x: Tensor, unfolding: tuple[Any, ...]) -> Tensor:
     return patches.permute(1, 0, 3, 2).reshape(groups, n * positions, width // groups)
 
 
+def add_gram_(total: Tensor, rows: Tensor) -> None:
+    """Add the sum of x x^T over rows [n, in] to the lower triangle of a total [in, in] in float64.
+
+    Products and sums of a batch are those of float32, of bfloat16 too: the products of two such numbers are exact.
+    What stands above the triangle is not said: `mirror_` puts it right when all is summed.
+    """
+    rows = rows if rows.dtype in (torch.float32, torch.float64, torch.bfloat16) else rows.float()
+    found = rows.new_empty(total.shape, dtype=torch.promote_types(rows.dtype, torch.float32))
+    add_product(found, rows.T, rows.T, fresh=True, lower=True)
+    for a in range(0, len(total), BLOCK):
+        b = a + BLOCK
+        total[a:b, :b] += found[a:b, :b]
+
+
+def mirror_(total: Tensor) -> None:
+    """Make a matrix symmetrical: what stands below the diagonal counts."""
+    for a in range(0, len(total), BLOCK):
+        b = a + BLOCK
+        total[a:b, b:] = total[b:, a:b].T
+        square = total[a:b, a:b]
+        square.copy_(square.tril() + square.tril(-1).T)
+
+
 def _sum_of(key: str, rows: Tensor, examples: int) -> Tensor:
-    if key == "gram":
-        return rows.transpose(1, 2) @ rows
+    rows = rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
     if key == "input_scatter":  # centred first: the difference of two large sums would lose a small variance
         each = rows.reshape(rows.shape[0], examples, -1, rows.shape[-1])
         return (each - each.mean(2, keepdim=True)).square().sum((1, 2), dtype=torch.float64)

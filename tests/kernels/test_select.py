@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from secateur import kernels
-from secateur.axes import NM, keep_top
+from secateur.axes import NM, PerRow, keep_top
 from secateur.axes.criteria import gram_factor
-from secateur.axes.solvers import ObsSweep
+from secateur.axes.patterns import PerSlab
+from secateur.axes.solvers import Columns, ObsSweep
 from secateur.errors import PatternError
 
 
@@ -73,19 +74,54 @@ def test_groups_are_the_same_with_and_without_a_kernel(monkeypatch):
             assert torch.equal(pattern.select(score, 64 * 96 * n // m), here)
 
 
+@pytest.mark.parametrize("pattern", [PerSlab(), NM(2, 4), PerRow()], ids=lambda pattern: type(pattern).__name__)
 @pytest.mark.parametrize("rows", [1, 16, 37, 70])
-def test_the_sweep_is_that_of_the_formula(rows, monkeypatch):
+def test_the_sweep_is_that_of_the_formula(rows, pattern, monkeypatch):
     made = torch.Generator().manual_seed(rows)
-    weight, inputs = torch.randn(rows, 150, generator=made), torch.randn(400, 150, generator=made)
+    weight, inputs = torch.randn(rows, 152, generator=made), torch.randn(400, 152, generator=made)
+    inputs[:, [3, 77]] = 0
     gram = (inputs.T @ inputs).double()
-    solver = ObsSweep(block=64)
+    solver = ObsSweep(pattern, block=64)
     with monkeypatch.context() as patched:
         patched.setattr(kernels, "find", lambda name: None)
-        mask, value = solver.sweep(weight, gram, rows * 75)
+        mask, value = solver.sweep(weight, gram, rows * 76)
     for level in kernels.levels():
         with kernels.forced(level):
-            found = solver.sweep(weight, gram, rows * 75)
+            found = solver.sweep(weight, gram, rows * 76)
         assert (found[0] == mask).float().mean() > 0.999
         same = (found[0] == mask).all(1)
         torch.testing.assert_close(found[1][same], value[same], atol=1e-4, rtol=1e-3)
+        assert not found[1][~found[0]].any() and not found[1][:, [3, 77]].any()
     assert gram_factor(gram, 0.01)[0].stride(1) == 1
+
+
+@pytest.mark.parametrize("columns", [1, 4, 7, 8, 9, 16, 17, 40, 130])
+def test_columns_in_turn_are_those_of_float64_and_nothing_else_is_written(columns):
+    made = torch.Generator().manual_seed(columns)
+    factor = torch.randn(columns, columns + 3, generator=made)[:, :columns].tril(-1) / 8
+    factor.diagonal().fill_(1.5)
+    factor = torch.cat([factor, torch.full((columns, 5), float("nan"))], 1)[:, :columns]
+    for rows in (1, 16, 17, 32, 33, 70):
+        room = torch.full((3, rows + 2, columns + 6), float("nan"))
+        plain, push, change = (part[1:-1, 2 : columns + 2] for part in room)
+        for part in (plain, push):
+            part.copy_(torch.randn(rows, columns, generator=made))
+        stays = torch.rand(rows, columns, generator=made) > 0.5
+        asked = push.clone()
+        w, due = plain.double(), push.double()
+        free = w + torch.linalg.solve_triangular(factor.double(), due.T, upper=False).T
+        lost = torch.zeros_like(w)
+        for j in range(columns):
+            mended = w[:, j] + (due[:, j] + lost[:, :j] @ factor.double()[j, :j]) / factor[j, j].double()
+            lost[:, j] = w[:, j] - mended * stays[:, j]
+        for level in kernels.levels():
+            with kernels.forced(level):
+                push.copy_(asked)
+                some = Columns(plain, push, factor)
+                torch.testing.assert_close(some.saliency().double(), (1.5 * free).square(), atol=1e-3, rtol=1e-3)
+                assert torch.equal(push, asked), level
+                some.settle(stays, change)
+            torch.testing.assert_close(change.double(), lost, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(push.double(), w - lost, atol=1e-4, rtol=1e-4)
+            assert not push[~stays].any()
+            assert int(room.isfinite().sum()) == 3 * rows * columns, level

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from secateur.errors import EvidenceError, SettingError
 from secateur.evidence import GRADS, Evidence
+from secateur.kernels.products import add_product
 from secateur.site import Site, Tensors
 from secateur.task import stream
 
@@ -113,11 +114,11 @@ def gram_factor(gram: Tensor, damp: float, name: str = "") -> tuple[Tensor, Tens
     )
 
 
-def factor_(matrix: Tensor, block: int = 256) -> bool:
+def factor_(matrix: Tensor, block: int = 128) -> bool:
     """Put R, lower triangular with R^T R the matrix, in its place; False where it is not positive definite.
 
-    From the last block up, what is above brought up to date by products of matrices: on one thread twice as fast as
-    LAPACK's Cholesky of the reversed matrix, which is the same. The lower triangle is read.
+    From the last block up, what is above brought up to date by products of matrices: on one thread several times as
+    fast as LAPACK's Cholesky of the reversed matrix, which is the same. The lower triangle is read.
     """
     for b in range(len(matrix), 0, -block):
         a = max(b - block, 0)
@@ -125,11 +126,11 @@ def factor_(matrix: Tensor, block: int = 256) -> bool:
         if int(failed):
             return False
         square = turned.flip(0, 1)
-        left = torch.linalg.solve_triangular(square.T, matrix[a:b, :a], upper=True)
+        # By a small inverse and a product: a triangular solve of as many columns takes four times as long.
+        inverse = torch.linalg.solve_triangular(square.T, torch.eye(b - a, dtype=square.dtype), upper=True)
+        left = inverse @ matrix[a:b, :a]
         matrix[a:b, :a], matrix[a:b, a:b], matrix[a:b, b:] = left, square, 0
-        for c in range(0, a, block):
-            d = min(c + block, a)
-            matrix[c:d, :d].addmm_(left[:, c:d].T, left[:, :d], alpha=-1)
+        add_product(matrix[:a, :a], left.T, left.T, scale=-1, lower=True)
     return True
 
 

@@ -14,6 +14,7 @@ from secateur.axes.refiners import Refiner
 from secateur.edit import Edit, Mask, Update
 from secateur.errors import EvidenceError
 from secateur.evidence import Evidence
+from secateur.kernels.products import add_product
 from secateur.site import Site, Tensors
 
 
@@ -105,67 +106,84 @@ class ObsSweep:
         """Mask and new weights [out, in] that keep `keep` of them, given the inputs' gram [in, in]."""
         rows, columns = weight.shape
         factor, dead = gram_factor(gram, self.damp, name)  # R, lower triangular: H = R^T R
-        scale = factor.diagonal().unsqueeze(1)
-        # All that follows is turned, [columns, rows], so that what a column has lies in one piece.
-        value = weight.T.contiguous()
-        if value.data_ptr() == weight.data_ptr():
-            value = value.clone()
-        value[dead] = 0
-        push = torch.zeros_like(value)  # what the columns so far ask of those to come
-        mask = torch.ones(rows, columns, dtype=torch.bool)
+        plain = weight.contiguous()
+        if bool(dead.any()):
+            plain = plain.masked_fill(dead, 0)
+        # What the columns so far ask of those to come; of those done, the new weights.
+        push = torch.empty(rows, columns + 16, dtype=plain.dtype, device=plain.device)[:, :columns]
+        push[:, : self.block] = 0
+        mask = torch.empty(rows, columns, dtype=torch.bool)
         span = self.pattern.span
         kept = 0
         for a in range(0, columns, self.block):
             b = min(a + self.block, columns)
-            change = torch.empty(b - a, rows, dtype=value.dtype)  # w - q
+            change = torch.empty(rows, b - a, dtype=plain.dtype)  # w - q
             step = b - a if span is None else max(span, 1)
             for c in range(a, b, step):
                 d = min(c + step, b)
-                inner, here, square = push[c:d], change[c - a : d - a], factor[c:d, c:d]
+                now = Columns(plain[:, c:d], push[:, c:d], factor[c:d, c:d])
                 if c > a:
-                    inner.addmm_(factor[c:d, a:c], change[: c - a])
+                    now.push.addmm_(change[:, : c - a], factor[c:d, a:c].T)
                 # As the weights stand if nothing in these columns is dropped: what the choice is made on.
-                free = torch.linalg.solve_triangular(square, inner, upper=False).add_(value[c:d])
-                score = free.mul_(scale[c:d]).square_().T.contiguous()
+                score = now.saliency()
                 # What is due by now less what was kept: a pattern's rounding here is made up for by the next columns.
                 share = min(max(keep * d // columns - kept, 0), rows * (d - c))
                 share = self.pattern.nearest((rows, d - c), share)
                 kept += share
                 chosen = self.pattern.select(score, share)
                 mask[:, c:d] = chosen
-                plain, stays = value[c:d], chosen.T.contiguous()
-                if not _compiled(plain, inner, square, stays, here):
-                    held = stays.to(value.dtype)
-                    for j in range(d - c):
-                        due = inner[j] if j == 0 else torch.addmv(inner[j], here[:j].T, square[j, :j])
-                        torch.sub(
-                            plain[j], torch.add(plain[j], due, alpha=1 / float(square[j, j])).mul_(held[j]), out=here[j]
-                        )
-                plain.sub_(here)
-            push[b:].addmm_(factor[b:, a:b], change)
-        result = value.T.contiguous()
-        result[~mask] = 0
-        return mask, result
+                now.settle(chosen, change[:, c - a : d - a])
+            add_product(push[:, b:], change, factor[b:, a:b], fresh=a == 0)
+        return mask, push
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Some neighbouring columns of a weight that are decided at once."""
+
+    plain: Tensor  # [rows, columns]: w, as it was
+    push: Tensor  # [rows, columns]: what the columns before them ask of these
+    factor: Tensor  # [columns, columns]: their own part of R, lower triangular
+
+    def saliency(self) -> Tensor:
+        """(w~_j R_jj)^2 [rows, columns], if all of them stay."""
+        score = torch.empty_like(self.plain, memory_format=torch.contiguous_format)
+        if not self._compiled(None, score):
+            free = torch.linalg.solve_triangular(self.factor, self.push.T, upper=False).T.add(self.plain)
+            torch.mul(free, self.factor.diagonal(), out=score).square_()
+        return score
+
+    def settle(self, stays: Tensor, change: Tensor) -> None:
+        """Put the new weights where `push` is, 0 where they go, and what they lost, w - q, into `change`."""
+        if self._compiled(stays.contiguous(), change):
+            return
+        for j in range(stays.shape[1]):
+            due = self.push[:, j] if j == 0 else torch.addmv(self.push[:, j], change[:, :j], self.factor[j, :j])
+            new = torch.add(self.plain[:, j], due, alpha=1 / float(self.factor[j, j])).mul_(stays[:, j])
+            torch.sub(self.plain[:, j], new, out=change[:, j])
+            self.push[:, j] = new
+
+    def _compiled(self, stays: Tensor | None, found: Tensor) -> bool:
+        """Whether the compiled kernel has done it; torch has to where it has not."""
+        kernel = kernels.find("sweep_f32")
+        if kernel is None or self.plain.dtype is not torch.float32 or self.plain.device.type != "cpu":
+            return False
+        rows, columns = self.plain.shape
+        lying = (self.plain, self.push, self.factor, stays, found)
+        where = (None if t is None else t.data_ptr() for t in lying)
+        apart = (0 if t is None else t.stride(0) for t in lying)
+        kernels.run(kernel, Struct(*where, rows, columns, *apart), -(-rows // 16))
+        return True
 
 
 class Struct(ctypes.Structure):
     """`Sweep` of kernels/sweep.h."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("plain", "push", "factor", "stays", "change")),
-        *((name, ctypes.c_int64) for name in ("rows", "columns", "stride")),
+        *((name, ctypes.c_void_p) for name in ("plain", "push", "factor", "stays", "found")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns")),
+        *((f"{name}_apart", ctypes.c_int64) for name in ("plain", "push", "factor", "stays", "found")),
     )
-
-
-def _compiled(plain: Tensor, push: Tensor, factor: Tensor, stays: Tensor, change: Tensor) -> bool:
-    """Whether the compiled kernel has written the columns' change [columns, rows]; torch has to where it has not."""
-    kernel = kernels.find("sweep_f32")
-    if kernel is None or plain.dtype is not torch.float32 or plain.device.type != "cpu" or factor.stride(1) != 1:
-        return False
-    columns, rows = plain.shape
-    where = (t.data_ptr() for t in (plain, push, factor, stays, change))
-    kernels.run(kernel, Struct(*where, rows, columns, factor.stride(0)), -(-rows // 16))
-    return True
 
 
 def _gram(site: Site, seen: Evidence) -> Tensor:

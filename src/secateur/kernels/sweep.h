@@ -2,15 +2,16 @@
 //
 //   w~_j = w_j + (push_j + sum over i < j of R_ji (w_i - q_i)) / R_jj       q_j = w~_j where it stays, else 0
 //
-// A column of the matrix is a row here, so that sixteen rows of the matrix are the lanes of a register.
+// An item is sixteen rows of the matrix: the lanes of a register. All lie row by row, `_apart` from one to the next.
 #pragma once
 #include "kernels.h"
 
 struct Sweep {
-  const float* plain;    // [columns, rows]: w
-  const float* push;     // [columns, rows]: what earlier columns ask of these
-  const float* factor;   // [columns, columns], `stride` from one row to the next: R, lower triangular
-  const uint8_t* stays;  // [columns, rows]
-  float* change;         // [columns, rows]: w - q
-  int64_t rows, columns, stride;
+  const float* plain;    // [rows, columns]: w
+  float* push;           // [rows, columns]: what earlier columns ask of these; then q, where it is known what stays
+  const float* factor;   // [columns, columns]: R, lower triangular
+  const uint8_t* stays;  // [rows, columns]; or null: all stay, and the saliency is asked for
+  float* found;          // [rows, columns]: w - q, or the saliency, (w~_j R_jj)^2
+  int64_t rows, columns;
+  int64_t plain_apart, push_apart, factor_apart, stays_apart, found_apart;
 };
