@@ -6,7 +6,8 @@ Weights are cold: each call takes another copy of them, more in all than the cac
 before any is called again. With one thread the time is the processor's for that thread: what other programs take of it
 is not counted, though they disturb the caches; with more it is that of the clock. There are two dense peers:
 `F.linear`, as a model calls it, and the weight prepacked for oneDNN, as a frozen compiled model holds it; 8-bit values
-have torch's product with dense 8-bit weights besides.
+have torch's product with dense 8-bit weights besides. Packed weights lie in large pages of memory, as `accelerate`
+leaves them, so `F.linear` is timed with its weight there too.
 Writes results/speed.json, cell by cell, from which docs/speed.md is made; a row that was not measured is not there.
 """
 
@@ -26,6 +27,7 @@ from benchmarks import kept
 from secateur import kernels
 from secateur.accelerate import memory_speed
 from secateur.formats import Bitmap, BitmapInt8, Format, GroupCols, KBlocked, Packed, Sell8, SellBlocked
+from secateur.formats.pages import in_large_pages, settled
 from secateur.outcome import about_machine, about_versions, now
 
 HERE = Path(__file__).resolve().parent
@@ -68,6 +70,9 @@ SCENARIOS = (
 )
 
 
+LARGE = "F.linear, large pages"
+
+
 def prepacked(weight: Tensor, rows: int) -> Tensor:
     """A weight in oneDNN's own order, for `product` with so many rows."""
     return torch.ops.mkldnn._reorder_linear_weight(weight, rows)
@@ -96,10 +101,18 @@ def cell(at: Scenario, sparsity: float, rounds: int) -> dict[str, object]:
     ways: dict[str, list[list[Callable[[], Tensor]]]] = {}
     for _ in range(copies):
         passes: dict[str, list[Callable[[], Tensor]]] = {}
-        for shape in at.shapes:
+        large = in_large_pages([distinct[shape][0].clone() for shape in at.shapes])
+        copied = [
+            Packed(one.format, one.shape, {k: v.clone() for k, v in one.tensors.items()})
+            for shape in at.shapes
+            for one in distinct[shape][1]
+        ]
+        apart = iter(settled(copied))  # as `accelerate` leaves them
+        for shape, there in zip(at.shapes, large, strict=True):
             weight, packed = distinct[shape]
             own, given = weight.clone(), x[shape[1]]
             passes.setdefault("F.linear", []).append(lambda w=own, x=given: F.linear(x, w))
+            passes.setdefault(LARGE, []).append(lambda w=there, x=given: F.linear(x, w))
             ready = prepacked(weight, at.rows)
             passes.setdefault("prepacked", []).append(lambda w=ready, x=given: product(x, w))
             if any(isinstance(format, BitmapInt8) for format in at.formats):
@@ -107,9 +120,9 @@ def cell(at: Scenario, sparsity: float, rounds: int) -> dict[str, object]:
                 passes.setdefault("int8", []).append(
                     lambda w=eight, s=scales, x=given: torch.ops.aten._weight_int8pack_mm(x, w, s)
                 )
-            for one in packed:
-                mine = Packed(one.format, one.shape, {k: v.clone() for k, v in one.tensors.items()})
-                passes.setdefault(one.format.name, []).append(lambda p=mine, x=given: p.matmul(x))
+            for _ in packed:
+                mine = next(apart)
+                passes.setdefault(mine.format.name, []).append(lambda p=mine, x=given: p.matmul(x))
         for name, calls in passes.items():
             ways.setdefault(name, []).append(calls)
     seconds = times(ways, rounds)
@@ -151,7 +164,8 @@ def page(found: dict[str, object]) -> str:
         "of medians, and in brackets that of lower quintiles, which other work on the machine disturbs less. With one "
         "thread the time is the processor's for it, so that what other programs take is not counted. Weights come from "
         "memory, another copy each call. `prepacked` is oneDNN's dense product with a weight in its own order, "
-        "`F.linear` what a model calls, `int8` torch's with dense 8-bit weights. What was not measured is not here.",
+        "`F.linear` what a model calls, and with its weight in large pages of memory, where packed weights lie "
+        "(`formats/pages.py`); `int8` torch's with dense 8-bit weights. What was not measured is not here.",
         "",
         f"{found['about']}",
     ]
@@ -159,7 +173,7 @@ def page(found: dict[str, object]) -> str:
         cells = [row for row in found["cells"] if row["scenario"] == at.name]
         if not cells:
             continue
-        peers = [name for name in ("prepacked", "F.linear", "int8") if name in cells[0]["median"]]
+        peers = [name for name in ("prepacked", "F.linear", LARGE, "int8") if name in cells[0]["median"]]
         lines += ["", f"## {at.title[0].upper()}{at.title[1:]}", "", "| sparsity | format | bytes of dense | "]
         lines[-1] += " | ".join(f"over {peer}" for peer in peers) + " | of memory's speed |"
         lines.append("| --- | --- | --- |" + " --- |" * (len(peers) + 1))

@@ -38,6 +38,7 @@ from secateur.formats.chain import ConvChain
 from secateur.formats.conv import Form, SparseConv2d
 from secateur.formats.linear import SparseLinear, SparsePointwise
 from secateur.formats.packed import Packed
+from secateur.formats.pages import empty, in_large_pages, settled
 from secateur.outcome import Timing, time_pair
 from secateur.task import Batch
 
@@ -152,6 +153,7 @@ def accelerate(
                 choices.append(choice)
                 chosen |= {} if packed is None else {choice.layer: packed}
                 beside |= {} if other is None else {choice.layer: other}
+        _settle([*chosen.values(), *beside.values()], [at for name, at in layers.items() if name not in chosen])
         sparse = _in_chains(sharing(base, {layers[name]: packed for name, packed in chosen.items()}), batch)
         if beside:
             sparse, choices, chosen = _all_chained(base, layers, chosen, beside, choices, sparse, batch)
@@ -162,6 +164,16 @@ def accelerate(
             sparse, after = dense, before
         error = _difference(batch.through(dense), batch.through(sparse))
     return Accelerated(sparse, tuple(choices), before, after, error, kernels.level())
+
+
+def _settle(packed: Sequence[nn.Module], dense: Sequence[nn.Module]) -> None:
+    """Put what packed layers hold into large pages, and the weights of linear ones that stay dense."""
+    layers = [each for module in packed for each in module.modules() if isinstance(each, (SparseLinear, SparseConv2d))]
+    for layer, held in zip(layers, settled([layer.packed for layer in layers]), strict=True):
+        layer._hold(held)
+    plain = {id(at.weight): at.weight for at in dense if isinstance(at, nn.Linear) and at.weight.is_contiguous()}
+    for weight, moved in zip(plain.values(), in_large_pages(list(plain.values())), strict=True):
+        weight.data = moved
 
 
 def _in_chains(model: nn.Module, batch: Batch) -> nn.Module:
@@ -255,7 +267,7 @@ def memory_speed(nbytes: int = 2**28) -> float | None:
     kernel = kernels.find("memory_read")
     if kernel is None:
         return None
-    data = torch.zeros(nbytes, dtype=torch.uint8)
+    data = empty((nbytes,), torch.empty(0, dtype=torch.uint8)).zero_()  # in large pages, as what is packed
     seconds, clock = [], _clock()
     for _ in range(5):
         start = clock()

@@ -23,6 +23,7 @@ from torch import Tensor
 from secateur import kernels
 from secateur.errors import PatternError
 from secateur.formats.packed import VALUES, pointer
+from secateur.formats.pages import empty, in_large_pages
 
 TILE = 32  # tokens, and bits of a word
 
@@ -152,13 +153,15 @@ def pack(keys: Tensor, values: Tensor, keep_keys: Tensor, keep_values: Tensor) -
     by_token = _tiled(keep_values)  # [batch, heads, tiles, 32, width]
     words = -(-width // TILE)
     padded = torch.nn.functional.pad(by_token, (0, words * TILE - width))
-    return BitmapKV(
-        _packed(by_channel),
-        _kept(_tiled(keys).transpose(-1, -2), by_channel, "keys"),
-        _packed(padded.reshape(*padded.shape[:-1], words, TILE)),
-        _kept(_tiled(values), by_token, "values"),
-        tokens // TILE,
+    a, b, c, d = in_large_pages(
+        [
+            _packed(by_channel),
+            _kept(_tiled(keys).transpose(-1, -2), by_channel, "keys"),
+            _packed(padded.reshape(*padded.shape[:-1], words, TILE)),
+            _kept(_tiled(values), by_token, "values"),
+        ]
     )
+    return BitmapKV(a, b, c, d, tokens // TILE)
 
 
 def _tiled(x: Tensor) -> Tensor:
@@ -198,6 +201,6 @@ def _filled(keep: Tensor, values: Tensor) -> Tensor:
 
 
 def _with_room(old: Tensor, used: int, room: int) -> Tensor:
-    new = old.new_empty(*old.shape[:2], room, *old.shape[3:])
+    new = empty((*old.shape[:2], room, *old.shape[3:]), old)
     new[:, :, :used] = old[:, :, :used]
     return new
