@@ -14,9 +14,11 @@ from secateur import kernels
 from secateur.formats.conv import ANY, Call, Form, SparseConv2d, arranged, point
 from secateur.formats.group_cols import GroupCols
 from secateur.formats.packed import Packed
+from secateur.formats.pages import empty
 from secateur.formats.planned import Plan, Planned, bounded
 
 MEAN_LINEAR = "mean_linear_f32"
+FLOAT = torch.empty(0)
 BEYOND = 512
 """Floats behind a value that kernels may read, whole vectors at a time."""
 OFTEN, OFTEN_ELSEWHERE = {"avx512bf16": 4}, 8
@@ -242,11 +244,11 @@ def _zeros(layer: SparseConv2d, packed: Packed) -> int:
 def _room(around: int, shape: tuple[int, ...]) -> Tensor:
     """Memory for a value: rows, and channels, with zeros between them."""
     if not around:
-        return torch.empty(shape)
+        return empty(shape, FLOAT)
     pictures, channels, high, wide = shape
     row = wide + around  # the zeros behind a row are those before the next
     plane = row * (high + 2 * around)
-    room = torch.zeros(pictures * channels * plane + BEYOND + 4 * around * row)
+    room = empty((pictures * channels * plane + BEYOND + 4 * around * row,), FLOAT).zero_()
     return room.as_strided(shape, (channels * plane, plane, row, 1), around * row + around)
 
 
