@@ -7,11 +7,12 @@ before any is called again. With one thread the time is the processor's for that
 is not counted, though they disturb the caches; with more it is that of the clock. There are two dense peers:
 `F.linear`, as a model calls it, and the weight prepacked for oneDNN, as a frozen compiled model holds it; 8-bit values
 have torch's product with dense 8-bit weights besides. Packed weights lie in large pages of memory, as `accelerate`
-leaves them, so `F.linear` is timed with its weight there too.
+leaves them, so both are timed with their weight there too.
 Writes results/speed.json, cell by cell, from which docs/speed.md is made; a row that was not measured is not there.
 """
 
 import argparse
+import ctypes
 import os
 import statistics
 import time
@@ -26,7 +27,7 @@ from torch.nn import functional as F
 from benchmarks import kept
 from secateur import kernels
 from secateur.accelerate import memory_speed
-from secateur.formats import Bitmap, BitmapInt8, Format, GroupCols, KBlocked, Packed, Sell8, SellBlocked
+from secateur.formats import Bitmap, BitmapInt8, Format, GroupCols, KBlocked, Packed, Sell8, SellBlocked, pages
 from secateur.formats.pages import in_large_pages, settled
 from secateur.outcome import about_machine, about_versions, now
 
@@ -70,12 +71,24 @@ SCENARIOS = (
 )
 
 
-LARGE = "F.linear, large pages"
+LARGE, READY_LARGE = "F.linear, large pages", "prepacked, large pages"
+MADV_COLLAPSE = 25  # of Linux from 6.1 on: pages that are in use become large ones
 
 
 def prepacked(weight: Tensor, rows: int) -> Tensor:
     """A weight in oneDNN's own order, for `product` with so many rows."""
     return torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+
+
+def in_place(ready: Tensor) -> bool:
+    """Whether the memory of a prepacked weight could be made large pages where it lies, all but its ends."""
+    madvise = getattr(ctypes.CDLL(None), "madvise", None)
+    if madvise is None:
+        return False
+    begin, size = torch.ops.mkldnn.data_ptr(ready), torch.ops.mkldnn._nbytes(ready)
+    low, high = -(-begin // pages.PAGE) * pages.PAGE, (begin + size) // pages.PAGE * pages.PAGE
+    where = ctypes.c_void_p(low), ctypes.c_size_t(high - low), MADV_COLLAPSE
+    return high > low and any(not madvise(*where) for _ in range(3))  # it may be refused while memory is tidied
 
 
 def product(x: Tensor, ready: Tensor) -> Tensor:
@@ -99,6 +112,7 @@ def cell(at: Scenario, sparsity: float, rounds: int) -> dict[str, object]:
     size = sum(weight.numel() * weight.element_size() for weight in (distinct[s][0] for s in at.shapes))
     copies = max(1, -(-COLD // size)) if at.rows < 128 else 2  # with many rows arithmetic is the limit, not memory
     ways: dict[str, list[list[Callable[[], Tensor]]]] = {}
+    in_large = True  # whether all prepacked weights could be moved
     for _ in range(copies):
         passes: dict[str, list[Callable[[], Tensor]]] = {}
         large = in_large_pages([distinct[shape][0].clone() for shape in at.shapes])
@@ -115,6 +129,9 @@ def cell(at: Scenario, sparsity: float, rounds: int) -> dict[str, object]:
             passes.setdefault(LARGE, []).append(lambda w=there, x=given: F.linear(x, w))
             ready = prepacked(weight, at.rows)
             passes.setdefault("prepacked", []).append(lambda w=ready, x=given: product(x, w))
+            again = prepacked(weight, at.rows)
+            in_large = in_large and in_place(again)
+            passes.setdefault(READY_LARGE, []).append(lambda w=again, x=given: product(x, w))
             if any(isinstance(format, BitmapInt8) for format in at.formats):
                 eight, scales = in_eight_bits(weight)
                 passes.setdefault("int8", []).append(
@@ -125,6 +142,8 @@ def cell(at: Scenario, sparsity: float, rounds: int) -> dict[str, object]:
                 passes.setdefault(mine.format.name, []).append(lambda p=mine, x=given: p.matmul(x))
         for name, calls in passes.items():
             ways.setdefault(name, []).append(calls)
+    if not in_large:
+        del ways[READY_LARGE]
     seconds = times(ways, rounds)
     nbytes = {format.name: sum(distinct[s][1][i].nbytes for s in at.shapes) for i, format in enumerate(at.formats)}
     return {
@@ -164,8 +183,9 @@ def page(found: dict[str, object]) -> str:
         "of medians, and in brackets that of lower quintiles, which other work on the machine disturbs less. With one "
         "thread the time is the processor's for it, so that what other programs take is not counted. Weights come from "
         "memory, another copy each call. `prepacked` is oneDNN's dense product with a weight in its own order, "
-        "`F.linear` what a model calls, and with its weight in large pages of memory, where packed weights lie "
-        "(`formats/pages.py`); `int8` torch's with dense 8-bit weights. What was not measured is not here.",
+        "`F.linear` what a model calls, and both with their weight in large pages of memory, where torch does not put "
+        "it, but packed weights lie (`formats/pages.py`); `int8` torch's with dense 8-bit weights. What was not "
+        "measured is not here.",
         "",
         f"{found['about']}",
     ]
@@ -173,7 +193,8 @@ def page(found: dict[str, object]) -> str:
         cells = [row for row in found["cells"] if row["scenario"] == at.name]
         if not cells:
             continue
-        peers = [name for name in ("prepacked", "F.linear", LARGE, "int8") if name in cells[0]["median"]]
+        ways = ("prepacked", READY_LARGE, "F.linear", LARGE, "int8")
+        peers = [name for name in ways if all(name in row["median"] for row in cells)]
         lines += ["", f"## {at.title[0].upper()}{at.title[1:]}", "", "| sparsity | format | bytes of dense | "]
         lines[-1] += " | ".join(f"over {peer}" for peer in peers) + " | of memory's speed |"
         lines.append("| --- | --- | --- |" + " --- |" * (len(peers) + 1))
