@@ -176,6 +176,12 @@ def times(ways: dict[str, list[list[Callable[[], Tensor]]]], rounds: int) -> dic
 
 def page(found: dict[str, object]) -> str:
     """The tables as Markdown."""
+    pages_of = ""
+    if any(LARGE in row["median"] for row in found["cells"]):
+        pages_of = (
+            "Packed weights lie in large pages of memory (`formats/pages.py`), where torch does not put dense ones: "
+            "`large pages` are those of the peer. "
+        )
     lines = [
         "# How fast a sparse weight multiplies",
         "",
@@ -183,9 +189,8 @@ def page(found: dict[str, object]) -> str:
         "of medians, and in brackets that of lower quintiles, which other work on the machine disturbs less. With one "
         "thread the time is the processor's for it, so that what other programs take is not counted. Weights come from "
         "memory, another copy each call. `prepacked` is oneDNN's dense product with a weight in its own order, "
-        "`F.linear` what a model calls, and both with their weight in large pages of memory, where torch does not put "
-        "it, but packed weights lie (`formats/pages.py`); `int8` torch's with dense 8-bit weights. What was not "
-        "measured is not here.",
+        f"`F.linear` what a model calls, `int8` torch's with dense 8-bit weights. {pages_of}What was not measured is not "
+        "here.",
         "",
         f"{found['about']}",
     ]
