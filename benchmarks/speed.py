@@ -189,8 +189,8 @@ def page(found: dict[str, object]) -> str:
         "of medians, and in brackets that of lower quintiles, which other work on the machine disturbs less. With one "
         "thread the time is the processor's for it, so that what other programs take is not counted. Weights come from "
         "memory, another copy each call. `prepacked` is oneDNN's dense product with a weight in its own order, "
-        f"`F.linear` what a model calls, `int8` torch's with dense 8-bit weights. {pages_of}What was not measured is not "
-        "here.",
+        f"`F.linear` what a model calls, `int8` torch's with dense 8-bit weights. {pages_of}What was not "
+        "measured is not here.",
         "",
         f"{found['about']}",
     ]
