@@ -43,7 +43,8 @@ void sums(const float* left, const float* right, int64_t steps, float* found) {
 
 extern "C" void product_bf16_amx(const void* pointer, int64_t begin, int64_t end) {
   const Product& call = *static_cast<const Product*>(pointer);
-  const int64_t last = least(end * ROWS_OF_AN_ITEM, call.rows);
+  int64_t start, last;
+  rows_of(call, begin, end, &start, &last);
   float* const found = static_cast<float*>(scratch((SIDE * SIDE + (TALL + SIDE) * STEPS) * sizeof(float)));
   float* const right = found + SIDE * SIDE;
   float* const left = right + SIDE * STEPS;
@@ -51,7 +52,7 @@ extern "C" void product_bf16_amx(const void* pointer, int64_t begin, int64_t end
   for (int64_t k = 0; k < call.depth || k == 0; k += 2 * STEPS) {
     const int64_t deep = least(2 * STEPS, call.depth - k), steps = (deep + 2 * LANES - 1) / (2 * LANES) * LANES;
     const bool fresh = call.fresh && k == 0;
-    for (int64_t first = begin * ROWS_OF_AN_ITEM; first < last; first += TALL) {
+    for (int64_t first = start; first < last; first += TALL) {
       const int64_t tall = least(TALL, last - first);
       lay<LANES, bf16, SIDE, true>(call.left, first, tall, k, deep, steps, left);
       const int64_t columns = call.lower ? least(call.columns, first + tall) : call.columns;

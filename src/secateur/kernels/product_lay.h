@@ -57,4 +57,11 @@ void lay(const Strided& from, int64_t first, int64_t rows, int64_t k, int64_t de
   }
 }
 
+// The rows of items [begin, end). Of a lower triangle the last come first: they take longest, and threads end together.
+inline void rows_of(const Product& call, int64_t begin, int64_t end, int64_t* first, int64_t* last) {
+  const int64_t items = (call.rows + ROWS_OF_AN_ITEM - 1) / ROWS_OF_AN_ITEM;
+  *first = (call.lower ? items - end : begin) * ROWS_OF_AN_ITEM;
+  *last = least((call.lower ? items - begin : end) * ROWS_OF_AN_ITEM, call.rows);
+}
+
 }  // namespace

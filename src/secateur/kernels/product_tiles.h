@@ -45,13 +45,14 @@ template <class T>
 void multiply(const void* pointer, int64_t begin, int64_t end) {
   enum { EACH = 4 / sizeof(T), DEEP = STEPS * EACH };
   const Product& call = *static_cast<const Product*>(pointer);
-  const int64_t last = least(end * ROWS_OF_AN_ITEM, call.rows);
+  int64_t start, last;
+  rows_of(call, begin, end, &start, &last);
   float* const right = static_cast<float*>(scratch((TALL + ACROSS) * STEPS * sizeof(float)));
   float* const left = right + ACROSS * STEPS;
   for (int64_t k = 0; k < call.depth || k == 0; k += DEEP) {
     const int64_t deep = least(DEEP, call.depth - k), steps = (deep + EACH - 1) / EACH;
     const bool fresh = call.fresh && k == 0;
-    for (int64_t first = begin * ROWS_OF_AN_ITEM; first < last; first += TALL) {
+    for (int64_t first = start; first < last; first += TALL) {
       const int64_t tall = least(TALL, last - first);
       lay<UP, T>(call.left, first, tall, k, deep, steps, left);
       const int64_t columns = call.lower ? least(call.columns, first + tall) : call.columns;
