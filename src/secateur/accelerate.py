@@ -153,7 +153,8 @@ def accelerate(
                 choices.append(choice)
                 chosen |= {} if packed is None else {choice.layer: packed}
                 beside |= {} if other is None else {choice.layer: other}
-        _settle([*chosen.values(), *beside.values()], [at for name, at in layers.items() if name not in chosen])
+        _settle([*chosen.values()], [at for name, at in layers.items() if name not in chosen])
+        _settle([*beside.values()], [])  # by themselves, to be given back by themselves where no chain takes them
         sparse = _in_chains(sharing(base, {layers[name]: packed for name, packed in chosen.items()}), batch)
         if beside:
             sparse, choices, chosen = _all_chained(base, layers, chosen, beside, choices, sparse, batch)

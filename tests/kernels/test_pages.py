@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from secateur.accelerate import accelerate
+from secateur.accelerate import _settle, accelerate
 from secateur.formats import Bitmap, SellBlocked, pages
 from secateur.formats.bitmap_kv import pack
+from secateur.formats.linear import SparseLinear
 from secateur.formats.pages import APART, PAGE, empty, in_large_pages, settled
 
 large = pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="this system maps no large pages")
@@ -129,19 +130,30 @@ def test_a_pruned_cache_grows_there(all_are_large):
 
 
 @large
-def test_an_accelerated_model_answers_as_before_and_is_saved_and_compiled(all_are_large, tmp_path, monkeypatch):
+def test_layers_answer_as_before_and_are_loaded_and_exported(all_are_large):
     made = torch.Generator().manual_seed(0)
-    model = nn.Sequential(nn.Linear(512, 700), nn.ReLU(), nn.Linear(700, 40, bias=False), nn.Linear(40, 12))
-    for layer in (model[0], model[2]):
-        layer.weight.data *= torch.rand(layer.weight.shape, generator=made) > 0.95
-    x = torch.randn(1, 512, generator=made)
+    dense = nn.Linear(40, 12)
+    linear = nn.Linear(70, 40, bias=False)
+    linear.weight.data *= torch.rand(linear.weight.shape, generator=made) > 0.9
+    packed = SparseLinear.of(linear, SellBlocked())
+    model = nn.Sequential(packed, dense).requires_grad_(False)
+    x = torch.randn(1, 70, generator=made)
+    wanted, before = model(x), [dense.weight.data_ptr(), *(t.data_ptr() for t in packed.packed.tensors.values())]
+    _settle([packed], [dense, dense])
+    after = [dense.weight.data_ptr(), *(t.data_ptr() for t in packed.packed.tensors.values())]
+    assert len(all_are_large) == 2 and not {*before} & {*after} and all(at % APART == 0 for at in after)
+    assert torch.equal(model(x), wanted)
+    again = copy.deepcopy(model)
+    again.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()})
+    assert torch.equal(again(x), wanted)
+    assert torch.equal(torch.export.export(model, (x,)).module()(x), wanted)
+
+
+@large
+def test_accelerated_models_are_settled(all_are_large):
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).requires_grad_(False)
+    x = torch.randn(1, 64, generator=torch.Generator().manual_seed(0))
+    there = model[0].weight.data_ptr()
     fast = accelerate(model, x)
-    assert all_are_large and fast.chosen
-    wanted = model(x)
-    torch.testing.assert_close(fast.model(x), wanted, atol=1e-5, rtol=1e-4)
-    again = copy.deepcopy(fast.model)
-    again.load_state_dict({name: tensor.clone() for name, tensor in fast.model.state_dict().items()})
-    torch.testing.assert_close(again(x), wanted, atol=1e-5, rtol=1e-4)
-    with torch.no_grad():
-        exported = torch.export.export(fast.model, (x,)).module()
-        torch.testing.assert_close(exported(x), wanted, atol=1e-5, rtol=1e-4)
+    assert all_are_large and fast.chosen == {"dense": 2}  # nothing of it is zero
+    assert torch.equal(fast.model(x), model(x)) and model[0].weight.data_ptr() == there

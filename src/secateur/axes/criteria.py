@@ -117,8 +117,8 @@ def gram_factor(gram: Tensor, damp: float, name: str = "") -> tuple[Tensor, Tens
 def factor_(matrix: Tensor, block: int = 128) -> bool:
     """Put R, lower triangular with R^T R the matrix, in its place; False where it is not positive definite.
 
-    From the last block up, what is above brought up to date by products of matrices: on one thread several times as
-    fast as LAPACK's Cholesky of the reversed matrix, which is the same. The lower triangle is read.
+    From the last block up, what is above brought up to date by products of matrices: on one thread faster than
+    LAPACK's Cholesky of the reversed matrix, which is the same. The lower triangle is read.
     """
     for b in range(len(matrix), 0, -block):
         a = max(b - block, 0)

@@ -109,7 +109,8 @@ class ObsSweep:
         plain = weight.contiguous()
         if bool(dead.any()):
             plain = plain.masked_fill(dead, 0)
-        # What the columns so far ask of those to come; of those done, the new weights.
+        # What the columns so far ask of those to come; of those done, the new weights. A line lies between rows: apart by
+        # a large power of two, they would push one another out of the caches.
         push = torch.empty(rows, columns + 16, dtype=plain.dtype, device=plain.device)[:, :columns]
         push[:, : self.block] = 0
         mask = torch.empty(rows, columns, dtype=torch.bool)
@@ -148,14 +149,19 @@ class Columns:
     def saliency(self) -> Tensor:
         """(w~_j R_jj)^2 [rows, columns], if all of them stay."""
         score = torch.empty_like(self.plain, memory_format=torch.contiguous_format)
-        if not self._compiled(None, score):
+        kernel = self._kernel()
+        if kernel is not None and kernel.level != "base":  # the oracle takes five times as long as torch
+            self.run(kernel, None, score)
+        else:
             free = torch.linalg.solve_triangular(self.factor, self.push.T, upper=False).T.add(self.plain)
             torch.mul(free, self.factor.diagonal(), out=score).square_()
         return score
 
     def settle(self, stays: Tensor, change: Tensor) -> None:
         """Put the new weights where `push` is, 0 where they go, and what they lost, w - q, into `change`."""
-        if self._compiled(stays.contiguous(), change):
+        kernel = self._kernel()
+        if kernel is not None:
+            self.run(kernel, stays.contiguous(), change)
             return
         for j in range(stays.shape[1]):
             due = self.push[:, j] if j == 0 else torch.addmv(self.push[:, j], change[:, :j], self.factor[j, :j])
@@ -163,17 +169,19 @@ class Columns:
             torch.sub(self.plain[:, j], new, out=change[:, j])
             self.push[:, j] = new
 
-    def _compiled(self, stays: Tensor | None, found: Tensor) -> bool:
-        """Whether the compiled kernel has done it; torch has to where it has not."""
-        kernel = kernels.find("sweep_f32")
-        if kernel is None or self.plain.dtype is not torch.float32 or self.plain.device.type != "cpu":
-            return False
+    def run(self, kernel: kernels.Kernel, stays: Tensor | None, found: Tensor) -> None:
+        """Either by the compiled kernel: the saliency where it is not said what stays."""
         rows, columns = self.plain.shape
         lying = (self.plain, self.push, self.factor, stays, found)
         where = (None if t is None else t.data_ptr() for t in lying)
         apart = (0 if t is None else t.stride(0) for t in lying)
         kernels.run(kernel, Struct(*where, rows, columns, *apart), -(-rows // 16))
-        return True
+
+    def _kernel(self) -> kernels.Kernel | None:
+        """What is compiled for these, or None where torch has to do."""
+        if self.plain.dtype is not torch.float32 or self.plain.device.type != "cpu":
+            return None
+        return kernels.find("sweep_f32")
 
 
 class Struct(ctypes.Structure):
