@@ -109,8 +109,8 @@ class ObsSweep:
         plain = weight.contiguous()
         if bool(dead.any()):
             plain = plain.masked_fill(dead, 0)
-        # What the columns so far ask of those to come; of those done, the new weights. A line lies between rows: apart by
-        # a large power of two, they would push one another out of the caches.
+        # What the columns so far ask of those to come; of those done, the new weights. Rows are a line longer than they
+        # are wide: apart by a large power of two, they would push one another out of the caches.
         push = torch.empty(rows, columns + 16, dtype=plain.dtype, device=plain.device)[:, :columns]
         push[:, : self.block] = 0
         mask = torch.empty(rows, columns, dtype=torch.bool)
