@@ -370,6 +370,21 @@ def test_any_method_can_prune_what_comes_out_and_its_zeros_stay():
     assert done.ledger.sparsity == pytest.approx(0.6, abs=1e-3)
 
 
+def test_kernels_as_large_as_the_metanetwork_takes_are_taken(tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(3, 6, 5, padding=2), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.AdaptiveAvgPool2d(1),
+                            nn.Flatten(), nn.Linear(6, 4))  # fmt: skip
+    with pytest.raises(GraphError, match="its kernels are 5x5, and an edge has room for 3x3"):
+        tinied(MetaPruning).run(copy.deepcopy(net), tiny.toy_images())
+    awake(side=5, hidden=4, layers=1).save(tmp_path / "five.safetensors")
+    training = MetaTraining(networks=1, first=2, steps=1, batches=1, hidden=4, layers=1, looks=1, side=5)
+    for source in (Trained(training), Kept(str(tmp_path / "five.safetensors"))):
+        before = copy.deepcopy(net)
+        done = tinied(MetaPruning, source=source).run(before, tiny.toy_images())
+        assert done.edits[0].name == "0.weight"
+
+
 def test_its_price_counts_what_the_metanetwork_takes():
     training = MetaTraining(networks=3, first=100, steps=10, batches=2)
     assert MetaPruning(source=Trained(training), settle=5, tune=7).training_steps() == 3 * (100 + 20) + 12
@@ -384,6 +399,7 @@ def test_its_price_counts_what_the_metanetwork_takes():
         ({"share": 0.0}, "it is a share in"),
         ({"settle": -1}, "a count cannot be negative"),
         ({"source": Kept()}, "no file is named"),
+        ({"around": Magnitude(), "protect": ("0",)}, "it is the other method that prunes"),
         ({"source": Trained(MetaTraining(networks=0))}, "one is the least"),
         ({"source": Trained(MetaTraining(side=4))}, "kernels have a middle"),
         ({"source": Trained(MetaTraining(rate=0.0))}, "it is above 0"),

@@ -226,6 +226,11 @@ class MetaTraining:
 class Source(Protocol):
     """Where a metanetwork comes from."""
 
+    @property
+    def side(self) -> int:
+        """Of the largest kernel that it takes."""
+        ...
+
     def check(self) -> None:
         """Raise SettingError for settings that cannot be."""
         ...
@@ -244,6 +249,11 @@ class Trained:
     """Trained for this run, which takes longer than all the rest: worth it for more than one network."""
 
     training: MetaTraining = field(default_factory=MetaTraining)
+
+    @property
+    def side(self) -> int:
+        """See Source."""
+        return self.training.side
 
     def check(self) -> None:
         """See Source."""
@@ -278,6 +288,11 @@ class Kept:
         if not self.path:
             raise SettingError("a metanetwork from a file was asked for", "no file is named", "Give kept(path='...').")
         return Metanetwork.load(self.path)
+
+    @property
+    def side(self) -> int:
+        """See Source."""
+        return self.held.side
 
     def check(self) -> None:
         """Raise SettingError or ModelError for a file that is no metanetwork, before any data is read."""
@@ -383,7 +398,7 @@ class MetaPruning(Method):
     settle: int = 300  # optimizer steps of fine-tuning between metanetwork and pruning
     tune: int = 300  # and after pruning
     samples: int = 512  # examples on which batch norms take their statistics anew where nothing is fine-tuned
-    protect: tuple[str, ...] = ()  # sites or tensors left alone, by name: "conv1", "*.layers.0.*"
+    protect: tuple[str, ...] = ()  # sites or tensors that whole groups spare, by name: "conv1", "*.layers.0.*"
 
     card: ClassVar = Card(
         32,
@@ -436,6 +451,12 @@ class MetaPruning(Method):
                 raise SettingError(f"{name}={getattr(self, name)} was given", "a count cannot be negative", "Give 0.")
         if self.around is not None:
             self.around.check()
+            if self.protect:
+                raise SettingError(
+                    f"protect={self.protect} was given, and pruning by {self.around.name}",
+                    "whole groups are protected, and it is the other method that prunes",
+                    f"Say it there: {self.around.name} has exclude or protect of its own.",
+                )
 
     def training_steps(self) -> int | None:
         """See Method."""
@@ -445,7 +466,7 @@ class MetaPruning(Method):
     def run(self, model: nn.Module, task: Task) -> Outcome:
         """Metanetwork, fine-tuning, pruning, fine-tuning."""
         self.check()
-        wiring(model, 3)  # a network that is no graph is refused before anything is trained
+        wiring(model, self.source.side)  # a network that is no graph is refused before anything is trained
         metanetwork, notes = self.source.metanetwork(model, task, self.flops)
         edits = passed_(model, metanetwork)
         history = fit(model, task, self.settle, [LearningRate()])
