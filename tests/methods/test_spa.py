@@ -13,9 +13,9 @@ from secateur.axes import Gradient, Magnitude, Uniform, Wanda
 from secateur.axes.groups import AsTheyAre, ByMean, JointObs, grouped_scores, mended
 from secateur.axes.probes import Grasp, Snip, Synflow
 from secateur.axes.taylor import Average, Largest, Total
-from secateur.errors import BudgetError, SettingError
+from secateur.errors import BudgetError, EvidenceError, SettingError
 from secateur.graph import couple
-from secateur.methods.spa import Anew, Mend, Noise, Spa
+from secateur.methods.spa import Anew, Mend, Noise, Spa, UniformNoise
 from secateur.outcome import count_flops
 from secateur.task import Batch
 from secateur.tasks.labelled import Labelled
@@ -89,6 +89,82 @@ def test_a_channel_that_two_others_make_up_for_costs_nothing():
     assert plain.model[0].weight.shape == (2, 2) or plain.model[0].weight.shape == (3, 2)
     noise = prune(model, replace(method, data=Noise()), task)
     torch.testing.assert_close(noise.model(x), before, rtol=1e-4, atol=1e-4)
+
+
+class Forked(nn.Module):
+    """Two layers side by side, one that reads both, and a shortcut round them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.both = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(12, 4)
+
+    def forward(self, x):
+        return x + self.both(torch.cat([torch.sigmoid(self.one(x)), torch.sigmoid(self.two(x))], -1))
+
+
+class Stacked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks, self.last = nn.ModuleList([Forked(), Forked()]), nn.Linear(4, 2)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.last(x)
+
+
+def test_a_matrix_that_reads_two_sites_is_solved_for_what_both_leave():
+    """Behind a concatenation, what goes of one site gets no weight again when the other is mended."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Stacked()
+    task = rows(torch.randn(64, 4, generator=torch.Generator().manual_seed(1)))
+    sites = [site for site in couple(model, task.example).sites if ".one" in site.name or ".two" in site.name]
+    assert len(sites) == 4
+    assert len({site.block for site in sites}) == 2
+    keep = {site.name: torch.arange(site.units) % 2 == 0 for site in sites}
+    batches, work = list(task.batches("calibration", 64)), copy.deepcopy(model)
+    Mend(damp=1e-9).edits(work, sites, keep, batches)
+    alive = torch.arange(12) % 2 == 0
+    assert bool((work.blocks[0].both.weight[:, ~alive] == 0).all())
+    with torch.no_grad():
+        flow = torch.cat([batch.inputs[0] for batch in batches])
+        inner = torch.cat([torch.sigmoid(model.blocks[0].one(flow)), torch.sigmoid(model.blocks[0].two(flow))], -1)
+        wanted = torch.linalg.lstsq(inner[:, alive].double(), inner.double() @ model.blocks[0].both.weight.double().T)
+    torch.testing.assert_close(work.blocks[0].both.weight[:, alive].double(), wanted.solution.T, rtol=1e-3, atol=1e-3)
+
+
+def test_uniform_noise_is_in_the_unit_interval_and_tokens_are_the_example_s():
+    (batch, rest) = UniformNoise(batch=6).batches(make_task("cnn"), 10)
+    (pixels,) = batch.inputs
+    assert (len(pixels), rest.size, pixels.shape[1:]) == (6, 4, make_task("cnn").example.inputs[0].shape[1:])
+    assert 0 <= float(pixels.min()) < 0.02
+    assert 0.98 < float(pixels.max()) < 1
+    assert float(pixels.mean()) == pytest.approx(0.5, abs=0.05)
+    task = make_task("decoder")
+    (tokens,), (known,) = UniformNoise().batches(task, 4)[0].inputs, task.example.inputs
+    assert set(tokens.flatten().tolist()) <= set(known.flatten().tolist())
+    model = trained("cnn")
+    method, task = Spa(criterion=JointObs(), repair=Mend(), data=UniformNoise(), samples=16), make_task("cnn")
+    done = prune(model, method, task)
+    assert bool(done.model(task.example.inputs[0]).isfinite().all())
+
+
+@pytest.mark.parametrize("make", [JointObs, Mend])
+def test_a_damp_that_cannot_be_is_refused(make):
+    for damp in (-1.0, float("nan")):
+        with pytest.raises(SettingError, match="it adds to a diagonal: 0 or more"):
+            make(damp=damp)
+    with pytest.raises(SettingError, match="one example is the least"):
+        Noise(batch=0)
+
+
+@pytest.mark.parametrize("settings", [{"criterion": JointObs(damp=0.0)}, {"repair": Mend(damp=0.0)}])
+def test_a_gram_without_an_inverse_is_told(settings):
+    model = net([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]], [[1.0, 2.0, 3.0], [2.0, -1.0, 3.0]])
+    task = rows(torch.zeros(4, 2))
+    with pytest.raises(EvidenceError, match="1.weight were to be inverted.*is singular"):
+        Spa(sparsity=0.34, of="units", samples=4, **settings).run(model, task)
 
 
 @pytest.mark.parametrize("of", ["weights", "flops", "bytes", "parameters", "units"])

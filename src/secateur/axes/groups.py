@@ -8,7 +8,7 @@ arXiv:2403.18955, section 3.3). `JointObs` scores and mends at the matrices that
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import isfinite, prod
 from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -18,7 +18,7 @@ from secateur.axes.criteria import Criterion, measured
 from secateur.axes.probes import Probe
 from secateur.axes.taylor import Combine
 from secateur.edit import Edit, Update
-from secateur.errors import EvidenceError
+from secateur.errors import EvidenceError, SettingError
 from secateur.evidence import GRADS, INPUTS, Evidence, examples, observe
 from secateur.site import Part, Site, Tensors, tensors
 from secateur.task import Batch, Task
@@ -169,10 +169,14 @@ class JointObs:
 
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
 
+    def __post_init__(self) -> None:
+        check_damp(self.damp)
+
     def score(self, site: Site, tensors: Tensors, seen: Evidence) -> Tensor:
         """Of a single matrix, each column for itself: W^2 / [H^-1]_jj."""
         weight = site.parts[0].read(tensors).detach().double()
-        scale = torch.stack([torch.linalg.inv(h).diagonal() for h in damped(measured(site, seen, "gram"), self.damp)])
+        grams = damped(measured(site, seen, "gram"), self.damp)
+        scale = torch.stack([solved(h, torch.eye(len(h), dtype=h.dtype), site.name).diagonal() for h in grams])
         rows = scale.repeat_interleave(weight.shape[0] // len(scale), dim=0)
         return (weight.square() / rows.reshape(weight.shape[0], *weight.shape[1:])).float()
 
@@ -183,7 +187,7 @@ class JointObs:
         found = torch.zeros(units, dtype=torch.float64)
         grams = damped(measured(member(part), seen, "gram"), self.damp)
         for own, gram in zip(weight.chunk(len(grams)), grams, strict=True):
-            inverse = torch.linalg.inv(gram)
+            inverse = solved(gram, torch.eye(len(gram), dtype=gram.dtype), part.name)
             mine = columns[columns >= 0]
             if int(torch.bincount(mine).max()) == 1:  # a column each
                 found[mine] += (own.square().sum(0) / inverse.diagonal())[columns >= 0]
@@ -191,7 +195,7 @@ class JointObs:
             for unit in range(units):
                 place = (columns == unit).nonzero().reshape(-1)
                 block, read = inverse[place][:, place], own[:, place]
-                found[unit] += (torch.linalg.solve(block, read.T) * read.T).sum()
+                found[unit] += (solved(block, read.T, part.name) * read.T).sum()
         return found
 
 
@@ -199,6 +203,12 @@ def _columns(part: Part) -> Tensor:
     """Which unit each column of a flattened matrix or kernel reads [in * kh * kw]; -1 for none."""
     assert part.owner is not None
     return part.owner.reshape(-1).repeat_interleave(prod(part.shape[2:]))
+
+
+def _alive(part: Part, keep: Tensor) -> Tensor:
+    """Which columns of a flattened matrix or kernel read no unit that goes."""
+    columns = _columns(part)
+    return (columns < 0) | keep.reshape(-1)[columns.clamp(min=0)]
 
 
 def damped(gram: Tensor, damp: float) -> list[Tensor]:
@@ -210,7 +220,25 @@ def damped(gram: Tensor, damp: float) -> list[Tensor]:
     return found
 
 
-def mended(weight: Tensor, gram: Tensor, keep: Tensor) -> Tensor:
+def check_damp(damp: float) -> None:
+    """Raise SettingError for a share of the diagonal that would make a gram less invertible, or is no number."""
+    if not (isfinite(damp) and damp >= 0):
+        raise SettingError(f"damp={damp:g} was given", "it adds to a diagonal: 0 or more, and finite", "Give 0.01.")
+
+
+def solved(gram: Tensor, right: Tensor, name: str) -> Tensor:
+    """The inverse of a gram times what stands to its right. Raises EvidenceError, naming the layer, for one without."""
+    try:
+        return torch.linalg.solve(gram, right)
+    except RuntimeError as error:  # torch.linalg.LinAlgError is one
+        raise EvidenceError(
+            f"the inputs of {name} were to be inverted",
+            f"their gram of {len(gram)} is singular: an input is zero, or follows from the others",
+            "Give a damp above 0, such as 0.01, or more examples.",
+        ) from error
+
+
+def mended(weight: Tensor, gram: Tensor, keep: Tensor, name: str = "a layer") -> Tensor:
     """The matrix [out, in] that does with the columns kept what the whole one did, as well as they can.
 
     W_R + W_P H_PR H_RR^-1, zero elsewhere; by blocks the same as W_R - W_P ([H^-1]_PP)^-1 [H^-1]_PR.
@@ -218,24 +246,42 @@ def mended(weight: Tensor, gram: Tensor, keep: Tensor) -> Tensor:
     weight = weight.double()
     found = torch.zeros_like(weight)
     rest, gone = keep.nonzero().reshape(-1), (~keep).nonzero().reshape(-1)
-    moved = torch.linalg.solve(gram[rest][:, rest], gram[rest][:, gone] @ weight[:, gone].T)
+    moved = solved(gram[rest][:, rest], gram[rest][:, gone] @ weight[:, gone].T, name)
     found[:, rest] = weight[:, rest] + moved.T
     return found
 
 
-def mend(site: Site, keep: Tensor, tensors: Tensors, seen: Mapping[str, Evidence], damp: float) -> list[Edit]:
-    """New values for all that reads a site, with nothing read of the units that go."""
+def mend(
+    site: Site,
+    keep: Tensor,
+    tensors: Tensors,
+    seen: Mapping[str, Evidence],
+    damp: float,
+    before: Sequence[tuple[Site, Tensor]] = (),
+) -> list[Edit]:
+    """New values for all that reads a site, with nothing read of the units that go.
+
+    `before` are sites that lost units already, with what they keep: where a matrix reads them too, as behind a
+    concatenation, their columns stay empty, whatever the inputs say that would come through them.
+    """
     edits: list[Edit] = []
     for part in readers(site):
         evidence = seen.get(part.key, Evidence())
         if not evidence.count:
             continue  # what nothing flows through is cut as it is
         weight = part.read(tensors).detach()
-        columns = _columns(part)
-        alive = (columns < 0) | keep.reshape(-1)[columns.clamp(min=0)]
+        alive = _alive(part, keep)
+        for other, kept in before:
+            for theirs in readers(other):
+                if theirs.key == part.key:
+                    alive &= _alive(theirs, kept)
         grams = damped(evidence.sums["gram"], damp)
         rows = zip(weight.flatten(1).chunk(len(grams)), grams, strict=True)
-        value = torch.cat([mended(own, gram, alive) for own, gram in rows]).reshape(weight.shape).to(weight.dtype)
+        value = (
+            torch.cat([mended(own, gram, alive, part.name) for own, gram in rows])
+            .reshape(weight.shape)
+            .to(weight.dtype)
+        )
         whole = tensors[part.name].detach().clone()
         part.view(whole).copy_(value)
         edits.append(Update(part.name, whole))

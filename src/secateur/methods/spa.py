@@ -7,7 +7,7 @@ OBSPA, lets what stays make up for what goes, on real data, other data or noise:
     W_R <- W_R - W_P ([H^-1]_PP)^-1 [H^-1]_PR,   H = X X^T + damp mean(diag(X X^T)) I
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from secateur.axes import Allocation, Criterion, Global, Magnitude, Scores, keep_top
 from secateur.axes.budgets import Terms, terms
-from secateur.axes.groups import ByMean, JointObs, Normal, grouped_scores, member, mend, readers
+from secateur.axes.groups import ByMean, JointObs, Normal, check_damp, grouped_scores, member, mend, readers
 from secateur.axes.probes import Probe
 from secateur.axes.recalibration import recalibrate_, some
 from secateur.axes.taylor import Combine, Total
@@ -56,24 +56,50 @@ class Noise:
 
     batch: int = 64  # examples that go through together
 
+    def __post_init__(self) -> None:
+        _check_batch(self.batch)
+
     def batches(self, task: Task, samples: int) -> list[Batch]:
         """See Inputs."""
-        draw, example, found = generator(task, "noise"), task.example, []
-        for start in range(0, samples, self.batch):
-            rows = min(self.batch, samples - start)
-            found.append(Batch(_like(example.inputs, example.size, rows, draw)))
-        return found
+        return _made(task, samples, self.batch, torch.randn)
 
 
-def _like(value: Any, size: int, rows: int, draw: torch.Generator) -> Any:
+@dataclass(frozen=True)
+class UniformNoise:
+    """No data: numbers in [0, 1), each as likely as any other, or any token, in the shapes of the task's example."""
+
+    batch: int = 64  # examples that go through together
+
+    def __post_init__(self) -> None:
+        _check_batch(self.batch)
+
+    def batches(self, task: Task, samples: int) -> list[Batch]:
+        """See Inputs."""
+        return _made(task, samples, self.batch, torch.rand)
+
+
+def _check_batch(batch: int) -> None:
+    if batch < 1:
+        raise SettingError(f"noise in batches of {batch} was asked for", "one example is the least", "Give 64.")
+
+
+def _made(task: Task, samples: int, batch: int, numbers: Callable[..., Tensor]) -> list[Batch]:
+    draw, example, found = generator(task, "noise"), task.example, []
+    for start in range(0, samples, batch):
+        rows = min(batch, samples - start)
+        found.append(Batch(_like(example.inputs, example.size, rows, draw, numbers)))
+    return found
+
+
+def _like(value: Any, size: int, rows: int, draw: torch.Generator, numbers: Callable[..., Tensor]) -> Any:
     if isinstance(value, dict):
-        return {k: _like(v, size, rows, draw) for k, v in value.items()}
+        return {k: _like(v, size, rows, draw, numbers) for k, v in value.items()}
     if isinstance(value, tuple):
-        return tuple(_like(v, size, rows, draw) for v in value)
+        return tuple(_like(v, size, rows, draw, numbers) for v in value)
     if not isinstance(value, Tensor) or not value.dim() or len(value) != size:
         return value
     if value.is_floating_point():
-        return torch.randn(rows, *value.shape[1:], generator=draw).to(value.dtype)
+        return numbers(rows, *value.shape[1:], generator=draw).to(value.dtype)
     return value[
         torch.randint(0, size, (rows,), generator=draw)
     ].flatten()[  # tokens that the example has
@@ -113,18 +139,23 @@ class Mend:
 
     damp: float = 0.01  # added to the diagonal of the gram, as a share of its mean
 
+    def __post_init__(self) -> None:
+        check_damp(self.damp)
+
     def edits(
         self, model: nn.Module, sites: Sequence[Site], keep: dict[str, Tensor], batches: Sequence[Batch]
     ) -> list[Edit]:
         """Change the network site after site, each seen with those before it changed; masks and new values."""
         found: list[Edit] = []
+        done: list[tuple[Site, Tensor]] = []
         for here in _in_turn(sites):
             members = {part.key: member(part) for site in here for part in readers(site)}
             seen = observe(model, list(members.values()), batches, {"gram"})
             for site in here:
                 if not bool(keep[site.name].all()):
-                    new = mend(site, keep[site.name], tensors(model), seen, self.damp)
+                    new = mend(site, keep[site.name], tensors(model), seen, self.damp, done)
                     found += apply_(model, [*new, Mask(site, keep[site.name])])
+                    done.append((site, keep[site.name]))
         return found
 
 
@@ -155,7 +186,7 @@ class Spa(Method):
     allocation: Allocation = Global()  # how the budget is spent over the sites
     kinds: tuple[str, ...] = ("channel", "head")  # what is taken out: channel, head, stream
     samples: int = 256  # examples that are sent through the network, where any are
-    data: Calibration | Noise = Calibration()  # which: the task's, or noise
+    data: Calibration | Noise | UniformNoise = Calibration()  # which: the task's, noise, or uniform-noise
     repair: Mend | None = None  # what makes up for what goes: mend (OBSPA), or nothing
     norms: AsTrained | Anew = AsTrained()  # statistics of batch norms: as-trained, or anew over the same examples
     steps: int = 0  # of training, once cut
@@ -255,4 +286,4 @@ class Spa(Method):
         return grouped_scores(model, sites, self.criterion, self.combine, self.normal, batches, task, self.sparsity)
 
 
-__all__ = ["Anew", "AsTrained", "Calibration", "JointObs", "Mend", "Noise", "Spa"]
+__all__ = ["Anew", "AsTrained", "Calibration", "JointObs", "Mend", "Noise", "Spa", "UniformNoise"]
