@@ -1,6 +1,7 @@
 """GBLM: by hand, against the plain formulas, and the scales and signs that are easy to get wrong."""
 
 import copy
+import re
 from dataclasses import replace
 
 import pytest
@@ -128,6 +129,27 @@ def test_gblm_by_hand() -> None:
     inverse = InverseGradient().score(site, named, seen)
     assert inverse[0, 0] == pytest.approx(2 * 8**0.5 / (300 + 1e-8))
     assert inverse[0, 1] == pytest.approx(18**0.5 / 1e-8)
+
+
+def test_the_record_says_which_alphas_were_set() -> None:
+    task = make_task("decoder")
+    done = prune(trained("decoder"), GBLMPruner(samples=8), task)
+    (note,) = (note for note in done.notes if "alpha" in note)
+    said = re.fullmatch(
+        r"alpha was set at each of 14 sites: (\S+) to (\S+), in the middle ([^;]+); it belongs .*", note
+    )
+    assert said is not None
+    low, high, middle = map(float, said.groups())
+    assert 0 < low < middle < high
+    model, batches = trained("decoder"), list(task.batches("calibration", 8))
+    sites = weights(model)[:3]  # of the first block, which is seen dense
+    whole = gradients(model, sites, batches, Gblm().needs, task.loss)
+    seen = observe(model, sites, batches, {"input_square"})
+    for site in sites:
+        loudness, steepness = Gblm().terms(site, seen[site.name].beside(whole[site.name]))
+        assert low * 0.999 <= float(0.1 * loudness.mean() / steepness.mean()) <= high * 1.001
+    for criterion in (Gblm(alpha=100), Gradient()):
+        assert not prune(trained("decoder"), GBLMPruner(samples=8, criterion=criterion), task).notes
 
 
 class Opposed(nn.Module):

@@ -239,11 +239,18 @@ class Gblm:
         """Inputs' squares, and gradients of single examples with their number."""
         return frozenset({"input_square", _ORDERS[self.order], "grad_count"})
 
-    def score(self, site: Site, tensors: Tensors, seen: Evidence) -> Tensor:
-        """See gblm_score. Raises EvidenceError where nothing flowed in or no gradient came back."""
+    def terms(self, site: Site, seen: Evidence) -> tuple[Tensor, Tensor]:
+        """A per input, and Gamma as the weight. Raises EvidenceError where nothing flowed in or no gradient came."""
         square = measured(site, seen, "input_square")
         steepness = gradient_norm(site, seen, self.order)  # float64: |100 g| over 128 examples overflows float16
-        loudness = (square / measured(site, seen, "grad_count")).sqrt()
-        alpha = self.mix * loudness.mean() / steepness.mean() if self.alpha is None else self.alpha
+        return (square / measured(site, seen, "grad_count")).sqrt(), steepness
+
+    def weight(self, loudness: Tensor, steepness: Tensor) -> float:
+        """alpha, as it is given or as `mix` sets it from A and Gamma."""
+        return float(self.mix * loudness.mean() / steepness.mean()) if self.alpha is None else self.alpha
+
+    def score(self, site: Site, tensors: Tensors, seen: Evidence) -> Tensor:
+        """See gblm_score. Raises EvidenceError where nothing flowed in or no gradient came back."""
+        loudness, steepness = self.terms(site, seen)
         weight = site.parts[0].read(tensors).float()
-        return gblm_score(weight, loudness.float(), (alpha * steepness).float())
+        return gblm_score(weight, loudness.float(), (self.weight(loudness, steepness) * steepness).float())

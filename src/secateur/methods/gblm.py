@@ -5,7 +5,8 @@ arXiv:2311.04902, section 3: S = |W| (||X|| + alpha ||G||), compared within each
 secateur.axes.Gblm, and without activations secateur.axes.Gradient.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from statistics import median
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from secateur.axes.criteria import gradient_norm, measured, wanda_score
 from secateur.axes.patterns import check_pattern
 from secateur.axes.sweep import gradients, spread, sweep
 from secateur.cut import DEFAULT_EXCLUDE, weights
+from secateur.edit import Edit
 from secateur.evidence import Evidence
 from secateur.method import Budget, Card, Method
 from secateur.outcome import Outcome
@@ -34,6 +36,36 @@ class InverseGradient:
         steepness = gradient_norm(site, seen, 2)
         weight = site.parts[0].read(tensors).double()
         return wanda_score(weight, measured(site, seen, "input_square")) / (100 * steepness + 1e-8)
+
+
+@dataclass(frozen=True, eq=False)
+class _Told:
+    """Decides by rank, and notes the alpha of each site: it belongs to the calibration set, and no setting says it."""
+
+    rank: Rank
+    alphas: list[float] = field(default_factory=list)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """See Solver."""
+        return self.rank.needs
+
+    def solve(self, site: Site, tensors: Tensors, seen: Evidence, keep: int) -> list[Edit]:
+        """See Solver."""
+        criterion = self.rank.criterion
+        if isinstance(criterion, Gblm) and criterion.alpha is None:
+            self.alphas.append(criterion.weight(*criterion.terms(site, seen)))
+        return self.rank.solve(site, tensors, seen, keep)
+
+    def notes(self) -> list[str]:
+        """The alphas, where they were set at each site."""
+        if not self.alphas:
+            return []
+        low, high = min(self.alphas), max(self.alphas)
+        return [
+            f"alpha was set at each of {len(self.alphas)} sites: {low:.4g} to {high:.4g}, in the middle "
+            f"{median(self.alphas):.4g}; it belongs to this number and length of sequences"
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +109,9 @@ class GBLMPruner(Method):
 
     def run(self, model: nn.Module, task: Task) -> Outcome:
         """See Method. Raises EvidenceError, naming the layer, where no gradient comes back."""
-        sites, solver = weights(model, self.include, self.exclude), Rank(self.criterion, self.pattern)
+        sites, solver = weights(model, self.include, self.exclude), _Told(Rank(self.criterion, self.pattern))
         batches = list(task.batches("calibration", self.samples))
         whole = gradients(model, sites, batches, solver.needs, task.loss)
         keep = spread(model, sites, self.allocation, Budget(self.sparsity), self.criterion, batches, whole, task)
-        return Outcome(model, sweep(model, sites, solver, keep, batches, self.feed, whole))
+        edits = sweep(model, sites, solver, keep, batches, self.feed, whole)
+        return Outcome(model, edits, notes=solver.notes())
