@@ -54,9 +54,56 @@ def test_each_choice_is_the_cheapest_there_is():
         assert min(costs, key=costs.get) == chosen
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-def test_contributions_add_up_to_the_output_without_bias(stride):
-    conv = tiny.seeded(lambda: nn.Conv2d(5, 4, 3, stride=stride, padding=1), 0)
+class Grouped(nn.Module):
+    """A convolution in groups reads the first one, and a linear layer reads that through a pooling."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.grouped, self.last = nn.Conv2d(8, 8, 3, padding=1, groups=4), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = torch.relu(self.second(torch.relu(self.first(x))))
+        return self.last(torch.relu(self.grouped(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("method", [ThiNet, Regression])
+def test_what_a_grouped_convolution_reads_is_left_alone(method):
+    task = tiny.make_task("cnn")
+    done = prune(tiny.seeded(Grouped, 0), method(samples=16, recover=0), task)
+    assert "second is left alone: what reads it is neither linear nor a plain 2-d convolution" in done.notes
+    assert (done.model.first.out_channels, done.model.second.out_channels) == (4, 8)
+
+
+def test_factors_of_what_a_grouped_convolution_reads_fold_in():
+    model = tiny.seeded(Grouped, 0)
+    factors = [f for f in factors_of_filters(model, filters(model, example())[0]) if f.name == "second"]
+    (each,) = factors
+    with torch.no_grad():
+        each.value.copy_(torch.tensor([0.0, 1.5]))  # channel 0 of every pair, and channel 1
+    handles, x = each.hook_(model), example().inputs[0]
+    with torch.no_grad():
+        wanted = model(x)
+    for handle in handles:
+        handle.remove()
+    apply_(model, each.fold(model, torch.tensor([False, True])))
+    apply_(model, removals([each.site], {each.name: torch.tensor([False, True])}))
+    assert model.grouped.weight.shape == (8, 1, 3, 3)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"stride": 1, "padding": 1},
+        {"stride": 2, "padding": 1},
+        {"padding": "same", "dilation": 2},
+        {"padding": (2, 1), "padding_mode": "reflect"},
+    ],
+)
+def test_contributions_add_up_to_the_output_without_bias(settings):
+    conv = tiny.seeded(lambda: nn.Conv2d(5, 4, 3, **settings), 0)
     given = torch.randn(3, 5, 8, 8, generator=torch.Generator().manual_seed(1))
     model = tiny.cnn()
     site = next(s for s in filters(model, example())[0] if s.name == "block1.conv1")

@@ -49,10 +49,8 @@ def read_alone(model: nn.Module, example: Batch) -> tuple[list[Site], list[str]]
     Raises GraphError where there are none.
     """
     every, notes = filters(model, example)
-    sites = [
-        site for site in alone(every)
-        if isinstance(model.get_submodule(readers(site)[0].module), (nn.Conv2d, nn.Linear))
-    ]  # fmt: skip
+    single = alone(every)
+    sites = [site for site in single if _plain(model.get_submodule(readers(site)[0].module))]
     if not sites:
         raise GraphError(
             f"filters of {type(model).__name__} were to be taken out by what the next layer notices",
@@ -60,15 +58,27 @@ def read_alone(model: nn.Module, example: Batch) -> tuple[list[Site], list[str]]
             "Use soft_filter or l1_norm, which take out filters of tied layers too.",
         )
     return sites, notes + [
-        f"{site.name} is left alone: several layers write or read it" for site in every if site not in sites
+        f"{site.name} is left alone: "
+        + ("what reads it is neither linear nor a plain 2-d convolution" if site in single else SEVERAL)
+        for site in every
+        if site not in sites
     ]
+
+
+SEVERAL = "several layers write or read it"
+
+
+def _plain(module: nn.Module) -> bool:
+    """Whether each of a layer's outputs reads all that flows in."""
+    return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
 
 
 def patches(module: nn.Module, given: Tensor) -> Tensor:
     """What meets each weight of a layer at each position of its output: [n, in, taps of the kernel, positions]."""
     if isinstance(module, nn.Conv2d):
-        kernel = module.kernel_size
-        unfolded = F.unfold(given, kernel, module.dilation, module.padding, module.stride)  # type: ignore[arg-type]
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        padded = F.pad(given, module._reversed_padding_repeated_twice, mode)  # "same" is a number of its own there
+        unfolded = F.unfold(padded, module.kernel_size, module.dilation, 0, module.stride)
         return unfolded.reshape(len(given), given.shape[1], -1, unfolded.shape[-1])
     return given.reshape(len(given), -1, given.shape[-1]).transpose(1, 2).unsqueeze(2)
 

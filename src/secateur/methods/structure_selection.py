@@ -60,6 +60,8 @@ class Factors:
 
         def scale(m: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             factor = part.expand(self.value, nobody=1.0).reshape(-1).to(args[0].dtype)
+            if isinstance(m, nn.modules.conv._ConvNd):
+                factor = factor.repeat(m.groups)  # a unit is a channel of every group
             shape = [1] * args[0].dim()
             shape[1 if isinstance(m, nn.modules.conv._ConvNd) else -1] = -1
             return (args[0] * factor.reshape(shape), *args[1:])
