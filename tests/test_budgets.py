@@ -83,6 +83,32 @@ def test_a_share_of_the_work_is_what_goes(name):
     assert any(note.startswith("0.25 of the flops asked for, ") for note in outcome.notes)
 
 
+def test_the_work_of_experts_is_counted_and_priced():
+    """Two of four experts for each of 16 tokens: a weight of theirs takes part in eight products."""
+    model, task = tiny.make_model("moe"), tiny.make_task("moe")
+    coupling = couple(model, task.example)
+    assert {part.uses for site in coupling.of("channel") for part in site.parts if "experts" in part.name} == {8.0}
+    done = prune(model, Spa(sparsity=0.4, of="flops"), task)
+    reached = 1 - count_flops(done.model, task.example) / count_flops(model, task.example)
+    assert reached == pytest.approx(0.4, abs=0.05)  # neurons go eight at a time there
+
+
+class Turned(nn.Module):
+    """A hidden layer whose weights are stored inputs last, and multiplied as they are not stored."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.weight = nn.Linear(4, 8, bias=False), nn.Parameter(torch.ones(2, 8))
+
+    def forward(self, x):
+        return torch.relu(self.first(x)) @ self.weight.to(x.dtype).transpose(0, 1)
+
+
+def test_a_weight_that_is_turned_before_it_multiplies_has_its_work():
+    (site,) = couple(Turned(), Batch((torch.zeros(3, 4),))).sites
+    assert {part.name: part.uses for part in site.parts} == {"first.weight": 1.0, "weight": 1.0}
+
+
 def test_heads_take_the_products_of_attention_with_them():
     """Matrices alone would say that less goes than does: a copy is cut and counted."""
     model, task = tiny.decoder(), tiny.make_task("decoder")

@@ -76,6 +76,27 @@ def test_masked_layers_count_by_the_share_that_stays():
     assert work_of(model, task, hold) == 2 * (16 * 32 + 32 * 32 + 32 * 4) / 4
 
 
+def test_layers_of_several_weights_count_by_what_stays_of_all_of_them():
+    model, task = tiny.rnn(), tiny.make_task("rnn")
+    whole = work_of(model, task)
+    done = Magnitude(sparsity=0.75, exclude=()).run(model, task)
+    hold = held(model, done.edits)
+    assert len([site for site in hold.sites if site.parts[0].module == "gru"]) == 4
+    assert work_of(model, task, hold) == pytest.approx(whole / 4, rel=0.01)
+
+
+def test_experts_count_whether_whole_or_masked():
+    model, task = tiny.make_model("moe"), tiny.make_task("moe")
+    tokens, width = 16, 32  # two blocks; q and o, k and v of half the width, a router to 4, and 2 experts for a token
+    attention = 2 * width * width + 2 * width * width // 2
+    experts = 2 * 3 * width * 32
+    each = 2 * (attention + 4 * width + experts) + width * 64
+    assert work_of(model, task) == 2 * tokens * each == count_flops(model, task.example) / task.example.size
+    done = Magnitude(sparsity=0.5, include=("expert",)).run(model, task)
+    left = work_of(model, task, held(model, done.edits))
+    assert left == pytest.approx(2 * tokens * (each - experts), rel=1e-6)
+
+
 def test_new_weights_under_a_mask_are_larger_as_fewer_lead_on():
     model = tiny.seeded(lambda: nn.Sequential(nn.Linear(64, 256), nn.BatchNorm1d(256), nn.Linear(256, 4)), 0)
     (first, _) = weights(model)

@@ -347,6 +347,17 @@ def in_use(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def flop_counter() -> FlopCounterMode:
+    """Counts multiply-adds times two as torch does, products of matrices in groups too, which is what experts are."""
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_flops})
+
+
+def _grouped_flops(a: Sequence[int], b: Sequence[int], *_: Any, **__: Any) -> int:
+    """Of [rows, in] and [groups, in, out], the rows being shared among groups, or other pairs that torch takes."""
+    shared = a[0] if len(a) == 3 and len(b) == 2 else 1  # then it is the columns of b that groups share
+    return 2 * prod(a) * b[-1] // shared
+
+
 def count_flops(model: nn.Module, example: Batch) -> int | None:
     """Multiply-adds times two of a forward pass, counted as it runs; None for a model that cannot run here."""
     was_training = model.training
@@ -355,7 +366,7 @@ def count_flops(model: nn.Module, example: Batch) -> int | None:
     try:
         for parameter in trained:
             parameter.requires_grad_(False)
-        with torch.no_grad(), in_use(model), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), in_use(model), flop_counter() as counter:
             example.through(model)
         return int(counter.get_total_flops())
     finally:

@@ -7,13 +7,13 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.hooks import RemovableHandle
 
 from secateur.axes.residual import blocks_of, first_tensor
 from secateur.cut import selected
 from secateur.errors import EvidenceError, GraphError, ModelError, SettingError, did_you_mean
 from secateur.graph import Coupling
+from secateur.outcome import flop_counter
 from secateur.site import Part, Site
 from secateur.task import Batch, Task
 from secateur.train import seeded
@@ -298,7 +298,7 @@ def gated_blocks(model: nn.Module, example: Batch, include: Sequence[str] = ()) 
         for name in names
     ]
     try:
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             example.through(model.eval())
     finally:
         model.train(was_training)

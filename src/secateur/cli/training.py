@@ -140,11 +140,12 @@ def _batch(task: "Task") -> int:
 def _work(model: "nn.Module", task: "Task") -> dict[str, float]:
     """Operations of a forward pass for one example by module, the whole model's under an empty name."""
     import torch
-    from torch.utils.flop_counter import FlopCounterMode
+
+    from secateur.outcome import flop_counter
 
     was_training, example = model.training, task.example
     model.eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), flop_counter() as counter:
         example.through(model)
     model.train(was_training)
     counts = counter.get_flop_counts()

@@ -26,6 +26,7 @@ class Traced:
 
     dims: tuple[Ints, ...]
     source: str | None = None
+    turned: str | None = None  # whose tensor it is with its dimensions in another order
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -50,8 +51,8 @@ class Tracing:
 
     def used(self, weight: Traced, times: float) -> None:
         """Count multiply-adds of each element of a weight, over the whole example batch."""
-        if weight.source is not None:
-            self.uses[weight.source] = self.uses.get(weight.source, 0.0) + times / self.batch
+        if (name := weight.source or weight.turned) is not None:
+            self.uses[name] = self.uses.get(name, 0.0) + times / self.batch
 
     def stay(self, n: int) -> Ints:
         """New positions that are never removed."""
@@ -437,15 +438,17 @@ zero zeros_like
 @rule(*_ELEMENTWISE.split())
 def _elementwise(t: Tracing, a: dict[str, Any]) -> Any:
     tensors = _tensors(a)
-    source = tensors[0].source if len(tensors) == 1 else None
+    alone = tensors[0] if len(tensors) == 1 else None
     dims = t.broadcast(*tensors)
-    out = Traced(dims, source)
+    out = Traced(dims) if alone is None else Traced(dims, alone.source, alone.turned)
     return out if len(t.outputs) == 1 else [Traced(dims) for _ in t.outputs]
 
 
 @rule("to", "type_as")
 def _converted(t: Tracing, a: dict[str, Any]) -> Traced:
-    return Traced(a["self"].dims, a["self"].source)  # what it is converted like has a shape of its own
+    return Traced(
+        a["self"].dims, a["self"].source, a["self"].turned
+    )  # what it is converted like has a shape of its own
 
 
 @rule("_weight_norm")
@@ -514,7 +517,7 @@ def _permute(t: Tracing, a: dict[str, Any]) -> Traced | None:
         order = [1, 0]
     elif rank > 2:
         return None
-    return Traced(tuple(x.dims[d] for d in order))
+    return Traced(tuple(x.dims[d] for d in order), turned=x.source or x.turned)
 
 
 @rule("unsqueeze")

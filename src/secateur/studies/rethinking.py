@@ -23,7 +23,6 @@ from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from secateur.axes.rewinding import reinitialize_
 from secateur.axes.rules import Hold, LearningRate
@@ -31,6 +30,7 @@ from secateur.axes.schedules import Steps
 from secateur.edit import Edit, Mask, Update, apply_
 from secateur.errors import SettingError
 from secateur.method import Card
+from secateur.outcome import flop_counter
 from secateur.site import tensors
 from secateur.task import Task, generator
 from secateur.train import Rule, fit
@@ -220,20 +220,28 @@ def held(model: nn.Module, edits: Iterable[Edit]) -> Hold:
 def work_of(model: nn.Module, task: Task, hold: Hold | None = None) -> float:
     """Multiply-adds times two of a forward pass per example; layers under a mask count by the share that stays.
 
-    Products of matrices and convolutions, as torch counts them; nothing else.
+    Products of matrices and convolutions, as torch counts them; nothing else. A layer of several weights, such as a
+    recurrent one or the experts of a block, counts by the share that stays of all of them.
     """
     example, was_training = task.example, model.training
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), flop_counter() as counter:
         example.through(model.eval())
     model.train(was_training)
     counts, head = counter.get_flop_counts(), type(model).__name__ + "."
     by_module = {name.removeprefix(head): sum(each.values()) for name, each in counts.items()}
     total = float(counter.get_total_flops())
+    gone, seen = dict[str, float](), dict[str, int]()  # elements that are masked, and looked at, by module
     for site in hold.sites if hold is not None else ():
         assert hold is not None
-        share = float(hold.keep[site.name].double().mean())
-        whole = by_module.get(site.parts[0].module, 0) if len(site.parts) == 1 else 0
-        total -= (1 - share) * whole
+        if len(site.parts) == 1:
+            (part,) = site.parts
+            share, size = float(hold.keep[site.name].double().mean()), prod(part.shape)
+            gone[part.module] = gone.get(part.module, 0.0) + (1 - share) * size
+            seen[part.module] = seen.get(part.module, 0) + size
+    for name, elements in gone.items():
+        own = model.get_submodule(name).named_parameters(recurse=False, remove_duplicate=False)
+        whole = max(sum(p.numel() for _, p in own if p.dim() > 1), seen[name])
+        total -= by_module.get(name, 0) * elements / whole
     return total / example.size
 
 
