@@ -143,6 +143,9 @@ def test_weights_do_not_change_the_widths_of_synexp_and_do_those_of_snip():
 
 def test_widths_are_multiples_where_asked_and_shortcuts_stay_where_asked():
     done = PreCrop(steps=0, sparsity=0.5, scope=Branches(), round_to=4).run(tiny.cnn(), tiny.make_task("cnn"))
+    whole = sum(p.numel() for p in tiny.cnn().parameters())
+    left = sum(p.numel() for p in done.model.parameters())
+    assert f"with what no width decides about, {left:,} of {whole:,} parameters are left" in done.notes
     model = done.model
     assert model.conv.out_channels == 8
     assert model.block2.conv2.out_channels == 16

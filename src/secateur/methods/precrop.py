@@ -161,8 +161,8 @@ class Branches:
 class PreCrop(Method):
     """Make every layer as narrow as its share says, draw new weights, train. No data before training, no search."""
 
-    sparsity: float = 0.5  # fraction of the parameters that go, in [0, 1), biases and norms counted; 0: any number
-    flops: float = 0.0  # fraction of the multiply-adds that go; 0: any number
+    sparsity: float = 0.5  # fraction taken out, in [0, 1), of the parameters that widths decide about; 0: any number
+    flops: float = 0.0  # fraction of the multiply-adds of those layers that go; 0: any number
     densities: Allocation = SynExp()  # what each layer is to keep; donor(probe='snip'): as in that probe's mask
     widths: Widths = Programme()  # densities to widths: nearest, roots; programme is SynExp on the widths themselves
     scope: Scope = Everything()  # what may be narrowed; branches: the inside of residual blocks
@@ -192,7 +192,8 @@ class PreCrop(Method):
             "reconstructed without code: the programme over widths and the nearest widths are this project's; roots is "
             "our reading of the paper's rule",
             "PreConfig (widest above 1) holds both parameters and multiply-adds to what they were, or to less",
-            "biases and norms count as parameters, and so does the classifier",
+            "biases and norms count as parameters, and so does the classifier, but nothing that no width decides about:"
+            " with branches alone that is much, and a note has the whole network too",
         ),
     )
     tiny: ClassVar = {"sparsity": 0.5, "steps": 20}
@@ -238,6 +239,7 @@ class PreCrop(Method):
                 "a shortcut ties every channel",
                 "Give scope=everything.",
             )
+        before = sum(p.numel() for p in model.parameters())
         costs = replace(Costs.of(model, sites), widest=self.widest)
         limits = self.limits(costs)
         wanted, notes = self.wanted(model, task, costs)
@@ -249,6 +251,9 @@ class PreCrop(Method):
         reinitialize_(model, generator(task, "initial weights"))
         history = fit(model, task, self.steps, [LearningRate(floor=self.rate_floor)])
         notes += [*self.report(costs, sites, widths, coupling), *terms.left_alone(found)]
+        if before > costs.total(costs.full, costs.weights):
+            after = sum(p.numel() for p in model.parameters())
+            notes.append(f"with what no width decides about, {after:,} of {before:,} parameters are left")
         return Outcome(model, edits, history, notes=notes + history.notes)
 
     def check_widens(self, sites: Sequence[Site]) -> None:
