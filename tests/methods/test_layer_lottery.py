@@ -181,6 +181,81 @@ def test_a_block_that_does_nothing_is_the_first_to_leave():
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+def test_features_of_many_columns_are_compared_by_their_rows():
+    draw = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(12, width, generator=draw) for width in (5, 40))
+    a, b = (v.double() - v.double().mean(0) for v in (x, y))
+    plain = (a.T @ b).square().sum() / ((a.T @ a).norm() * (b.T @ b).norm())
+    assert linear_cka(x, y) == pytest.approx(float(plain))
+    tokens = x.reshape(3, 4, 5), y.reshape(3, 4, 40)
+    assert linear_cka(*tokens) == pytest.approx(float(plain))  # a token is a row, not a part of one
+
+
+class Talker(nn.Module):
+    """Two residual blocks over tokens, whose answer is logits: [batch, tokens, classes]."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = tiny.seeded(Slide, 0), tiny.seeded(Slide, 1)
+
+    def forward(self, x):
+        return self.second(self.first(x))
+
+
+class Slide(nn.Module):
+    """A residual block over the last axis, 3 wide, with dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 3, bias=False))
+
+    def forward(self, x):
+        return x + self.inner(x)
+
+
+def test_divergence_is_of_each_token_and_dropout_is_the_same_with_and_without_a_block():
+    model = Talker()
+    x = torch.randn(6, 5, 3, generator=torch.Generator().manual_seed(2))
+
+    class Spoken:
+        name, seed, example = "spoken", 0, Batch((x,))
+
+        def batches(self, split, n=None, epoch=0):
+            return [Batch((x,))]
+
+    with torch.no_grad():
+        model.second.inner[1].weight.zero_()
+    blocks = run_blocks(model, Batch((x,)), ["first", "second"])
+    first, second = Divergence(6).score(model, blocks, Spoken())
+    assert second == 0.0  # it does nothing, whatever dropout draws before it
+    model.first.inner[0].p = 0.0
+    first = Divergence(6).score(model, blocks, Spoken())[0]
+    p, q = (v.double().log_softmax(-1) for v in (model.first(x), x))
+    by_hand = (q.exp() * (q - p)).sum(-1).mean()
+    assert first == pytest.approx(float(by_hand.detach()))
+
+
+def test_a_cache_of_keys_and_values_is_not_in_the_way_of_blocks():
+    model = tiny.make_model("decoder")
+    model.config.use_cache = True
+    model.set_attn_implementation("eager")  # a full cache would be longer than the mask
+    example = tiny.make_task("decoder").example
+    ran, why = removable_blocks(model, example)
+    assert [each.name for each in ran if each.name not in why] == ["model.layers.1"]
+    assert model.config.use_cache is True
+
+
+def test_scores_that_cannot_be_made_are_refused():
+    for score in (Signed, Divergence, Unlikeness, FeatureRank, Activity, Projection):
+        with pytest.raises(SettingError, match="samples=0 was given to a score of blocks"):
+            score(samples=0)
+    pytest.importorskip("sklearn")
+    with pytest.raises(SettingError, match="its examples have no label each"):
+        LayerLottery(sparsity=0.5, least=0, steps=1, score=Projection(8)).run(
+            tiny.make_model("decoder"), tiny.make_task("decoder")
+        )
+
+
 def test_size_ranks_stages_and_not_blocks():
     # wider layers start with smaller weights: whatever the seed, the wide stage leaves first
     for seed in range(3):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import GraphError
+from secateur.evidence import calm
 from secateur.site import Part, Site
 from secateur.task import Batch
 
@@ -71,7 +72,6 @@ class Ran:
 def run_blocks(model: nn.Module, example: Batch, names: Sequence[str]) -> list[Ran]:
     """What some blocks do in a forward pass of an example, in evaluation, in the order in which they first run."""
     calls: dict[str, list[tuple[tuple[Any, ...], dict[str, Any], Any]]] = {}
-    was_training = model.training
     hooks = [
         model.get_submodule(name).register_forward_hook(
             lambda m, args, kwargs, out, name=name: calls.setdefault(name, []).append((args, kwargs, out)),
@@ -80,9 +80,9 @@ def run_blocks(model: nn.Module, example: Batch, names: Sequence[str]) -> list[R
         for name in names
     ]
     try:
-        example.through(model.eval())
+        with calm(model):  # a cache among the arguments would be full when a block is run again
+            example.through(model)
     finally:
-        model.train(was_training)
         for hook in hooks:
             hook.remove()
     found = []

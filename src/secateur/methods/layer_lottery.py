@@ -31,6 +31,12 @@ from secateur.train import History, Snapshot
 # What makes a block worth keeping
 
 
+def _check_counts(**counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise SettingError(f"{name}={count} was given to a score of blocks", "one is the least", "Give 1 or more.")
+
+
 @dataclass(frozen=True)
 class Signed:
     """w dL/dw with its sign, larger stays: what goes first is what the loss, to first order, would rise most without.
@@ -40,6 +46,9 @@ class Signed:
     """
 
     samples: int = 128  # examples in all
+
+    def __post_init__(self) -> None:
+        _check_counts(samples=self.samples)
 
     def read(self, model: nn.Module, sites: Sequence[Site], task: Task, sparsity: float) -> Reading:
         """See Probe."""
@@ -121,15 +130,21 @@ class Chance:
 
 @dataclass(frozen=True)
 class Divergence:
-    """How far the answers move without the block: the mean of sum q (log q - log p), q without it and p with it."""
+    """How far the answers move without the block: the mean of sum q (log q - log p), q without it and p with it.
+
+    The mean is over answers: examples, tokens of a language model, pixels of a map.
+    """
 
     samples: int = 256
+
+    def __post_init__(self) -> None:
+        _check_counts(samples=self.samples)
 
     def score(self, model: nn.Module, blocks: Sequence[Ran], task: Task) -> list[float]:
         """See BlockScore."""
 
         def apart(whole: Tensor, without: Tensor) -> float:
-            p, q = (torch.log_softmax(x.flatten(1).double(), 1) for x in (whole, without))
+            p, q = (torch.log_softmax(_per_answer(x).double(), 1) for x in (whole, without))
             return float((q.exp() * (q - p)).sum(1).mean())
 
         return _without_each(model, blocks, task, self.samples, "", apart)
@@ -144,6 +159,9 @@ class Unlikeness:
 
     samples: int = 256
 
+    def __post_init__(self) -> None:
+        _check_counts(samples=self.samples)
+
     def score(self, model: nn.Module, blocks: Sequence[Ran], task: Task) -> list[float]:
         """See BlockScore."""
         last = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
@@ -156,10 +174,22 @@ class Unlikeness:
         return _without_each(model, blocks, task, self.samples, last[-1], lambda x, y: 1 - linear_cka(x, y))
 
 
+def _per_answer(logits: Tensor) -> Tensor:
+    """[batch, classes], [batch, tokens, classes] or [batch, classes, height, width] -> [answers, classes]."""
+    return (logits.movedim(1, -1) if logits.dim() > 3 else logits).flatten(0, -2)
+
+
 def linear_cka(x: Tensor, y: Tensor) -> float:
-    """How alike two sets of features of the same examples are, in [0, 1]: x [n, d], y [n, e]."""
-    x, y = (value.flatten(1).double() for value in (x, y))
+    """How alike two sets of features are, in [0, 1]: x [..., d], y [..., e], of the same examples, or of their tokens.
+
+    Kernels of rows [n, n] say the same as those of columns, and the smaller ones are made.
+    """
+    x, y = (value.flatten(0, -2).double() for value in (x, y))
     x, y = x - x.mean(0), y - y.mean(0)
+    if len(x) < max(x.shape[1], y.shape[1]):
+        first, second = x @ x.T, y @ y.T  # ||X^T Y||^2 = <X X^T, Y Y^T>, and ||X^T X|| = ||X X^T||
+        below = torch.linalg.norm(first) * torch.linalg.norm(second)
+        return float((first * second).sum() / below) if float(below) > 0 else 1.0
     below = torch.linalg.norm(x.T @ x) * torch.linalg.norm(y.T @ y)
     return float((x.T @ y).square().sum() / below) if float(below) > 0 else 1.0
 
@@ -169,6 +199,9 @@ class FeatureRank:
     """How many directions what a block gives has: the mean rank of its feature maps, of all they could have (HRank)."""
 
     samples: int = 64
+
+    def __post_init__(self) -> None:
+        _check_counts(samples=self.samples)
 
     def score(self, model: nn.Module, blocks: Sequence[Ran], task: Task) -> list[float]:
         """See BlockScore."""
@@ -188,6 +221,9 @@ class Activity:
 
     samples: int = 64
 
+    def __post_init__(self) -> None:
+        _check_counts(samples=self.samples)
+
     def score(self, model: nn.Module, blocks: Sequence[Ran], task: Task) -> list[float]:
         """See BlockScore."""
         return [float(out.abs().double().mean()) for out in _outputs(model, blocks, task, self.samples)]
@@ -204,13 +240,22 @@ class Projection:
     samples: int = 256
     components: int = 2
 
+    def __post_init__(self) -> None:
+        _check_counts(samples=self.samples, components=self.components)
+
     def score(self, model: nn.Module, blocks: Sequence[Ran], task: Task) -> list[float]:
-        """See BlockScore. Raises SettingError where scikit-learn is not installed."""
+        """See BlockScore. Raises SettingError where scikit-learn is not installed, or examples have no label each."""
+        targets = [batch.target for batch in some(task, self.samples)]
+        if not all(isinstance(t, Tensor) and t.dim() == 1 and not t.is_floating_point() for t in targets):
+            raise SettingError(
+                f"blocks were to be scored by what they say of the labels of {task.name}",
+                "its examples have no label each",
+                "Use another score, such as divergence.",
+            )
         outs = _outputs(model, blocks, task, self.samples)
         features = [out.flatten(2).mean(2) if out.dim() > 3 else out.flatten(1, -2).mean(1) if out.dim() > 2 else out
                     for out in outs]  # fmt: skip
-        labels = torch.cat([batch.target for batch in some(task, self.samples)])
-        found = projection_importance(torch.cat(features, 1), labels, self.components)
+        found = projection_importance(torch.cat(features, 1).cpu(), torch.cat(targets).cpu(), self.components)
         return [float(value.mean()) for value in torch.split(found, [value.shape[1] for value in features])]
 
 
@@ -243,7 +288,7 @@ def _outputs(model: nn.Module, blocks: Sequence[Ran], task: Task, samples: int) 
     try:
         with as_in_training(model, task), torch.no_grad():
             for batch in some(task, samples):
-                batch.through(model)
+                batch.to(next(model.parameters()).device).through(model)
     finally:
         for hook in hooks:
             hook.remove()
@@ -275,23 +320,24 @@ def _without_each(
     apart: Callable[[Tensor, Tensor], float],
 ) -> list[float]:
     """How far what a layer reads is from what it reads without each block; of no name, what the model answers."""
-    batches = list(some(task, samples))
+    device = next(model.parameters()).device
+    batches = [batch.to(device) for batch in some(task, samples)]
 
     def read() -> Tensor:
         found: list[Tensor] = []
         hook = model.get_submodule(reader).register_forward_pre_hook(lambda m, args: found.append(args[0]))
         try:
-            answers = [first_tensor(_values(batch.through(model))) for batch in batches]
+            with as_in_training(model, task), torch.no_grad():  # each time anew, so that dropout draws the same
+                answers = [first_tensor(_values(batch.through(model))) for batch in batches]
         finally:
             hook.remove()
         return torch.cat(found if reader else [a for a in answers if a is not None])
 
     found = []
-    with as_in_training(model, task), torch.no_grad():
-        whole = read()
-        for block in blocks:
-            with bypassed(model, block.name) if not block.why_not else _as_it_is():
-                found.append(apart(whole, read()))
+    whole = read()
+    for block in blocks:
+        with bypassed(model, block.name) if not block.why_not else _as_it_is():
+            found.append(apart(whole, read()))
     return found
 
 
