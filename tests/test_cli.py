@@ -135,6 +135,38 @@ def test_settings_that_cannot_be(given, advice):
         recipe.build(Wanda, given)
 
 
+def test_parts_within_parts_are_written_as_themselves():
+    from secateur.axes.probes import Grasp
+    from secateur.axes.unlearners import Influence, Woodbury
+
+    def made(text):
+        return recipe.method_of(text)
+
+    for text in ("influence(inverse=woodbury, samples=50)", "influence(inverse='woodbury', samples=50)"):
+        assert made(f"unlearn(by={text})").by == Influence(samples=50, inverse=Woodbury())
+    assert made("layer_lottery(score=mean-of(probe=grasp(per_class=4)))").score.probe == Grasp(4)
+    assert made("lottery(scope=layer-by-layer(last=fc))").scope.last == "fc"
+    assert made("fedtiny(exchange=prune-first)") == made("fedtiny(exchange='prune-first')")
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("unlearn(by=influence(inverse=erk))", "unlearn.by.inverse=erk was given, but it is no inversefisher"),
+        ("unlearn(by=influence(samples=many))", "its settings cannot be read"),
+        ("unlearn(by=influence(damping=1))", "influence has no field 'damping'"),
+        ("bip(units=weights(floor='a'))", "bip.units.floor=\"'a'\" was given, but it is not a number"),
+        ("icbs(search=anneal(restarts=2.5))", "icbs.search.restarts='2.5' was given, but it is not a whole number"),
+        ("compresso(curve=l1)", "compresso.curve=l1 was given, but it is no curve"),  # it can be called, on two values
+    ],
+)
+def test_settings_of_parts_that_cannot_be(text, found):
+    with pytest.raises(SettingError) as caught:
+        recipe.method_of(text)
+    assert found in str(caught.value)
+    assert "_bypass" not in str(caught.value)  # what is private is no word
+
+
 # list and explain
 
 

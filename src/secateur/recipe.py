@@ -366,6 +366,7 @@ def _part(where: str, kind: Any, value: Any, known: Mapping[str, type]) -> Any:
             raise SettingError(
                 f"{where}={text_of(part)} was given", f"it is no {kind.__name__.lower()}", did_you_mean("", fit)
             )
+        _check_held(where, part, known)
     elif isinstance(value, Mapping) or not is_dataclass(value):
         raise SettingError(
             f"{where}={value!r} was given",
@@ -373,6 +374,25 @@ def _part(where: str, kind: Any, value: Any, known: Mapping[str, type]) -> Any:
             did_you_mean("", fitting(kind, known)),
         )
     return value
+
+
+def _check_held(where: str, part: Any, known: Mapping[str, type]) -> None:
+    """Raise SettingError where a part read from text holds text for a number, or a part of another kind."""
+    kind: type = type(part)
+    for name, setting in settings_of(kind).items():
+        value, kinds = getattr(part, name), _members(setting.hint)
+        if is_dataclass(value) and not isinstance(value, type):
+            if setting.part is not None and not any(_is_part(k) and _fits(type(value), k) for k in kinds):
+                raise SettingError(
+                    f"{where}.{name}={text_of(value)} was given",
+                    f"it is no {setting.part.__name__.lower()}",
+                    did_you_mean("", fitting(setting.hint, known)),
+                )
+            _check_held(f"{where}.{name}", value, known)
+        elif (isinstance(value, str) and str not in kinds and not setting.choices) or (
+            isinstance(value, float) and int in kinds and float not in kinds
+        ):
+            value_of(f"{where}.{name}", setting.hint, repr(value), known)  # which says what it should be
 
 
 def _is_part(kind: Any) -> bool:
@@ -386,8 +406,11 @@ def _fits(part: type, kind: type) -> bool:
     if not getattr(kind, "_is_protocol", False):
         return issubclass(part, kind)
     wanted = {n for n in dir(kind) if not n.startswith("_")} | set(inspect.get_annotations(kind))
-    if "__call__" in kind.__dict__:
+    if "__call__" in kind.__dict__:  # that a part can be called says little: its arguments are to be the same
         wanted.add("__call__")
+        called = getattr(part, "__call__", None)  # noqa: B004  not whether, but how
+        if called is None or [*inspect.signature(called).parameters] != [*inspect.signature(kind.__call__).parameters]:
+            return False
     held = {f.name for f in fields(part)} | set(dir(part))
     return wanted <= held
 

@@ -173,7 +173,8 @@ def words(*modules: ModuleType) -> dict[str, type]:
     found: dict[str, type] = {}
     for module in (*PARTS, *modules):
         for value in vars(module).values():
-            if isinstance(value, type) and is_dataclass(value) and value.__module__ == module.__name__:
+            own = isinstance(value, type) and is_dataclass(value) and value.__module__ == module.__name__
+            if own and not value.__name__.startswith("_"):
                 found[word_of(value)] = value
     return found
 
@@ -203,6 +204,8 @@ def text_of(part: Any) -> str:
 def part_of(text: str, known: Mapping[str, type] | None = None) -> Any:
     """The part a text stands for. Raises SettingError, with the nearest name, for one that stands for none.
 
+    A part within a part is written as itself, or between quotes, which "2:4" needs.
+
     >>> part_of("2:4"), part_of("owl(reach=0.1)")
     (NM(n=2, m=4), Owl(outlier=5.0, reach=0.1))
     """
@@ -221,31 +224,39 @@ def part_of(text: str, known: Mapping[str, type] | None = None) -> Any:
     kind = known[name]
     accepted = {field.name: field for field in fields(kind)}
     given: dict[str, Any] = {}
-    for keyword in _keywords(text, shape[2]):
-        key = keyword.arg or ""
+    for key, value, bare in _keywords(text, shape[2]):
         if key not in accepted:
             raise SettingError(f"{text!r} was given", f"{name} has no field {key!r}", did_you_mean(key, accepted))
-        value = ast.literal_eval(keyword.value)
         default = _default(accepted[key])
+        if bare and not is_dataclass(default) and not isinstance(default, str):
+            raise _unread(text)
         nested = is_dataclass(default) and isinstance(value, str)
         given[key] = part_of(value, known) if nested else value
     return kind(**given)
 
 
-def _keywords(text: str, arguments: str | None) -> list[ast.keyword]:
+def _keywords(text: str, arguments: str | None) -> list[tuple[str, Any, bool]]:
+    """Keys and values, and whether a value is the bare name of a part, as in influence(inverse=woodbury)."""
     if arguments is None:
         return []
+    source, found = "f" + arguments, list[tuple[str, Any, bool]]()
     try:
-        call = ast.parse("f" + arguments, mode="eval").body
+        call = ast.parse(source, mode="eval").body
         assert isinstance(call, ast.Call)
         assert not call.args
         for keyword in call.keywords:
-            ast.literal_eval(keyword.value)
+            bare = isinstance(keyword.value, ast.Name | ast.Call | ast.BinOp)  # even-nodes is a difference
+            value = ast.get_source_segment(source, keyword.value) if bare else ast.literal_eval(keyword.value)
+            found.append((keyword.arg or "", value, bare))
     except (SyntaxError, ValueError, AssertionError):
-        raise SettingError(
-            f"{text!r} was given", "its settings cannot be read", "Write them as name(key=value, key=value)."
-        ) from None
-    return call.keywords
+        raise _unread(text) from None
+    return found
+
+
+def _unread(text: str) -> SettingError:
+    return SettingError(
+        f"{text!r} was given", "its settings cannot be read", "Write them as name(key=value, key='text')."
+    )
 
 
 def _default(field: Field) -> Any:
