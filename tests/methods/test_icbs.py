@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny import make_model, make_task, trained
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from secateur import prune
 from secateur.axes import NM, Dsnot, Magnitude, PerMatrix, PerRow, Random, Wanda
@@ -15,7 +16,7 @@ from secateur.axes.curvature import ExactHessian, Fisher, MeanGradient, exact_he
 from secateur.axes.quadratic import Anneal, Exhaustive, Quadratic
 from secateur.cut import weights
 from secateur.edit import Mask, apply_, load, save
-from secateur.errors import EvidenceError, PatternError, SettingError
+from secateur.errors import EvidenceError, ModelError, PatternError, SettingError
 from secateur.evidence import examples
 from secateur.methods.icbs import ICBS, Layer, fixed_sides, quadratic, turns, without_negatives
 from secateur.methods.magnitude import Magnitude as ByMagnitude
@@ -142,6 +143,54 @@ def test_curvatures() -> None:
         value.view(-1)[5] += step
     after = own_gradients(model, here, batch, task.loss)[0].mean(0)
     torch.testing.assert_close(exact[1], ((after - before) / step)[places].double(), rtol=0.02, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["decoder", "moe"])
+def test_fused_attention_and_idle_experts_are_not_in_the_way_of_the_exact_hessian(family: str) -> None:
+    """Fused attention has no second derivative, and an expert that sees no token no first."""
+    model, task = trained(family).double(), make_task(family)
+    model.config._experts_implementation = "eager"  # the grouped product knows no float64
+    batch = list(examples(task.batches("calibration", 2)))
+    here = next(s for s in weights(model) if s.name.endswith(("q_proj.weight", "q_proj")))
+    places, step = torch.tensor([0, 7]), 1e-2  # norms are in float32
+    value = model.get_parameter(here.parts[0].name)
+
+    def slope() -> Tensor:
+        found = [torch.autograd.grad(task.loss(model, each), value)[0].reshape(-1) for each in batch]
+        return torch.stack(found).mean(0)[places]
+
+    found, around = exact_hessian(model, here, places, batch, task.loss), []
+    for way in (step, -2 * step):
+        with torch.no_grad():
+            value.view(-1)[7] += way
+        around.append(slope())
+    torch.testing.assert_close(found[1], (around[0] - around[1]) / (2 * step), rtol=0.03, atol=1e-5)
+    assert float(found[1].abs().max()) > 1e-4
+    if family == "moe":
+        one = list(examples(task.batches("calibration", 1)))[:1]
+        for idle in (s for s in weights(model) if "experts" in s.name):
+            assert exact_hessian(model, idle, places, one, task.loss).isfinite().all()
+
+
+def test_what_cannot_be_differentiated_twice_is_named() -> None:
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):  # type: ignore[no-untyped-def]
+            return x * 2
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx, g):  # type: ignore[no-untyped-def]
+            return g * 2
+
+    class Net(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return Once.apply(super().forward(x))  # type: ignore[no-any-return, no-untyped-call]
+
+    net, task = Net(*make_model("mlp")), make_task("mlp")
+    batch = list(examples(task.batches("calibration", 1)))
+    with pytest.raises(ModelError, match=r"exact Hessian of Net were asked for(.|\n)*Once(.|\n)*curvature=fisher"):
+        exact_hessian(net, weights(net)[0], torch.tensor([0]), batch, task.loss)
 
 
 # The search

@@ -6,7 +6,9 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from secateur.axes.probes import refuse_once_differentiable, twice_differentiable
 from secateur.errors import EvidenceError
 from secateur.site import Site, tensors
 from secateur.task import Batch
@@ -97,16 +99,27 @@ def exact_hessian(
     batch: Sequence[Batch],
     loss: Callable[[nn.Module, Batch], Tensor],
 ) -> Tensor:
-    """The mean over examples of the second derivatives of the loss at some places of a site [block, block]."""
+    """The mean over examples of the second derivatives of the loss at some places of a site [block, block].
+
+    Attention runs unfused meanwhile, as fused kernels have no second derivative. Raises ModelError, with its name, for
+    another operation that has none.
+    """
     part = site.parts[0]
     value = tensors(model)[part.name]
     total = torch.zeros(len(places), len(places), dtype=torch.float64)
-    with torch.enable_grad():
+    asked = f"entries of the exact Hessian of {type(model).__name__} were asked for", "curvature=fisher"
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         for example in batch:
-            (whole,) = torch.autograd.grad(loss(model, example), value, create_graph=True)
+            found = loss(model, example)
+            refuse_once_differentiable(found, *asked)
+            (whole,) = torch.autograd.grad(found, value, create_graph=True, allow_unused=True)
+            if whole is None or not whole.requires_grad:  # an expert may see no token, and a line does not bend
+                continue
             slope = part.view(whole).reshape(-1)[places.to(whole.device)]
             for i, each in enumerate(slope):
-                (row,) = torch.autograd.grad(each, value, retain_graph=True)
-                total[i] += part.view(row).reshape(-1)[places.to(row.device)].double().cpu()
+                with twice_differentiable(*asked):
+                    (row,) = torch.autograd.grad(each, value, retain_graph=True, allow_unused=True)
+                if row is not None:
+                    total[i] += part.view(row).reshape(-1)[places.to(row.device)].double().cpu()
     total /= len(batch)
     return (total + total.T) / 2

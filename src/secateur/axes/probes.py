@@ -141,6 +141,7 @@ def hessian_gradient(
 
     Raises ModelError, with its name, for an operation that cannot be differentiated twice.
     """
+    asked = f"GraSP scores of {name} were asked for", "the probe snip"
     held = [torch.zeros_like(p) for p in learnt.values()]
     for batch in batches:
         for sum_, found in zip(held, _gradients(loss(batch), learnt), strict=True):
@@ -148,29 +149,39 @@ def hessian_gradient(
     product = [torch.zeros_like(p) for p in learnt.values()]
     for batch in batches:
         value = loss(batch)
-        _refuse_once_differentiable(value, name)
-        try:
+        refuse_once_differentiable(value, *asked)
+        with twice_differentiable(*asked):
             slope = _gradients(value, learnt, again=True)
             along = torch.stack([(h * s).sum() for h, s in zip(held, slope, strict=True)]).sum()
             for sum_, found in zip(product, _gradients(along, learnt), strict=True):
                 sum_ += found
-        except RuntimeError as error:
-            said = re.search(r"derivative for '?([\w:]+)'? is not implemented", str(error))
-            if said is None:
-                raise
-            raise _refusal(said[1].removeprefix("aten::"), name) from error
     return product
 
 
-def _refusal(which: str, name: str) -> ModelError:
+@contextmanager
+def twice_differentiable(asked: str, instead: str) -> Iterator[None]:
+    """Within this, an operation without a second derivative is a ModelError with its name.
+
+    `asked` says what was to be had of the model, `instead` what does without second derivatives.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        said = re.search(r"derivative for '?([\w:]+)'? is not implemented", str(error))
+        if said is None:
+            raise
+        raise _refusal(said[1].removeprefix("aten::"), asked, instead) from error
+
+
+def _refusal(which: str, asked: str, instead: str) -> ModelError:
     return ModelError(
-        f"GraSP scores of {name} were asked for",
+        asked,
         f"they take second derivatives, and {which} has none",
-        "Use a plain implementation of it (attn_implementation='eager' in transformers), or the probe snip.",
+        f"Use a plain implementation of it (attn_implementation='eager' in transformers), or {instead}.",
     )
 
 
-def _refuse_once_differentiable(value: Tensor, name: str) -> None:
+def refuse_once_differentiable(value: Tensor, asked: str, instead: str) -> None:
     """Raise ModelError for an operation behind a value that says it can be differentiated once.
 
     Asked for the second derivative with respect to given tensors alone, autograd goes round it in silence.
@@ -186,7 +197,7 @@ def _refuse_once_differentiable(value: Tensor, name: str) -> None:
         while step is not None:
             code = getattr(step, "__code__", None)
             if code is not None and code.co_filename == once_differentiable.__code__.co_filename:
-                raise _refusal(type(node).__name__.removesuffix("Backward"), name)
+                raise _refusal(type(node).__name__.removesuffix("Backward"), asked, instead)
             step = getattr(step, "__wrapped__", None)
         todo += [following for following, _ in node.next_functions]
 
