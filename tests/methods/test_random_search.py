@@ -147,6 +147,28 @@ def test_rescaling_keeps_the_size_of_sums() -> None:
         assert x.through(again).flatten().tolist() == pytest.approx([wanted, wanted], rel=1e-5)
 
 
+class Beside(nn.Module):
+    """Two layers side by side, 8 and 4 wide, that one matrix reads, with the input beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other, self.out = nn.Linear(3, 8), nn.Linear(3, 4), nn.Linear(15, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.cat([self.one(x).relu(), x, self.other(x).relu()], 1))  # type: ignore[no-any-return]
+
+
+def test_rescaling_leaves_what_reads_other_layers_alone() -> None:
+    """A matrix that reads two layers and the input: each layer's columns get that layer's factor, the others none."""
+    model = seeded(Beside, 0)
+    dense = model.out.weight.detach().clone()
+    sites = couple(model, Batch((torch.ones(2, 3),))).need("channel")
+    keep = {site.name: torch.arange(site.units) < (2 if site.units == 8 else 3) for site in sites}
+    sub_network(model, sites, keep, rescale=True)
+    wanted = torch.cat([4 * dense[:, :2], dense[:, 8:11], 4 / 3 * dense[:, 11:14]], 1)
+    torch.testing.assert_close(model.out.weight.detach(), wanted)
+
+
 def test_the_winner_learns_and_its_curve_is_kept() -> None:
     done = prune(make_model("mlp"), RandomSearch(**{**SHORT, "steps": 60}), make_task("mlp"), measure="test")
     curve = [value for _, value in done.record.curves["training loss"]]

@@ -159,15 +159,14 @@ def sub_network(model: nn.Module, sites: Sequence[Site], keep: Choice, rescale: 
 
     With `rescale`, what reads a layer is multiplied by how many times fewer nodes it has, so that sums keep their size.
     """
-    edits: list[Edit] = list(apply_(model, removals(sites, keep)))
-    if not rescale:
-        return edits
-    for site in sites:
-        factor = site.units / int(keep[site.name].sum())
+    named, larger = tensors(model), dict[str, Tensor]()
+    for site in sites if rescale else ():
+        factor = torch.full((site.units,), site.units / int(keep[site.name].sum()), dtype=torch.float64)
         for part in site.parts:
-            if part.axis == 1 and part.index is None:
-                edits += apply_(model, Update(part.name, tensors(model)[part.name].detach() * factor))
-    return edits
+            if part.axis == 1:  # its own columns alone: others of them may read another layer
+                seen = part.view(larger.setdefault(part.name, named[part.name].detach().clone()))
+                seen.mul_(part.expand(factor, nobody=1.0).to(seen))
+    return apply_(model, [*(Update(name, value) for name, value in larger.items()), *removals(sites, keep)])
 
 
 @dataclass(frozen=True, kw_only=True)
