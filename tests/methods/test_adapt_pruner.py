@@ -329,6 +329,8 @@ def test_what_cannot_be_done_is_refused():
         ({"ceiling": 0.0}, "ceiling=0"),
         ({"warmup": 0.6, "decay": 0.6}, "share one training"),
         ({"distil": 1.5}, "distil=1.5"),
+        ({"warmup": float("nan")}, "warmup=nan"),
+        ({"amplitude": float("nan")}, "amplitude=nan"),
     ):
         with pytest.raises(SettingError, match=said):
             AdaptPruner(**wrong).check()

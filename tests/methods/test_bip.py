@@ -351,6 +351,8 @@ def test_a_network_of_which_a_layer_is_gone_is_remarked_on_and_a_floor_keeps_it(
         (lambda: BiP(tune=-1), "-1 of fine-tuning"),
         (lambda: BiP(rate=0.0), "a rate of 0"),
         (lambda: BiP(rate_floor=2.0), "a floor of 2"),
+        (lambda: BiP(momentum=1.0), "momentum=1 and decay=0.0001 of the scores"),
+        (lambda: BiP(decay=-1.0), "a decay not below 0"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(make, says):

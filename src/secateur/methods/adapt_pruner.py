@@ -17,6 +17,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -295,8 +296,12 @@ class AdaptPruner(Method):
                 "a ceiling is a fraction, and the others are above 0",
                 "Take the defaults: 1, 1 and 2.",
             )
+        if not isfinite(self.amplitude):
+            raise SettingError(
+                f"amplitude={self.amplitude:g} was given", "steps are bent by it", "Give 0.02, or 0 for uniform steps."
+            )
         shares = (self.warmup, self.decay, self.rate_floor, self.distil)
-        if min(shares) < 0 or max(shares) > 1 or self.warmup + self.decay > 1:
+        if not all(0 <= share <= 1 for share in shares) or self.warmup + self.decay > 1:
             raise SettingError(
                 f"warmup={self.warmup:g}, decay={self.decay:g}, rate_floor={self.rate_floor:g} and"
                 f" distil={self.distil:g} were given",

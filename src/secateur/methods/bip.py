@@ -328,6 +328,12 @@ class BiP(Method):
             )
         if not self.rate > 0:
             raise SettingError(f"a rate of {self.rate:g} was asked for", "scores move by it", "Give 0.1, say.")
+        if not 0 <= self.momentum < 1 or not self.decay >= 0:
+            raise SettingError(
+                f"momentum={self.momentum:g} and decay={self.decay:g} of the scores were asked for",
+                "a momentum is in [0, 1) and a decay not below 0",
+                "Give 0.9 and 0.0001, as the paper does.",
+            )
 
     def run(self, model: nn.Module, task: Task) -> Outcome:
         """Start from magnitude, learn, and leave what the last mask says."""
