@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from tiny import make_model
+from tiny import make_model, make_task
 from torch import nn
 
+from secateur import prune
 from secateur.cut import blocks, layers, weights
-from secateur.errors import SiteError
+from secateur.errors import ModelError, SiteError
+from secateur.methods.magnitude import Magnitude
 from secateur.site import Part, Site, tensors
 
 
@@ -118,6 +120,15 @@ def test_blocks_and_layers() -> None:
     (stack,) = layers(model)
     assert stack.shape == (len(model.model.layers),)
     assert float(stack.cost().sum()) == sum(p.numel() for p in model.model.layers.parameters())
+
+
+def test_weights_of_lazy_modules_are_asked_for_once_they_are_there() -> None:
+    model, task = nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.LazyLinear(4)), make_task("mlp")
+    for ask in (lambda: weights(model), lambda: prune(model, Magnitude(), task), lambda: Magnitude().run(model, task)):
+        with pytest.raises(ModelError, match=r"0\.weight has neither shape nor values yet(.|\n)*on an example first"):
+            ask()
+    task.example.through(model)
+    assert [site.shape[0] for site in weights(model)] == [8, 4]
 
 
 def test_tied_tensors_go_under_each_of_their_names() -> None:

@@ -35,7 +35,7 @@ from secateur.outcome import (
     site_rows,
     time_pair,
 )
-from secateur.site import Unit, uncompiled
+from secateur.site import Unit, tensors, uncompiled
 from secateur.task import Task
 from secateur.vocabulary import AXES, checked
 from secateur.walk import journal
@@ -369,7 +369,8 @@ def tiny(kind: type[Method], **changes: Any) -> Method:
 
 
 def refuse_nan(model: nn.Module) -> None:
-    """Raise ModelError, naming the tensor, when a weight is not finite."""
+    """Raise ModelError, naming the tensor, when a weight is not finite, or not there yet."""
+    tensors(model)  # which refuses those of lazy modules
     for name, value in model.named_parameters():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise ModelError(

@@ -13,8 +13,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from secateur.errors import SettingError, SiteError, did_you_mean
+from secateur.errors import ModelError, SettingError, SiteError, did_you_mean
 
 Tensors = Mapping[str, Tensor]
 """By dotted name: parameters and buffers, their gradients, or the contents of a cache."""
@@ -174,11 +175,17 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer by dotted name, tied ones under each of their names.
 
     A tensor goes by the name it has without what is wrapped round it: a parametrisation, torch.compile of the model or
-    of a part of it, DistributedDataParallel.
+    of a part of it, DistributedDataParallel. Raises ModelError for a parameter of a lazy module that has not run yet.
     """
     model = unwrapped(model)
     found: dict[str, Tensor] = {}
     for name, value in model.named_parameters(remove_duplicate=False):
+        if is_lazy(value):
+            raise ModelError(
+                f"the weights of {type(model).__name__} were asked for",
+                f"{name} has neither shape nor values yet, as its lazy module has not run",
+                "Run the model on an example first.",
+            )
         found[plain(name)] = value
     buffers = model.named_buffers(remove_duplicate=False)
     found.update((name.replace(_COMPILED + ".", ""), value) for name, value in buffers)
