@@ -9,7 +9,8 @@
       allocation: owl(reach=0.1)
 
 A setting may be typed (0.5, true, [a, b]) or text ("50%", "2:4", "a,b"); a field of a part is written inside it,
-`owl(reach=0.1)`, or as a key of its own, `allocation.reach: 0.1`.
+`owl(reach=0.1)`, or as a key of its own, `allocation.reach: 0.1`; a part within a part as itself,
+`influence(inverse=woodbury)`.
 """
 
 import ast
