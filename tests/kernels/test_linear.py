@@ -123,6 +123,44 @@ def test_compile_and_export_see_one_operator(format):
     )
 
 
+class Asking(nn.Module):
+    """A network that asks a layer for the dtype of its weight, as T5 and vision transformers do."""
+
+    def __init__(self, one):
+        super().__init__()
+        self.one = one
+
+    def forward(self, x):
+        return self.one(x.to(self.one.weight.dtype))
+
+
+@pytest.mark.parametrize(
+    ("packed", "x"),
+    [
+        (lambda: SparseLinear.of(layer(), Bitmap()), X),
+        (lambda: SparsePointwise.of(nn.Conv2d(8, 16, 1), Bitmap()), torch.randn(1, 8, 3, 3)),
+        (lambda: SparseConv2d.of(nn.Conv2d(3, 16, 3), GroupCols(1)), torch.randn(1, 3, 8, 8)),
+    ],
+)
+def test_a_network_that_asks_for_the_dtype_of_a_weight_is_compiled_and_exported(packed, x):
+    model = Asking(packed())
+    with torch.no_grad():
+        wanted = model(x)
+        assert torch.equal(torch.compile(model, backend="aot_eager", fullgraph=True)(x), wanted)
+        for strict in (False, True):
+            exported = torch.export.export(model, (x,), strict=strict)
+            assert torch.equal(exported.module()(x), wanted)
+            left = any("unpacked" in str(node.target) for node in exported.graph.nodes)
+            assert not left or strict  # it unpacked for nobody
+
+
+def test_a_compiled_network_computes_with_the_weight_of_a_packed_layer():
+    sparse = SparseLinear.of(layer(), Bitmap())
+    compiled = torch.compile(lambda x: sparse(x) + sparse.weight.square().sum(), backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(X), sparse(X) + sparse.packed.dense().square().sum())
+
+
 @each
 def test_an_operator_takes_what_its_layer_made_ready_and_no_other(format, monkeypatch):
     sparse, other = SparseLinear.of(layer(0), format), SparseLinear.of(layer(1), format)

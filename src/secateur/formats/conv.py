@@ -14,7 +14,7 @@ from secateur.errors import FormatError
 from secateur.formats.depth_taps import DepthTaps
 from secateur.formats.group_cols import GroupCols
 from secateur.formats.packed import Packed
-from secateur.formats.state import Unpacked, loaded, made_of, now, register
+from secateur.formats.state import loaded, made_of, now, register, weight_of
 
 ANY = (-math.inf, math.inf)
 PLACES = "group_cols_places_f32"
@@ -180,8 +180,7 @@ class SparseConv2d(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight [out, in / groups, high, wide], unpacked when something is computed with it."""
-        packed, form = self.packed, _form(self.packed)
-        return Unpacked(packed, (packed.shape[0], packed.shape[1] // form.taps, form.high, form.wide))
+        return weight_of(self, _shape)
 
     def dense(self) -> nn.Conv2d:
         """The dense layer that this one stands for; what holds its outcome between two numbers is not in it."""
@@ -264,6 +263,11 @@ def _form(packed: Packed) -> Form:
             "Pack the weight [out, in, high, wide] of the convolution.",
         )
     return packed.format
+
+
+def _shape(packed: Packed) -> tuple[int, int, int, int]:
+    form = _form(packed)
+    return packed.shape[0], packed.shape[1] // form.taps, form.high, form.wide
 
 
 def _pair(value: Any) -> Pair:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from secateur.errors import FormatError
 from secateur.formats.packed import Format, Packed
-from secateur.formats.state import Unpacked, loaded, made_of, now, register
+from secateur.formats.state import loaded, made_of, now, register, weight_of
 
 
 class SparseLinear(nn.Module):
@@ -42,7 +42,7 @@ class SparseLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight [out, in], unpacked when something is computed with it: for networks that ask for its dtype."""
-        return Unpacked(self.packed, self.packed.shape)
+        return weight_of(self, lambda packed: packed.shape)
 
     def dense(self) -> nn.Linear:
         """The dense layer that this one stands for."""
@@ -114,7 +114,7 @@ class SparsePointwise(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight [out, in, 1, 1], unpacked when something is computed with it."""
-        return Unpacked(self.packed, (*self.packed.shape, 1, 1))
+        return weight_of(self.linear, lambda packed: (*packed.shape, 1, 1))
 
     def dense(self) -> nn.Conv2d:
         """The dense layer that this one stands for."""

@@ -1,6 +1,6 @@
 """The tensors of a packed weight as the state of a layer: saved, loaded and replaced like any other."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -52,6 +52,21 @@ class Unpacked(Tensor):
             )
         given, named = tree_map_only(cls, dense, (args, kwargs or {}))
         return func(*given, **named)
+
+
+def weight_of(layer: Any, shape: Callable[[Packed], Sequence[int]]) -> Tensor:
+    """What a network finds that asks a packed layer for its weight, of a shape that goes by what is packed.
+
+    While torch.compile or torch.export look on, buffers have no numbers to be read again, and an operator unpacks it,
+    which a compiler leaves out where only a dtype was asked for. An export would not: without `strict` dtype, device
+    and shape can be asked for, and no more.
+    """
+    if not torch.compiler.is_dynamo_compiling():
+        packed = layer._packed if torch.compiler.is_compiling() else layer.packed
+        return Unpacked(packed, shape(packed))
+    tensors = [getattr(layer, name) for name in layer._packed.format.names]
+    made: Tensor = torch.ops.secateur.unpacked.default(tensors, layer._header, list(shape(layer._packed)))
+    return made
 
 
 def register(layer: nn.Module, packed: Packed) -> None:
@@ -108,3 +123,20 @@ def loaded(packed: Packed, state_dict: Mapping[str, Any], prefix: str) -> Packed
     """
     names = [name for name in ("header", *packed.format.names) if prefix + name in state_dict]
     return unpack({name: state_dict[prefix + name].detach().clone() for name in names}) if names else packed
+
+
+_OPERATORS: Any = torch.library.Library("secateur", "FRAGMENT")  # type: ignore[no-untyped-call]  # torch has no types
+_OPERATORS.define("unpacked(Tensor[] tensors, int[] header, int[] shape) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+
+
+def _unpacked(tensors: Sequence[Tensor], header: Sequence[int], shape: Sequence[int]) -> Tensor:
+    return made_of(tensors, header).dense().reshape(list(shape))
+
+
+_OPERATORS.impl("unpacked", _unpacked, "CPU")
+
+
+@torch.library.register_fake("secateur::unpacked")  # type: ignore[untyped-decorator]  # nor here
+def _(tensors: Sequence[Tensor], header: Sequence[int], shape: Sequence[int]) -> Tensor:
+    names = FORMATS[header[0]].names
+    return tensors[names.index("scales" if "scales" in names else "values")].new_empty(list(shape))
