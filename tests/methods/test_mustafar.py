@@ -7,13 +7,21 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import decoder, make_task, moe, trained
-from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 import secateur
 from secateur.axes.cached import Anything, Channels, HeavyHitters, Newest, OutputAware, PerChannel, PerToken, kept
 from secateur.cache import Eviction, Past, Pruning, SparseCache, evicting_cache, sparse_cache
 from secateur.cache.attention import attend
-from secateur.edit import apply_, load, save
+from secateur.edit import Replace, apply_, load, save
 from secateur.errors import ModelError, PatternError, SettingError
 from secateur.formats.bitmap_kv import BitmapKV, pack
 from secateur.method import prune
@@ -306,6 +314,9 @@ def test_the_newest_tokens_can_be_taken_back_and_packed_ones_cannot() -> None:
         assert past.get_seq_length() == 70
         with pytest.raises(ModelError, match="the newest 60 tokens of a pruned cache were to be taken back"):
             past.crop(-60)
+        with pytest.raises(ModelError, match="Give minus the number of tokens that are to go"):
+            past.crop(60)  # which some mean as how many are left
+        assert past.get_seq_length() == 70
 
 
 def test_a_cache_that_was_begun_without_it_is_refused() -> None:
@@ -326,6 +337,32 @@ def test_a_model_with_nothing_but_sliding_windows_is_refused() -> None:
     model = MistralForCausalLM(MistralConfig(vocab_size=64, hidden_size=32, intermediate_size=64, **config))
     with sparse_cache(model, 0.5), pytest.raises(ModelError, match="every layer has a sliding window"):
         model.generate(words(0, 1, 40), max_new_tokens=4, pad_token_id=0)
+
+
+def test_a_cache_that_is_pruned_already_is_refused() -> None:
+    model, ids = decoder(), words(0, 1, 10)
+    with sparse_cache(model, 0.5), pytest.raises(ModelError, match="it is pruned already"), sparse_cache(model, 0.9):
+        pass
+    assert model.config._attn_implementation != "secateur"
+    apply_(model, [Replace("sparse_cache", SparseCache())])
+    with pytest.raises(ModelError, match="it is pruned already"), evicting_cache(model, 0.9):
+        pass
+    assert model(ids, use_cache=True).past_key_values.layers[0].past.pruning == Pruning()
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_what_attention_cannot_do_is_refused_in_layers_with_a_sliding_window_too(cached: bool) -> None:
+    config = {"sliding_window": 16, "num_key_value_heads": 2, "num_attention_heads": 4, "num_hidden_layers": 2}
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "head_dim": 8}
+    gemma = Gemma2ForCausalLM(Gemma2Config(**sizes, **config))
+    sinks = GptOssForCausalLM(GptOssConfig(**sizes, **config, num_local_experts=2, num_experts_per_tok=1))
+    for model, asks in ((gemma, "softcap"), (sinks, "s_aux")):
+        with (
+            sparse_cache(model, 0.5) as cache,
+            cache.in_use(),
+            pytest.raises(ModelError, match=f"it asks for {asks}, which that cannot do"),
+        ):
+            model(words(0, 1, 40), use_cache=cached)
 
 
 def test_a_model_that_does_not_read_through_the_interface_is_refused() -> None:

@@ -62,7 +62,10 @@ class SparseCache(nn.Module):
         return {"prefill": self.prefill, "pruning": text_of(self.pruning)}
 
     def join_(self, model: nn.Module) -> None:
-        """Begin to prune a model's cache. Raises ModelError for a model whose attention cannot read one."""
+        """Begin to prune a model's cache.
+
+        Raises ModelError for a model whose attention cannot read one, and for one whose cache is pruned already.
+        """
         from secateur.cache.layers import ATTENTION
 
         config: Any = getattr(model, "config", None)
@@ -72,6 +75,12 @@ class SparseCache(nn.Module):
                 f"the cache of {type(model).__name__} was to be pruned",
                 "it is not a language model of transformers whose attention can be exchanged",
                 "Give a causal model such as Llama, Mistral or Qwen.",
+            )
+        if text._attn_implementation == ATTENTION:  # two rules for one cache: the first would hold, and nothing say so
+            raise ModelError(
+                f"the cache of {type(model).__name__} was to be pruned",
+                "it is pruned already, by a block that is not left yet or by an edit the model carries",
+                "Leave that first, or give it the settings that are wanted.",
             )
         self._config, self._before = text, text._attn_implementation
         text._attn_implementation = ATTENTION

@@ -93,7 +93,13 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self.past.select_(torch.arange(self.past.keys.shape[0]).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the newest tokens. Raises ModelError for tokens that are packed."""
+        """Take back the newest tokens, by minus their number. Raises ModelError for tokens that are packed."""
+        if tokens_to_remove > 0:
+            raise ModelError(
+                f"a pruned cache was to be cut by {tokens_to_remove}",
+                "that was how many tokens are left, in older releases of transformers",
+                "Give minus the number of tokens that are to go.",
+            )
         gone, tail = abs(tokens_to_remove), self.past.tokens - self.past.behind
         if gone > tail:
             raise ModelError(
@@ -155,6 +161,9 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention for transformers' interface: query [batch, heads, new, width] -> [batch, new, heads, width]."""
     layer: PrunedLayer | None = getattr(key, "past", None)
+    odd = [name for name in ("softcap", "s_aux", "position_bias") if more.get(name) is not None]
+    if odd:  # of layers with a sliding window too: torch's attention would leave out what it does not know
+        raise _unread(module, ", ".join(odd))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     decoded = PASS.decoded
     if layer is None and (decoded is None or more.get("sliding_window")):  # a sliding window stays as it is
@@ -162,13 +171,8 @@ def attention(
             module, query, key, value, attention_mask, scaling=scaling, **more
         )
         return found
-    odd = [name for name in ("softcap", "s_aux", "position_bias") if more.get(name) is not None]
-    if odd or more.get("sliding_window"):
-        raise ModelError(
-            f"attention of {type(module).__name__} was to read a pruned cache",
-            f"it asks for {', '.join(odd) or 'a sliding window'}, which that cannot do",
-            "Leave the cache of this model as it is.",
-        )
+    if more.get("sliding_window"):
+        raise _unread(module, "a sliding window")
     if layer is None:
         assert decoded is not None
         pruning, prefill = decoded
@@ -182,6 +186,14 @@ def attention(
     if layer is not None:
         layer.attended(query)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _unread(module: nn.Module, asked: str) -> ModelError:
+    return ModelError(
+        f"attention of {type(module).__name__} was to read a pruned cache",
+        f"it asks for {asked}, which that cannot do",
+        "Leave the cache of this model as it is.",
+    )
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention)
