@@ -46,7 +46,7 @@ class Int8:
     """A matrix that is exactly whole numbers times a scale for each row."""
 
     values: Tensor  # [r, ...] int8
-    scale: Tensor  # [r] float32
+    scale: Tensor  # [r] float32; of experts in one tensor [experts, r]
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The matrix again."""
@@ -55,21 +55,26 @@ class Int8:
 
 def scaled(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Whole numbers times their row's scale, in a dtype."""
-    return (values.float() * scale.reshape(-1, *[1] * (values.ndim - 1))).to(dtype)
+    return (values.float() * scale.reshape(*scale.shape, *[1] * (values.ndim - scale.ndim))).to(dtype)
 
 
 def int8_of(weight: Tensor) -> Int8 | None:
     """The 8-bit form a matrix was rounded to, found in its values alone; None for any other.
 
+    Of three axes the first may be experts, each a matrix with rows of its own.
     Rounding to the weight's own dtype leaves an interval for the scale with each number, and what they have in common
     gives it back: the form is exact, or it is not given.
     """
     if not weight.is_floating_point() or weight.ndim < 2 or not weight.numel():
         return None
-    if _int8_rows(weight[:4].detach().flatten(1).contiguous()) is None:  # most matrices are told by their first rows
-        return None
-    found = _int8_rows(weight.detach().flatten(1).contiguous())
-    return None if found is None else Int8(found[0].reshape(weight.shape), found[1])
+    for axes in (1, 2) if weight.ndim == 3 else (1,):  # that a row is one of
+        rows = weight.detach().flatten(0, axes - 1).flatten(1)
+        if _int8_rows(rows[:4].contiguous()) is None:  # most matrices are told by their first rows
+            continue
+        found = _int8_rows(rows.contiguous())
+        if found is not None:
+            return Int8(found[0].reshape(weight.shape), found[1].reshape(weight.shape[:axes]))
+    return None
 
 
 def _int8_rows(rows: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -216,13 +221,13 @@ def _well_said(each: object) -> bool:
     return each.get("layout") in ("dense", "bitmap")
 
 
-def _parts(name: str, each: Mapping[str, Any]) -> dict[str, Entry]:
+def _parts(name: str, each: Mapping[str, Any], scales: tuple[int, ...]) -> dict[str, Entry]:
     """The tensors that one is kept in: shape and dtype of each, -1 where any length may be."""
     shape = each["shape"]
     total = math.prod(shape)
     rows = shape[0] if len(shape) > 1 else 1
     kept = torch.int8 if each.get("int8") else _CODES[each["dtype"]]
-    wanted = {f"{name}.scale": Entry((rows,), torch.float32)} if each.get("int8") else {}
+    wanted = {f"{name}.scale": Entry(scales, torch.float32)} if each.get("int8") else {}
     if each["layout"] == "dense":
         return wanted | {name: Entry(tuple(shape), kept)}
     if each["layout"] == "bitmap":
@@ -242,7 +247,9 @@ def _account(path: Path, said: Mapping[str, Mapping[str, Any]], there: Mapping[s
         cols = math.prod(each["shape"][1:]) if len(each["shape"]) > 1 else math.prod(each["shape"])
         if each["layout"] == "nm" and (cols % each["m"] or not each["shape"]):
             _refuse(path, name, f"its rows of {cols} are no whole number of groups of {each['m']}")
-        parts = _parts(name, each)
+        scale = there.get(f"{name}.scale")
+        axes = 2 if scale is not None and len(scale.shape) == 2 and len(each["shape"]) == 3 else 1  # experts, or not
+        parts = _parts(name, each, tuple(each["shape"][:axes]) if len(each["shape"]) > 1 else (1,))
         if parts.keys() & wanted.keys():
             _refuse(path, name, "two tensors are kept under one name")
         wanted |= parts
