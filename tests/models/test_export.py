@@ -9,6 +9,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 from small_nets import first, llama, mlp, vit
+from tiny import moe
 from torch import nn
 
 from secateur.cli import main
@@ -128,6 +129,41 @@ def test_an_embedding_tied_to_the_head_stands_once_in_a_graph(folders, tmp_path,
     done = export(folders / "uneven", "onnx", tmp_path / "x.onnx")
     held = [c.name for c in onnx.load(str(tmp_path / "x.onnx")).graph.initializer if sorted(c.dims) == [32, 50]]
     assert len(held) == 1 and done.difference < 1e-5
+
+
+def test_experts_go_to_onnx_and_their_eight_bits_to_a_sparse_file(tmp_path):
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    model = moe()
+    for site in weights(model):
+        seen = site.parts[0].view(dict(model.named_parameters())[site.parts[0].name].data)
+        seen.copy_(rounded(seen))
+    way = model.config._experts_implementation
+    opened = Opened(model, tokenizer=None, kind="text", name="moe", source="moe", config=model.config.to_dict())
+    done = export(opened, "onnx", tmp_path / "x.onnx")
+    assert done.difference < 1e-5 and model.config._experts_implementation == way
+    kept = export(opened, "sparse", tmp_path / "x.safetensors").notes
+    assert any(note.endswith("kept int8 dense") for note in kept)
+    experts = header(tmp_path / "x.safetensors")["model.layers.0.mlp.experts.down_proj.scale"]
+    assert experts.shape == model.model.layers[0].mlp.experts.down_proj.shape[:2]
+
+
+def test_a_network_that_cannot_be_traced_is_refused_in_three_lines(tmp_path, capfd):
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return torch.histc(self.linear(x), bins=4)
+
+    opened = Opened(Counts(), tokenizer=None, kind="image", name="counts", source="counts", config={})
+    refused("was to be traced", "histc", what=opened, to="onnx", out=tmp_path / "x.onnx", example=(1, 4))
+    told = capfd.readouterr()
+    assert (told.out, left(tmp_path)) == ("", [])  # no graph, which torch writes past Python
 
 
 def test_openvino_loads_what_was_cut(folders, tmp_path):

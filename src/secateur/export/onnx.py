@@ -7,6 +7,7 @@ int8 numbers, a scale a row, and a DequantizeLinear before its use.
 import contextlib
 import io
 import logging
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -82,7 +83,11 @@ class Form:
         kept = next(model.parameters()).dtype
         if kept != torch.float32:
             notes.append(f"the weights are {str(kept).removeprefix('torch.')} and are written as float32")
-        int8 = {name: found for name, value in hf.stored(model).items() if (found := int8_of(value)) is not None}
+        int8 = {
+            name: found
+            for name, value in hf.stored(model).items()
+            if (found := int8_of(value)) is not None and found.scale.ndim == 1  # one axis is all a graph's scales have
+        }
         _trace(model, path, _masked(model, probes[1]))
         if int8:
             smaller = _keep_int8(path, [found.dense(kept).float() for found in int8.values()], [*int8.values()])
@@ -128,7 +133,7 @@ def _trace(model: nn.Module, path: Path, probe: Mapping[str, Tensor]) -> None:
         shape = told(*values).shape
     axes[out] = {0: "batch"} | ({1: "tokens"} if text and len(shape) > 2 else {})
     try:
-        with torch.no_grad(), _silence():
+        with torch.no_grad(), _silence(), _experts_traceable(work):
             torch.onnx.export(
                 told, values, str(path), input_names=[*probe], output_names=[out], dynamic_axes=axes,
                 opset_version=OPSET, dynamo=False,
@@ -147,11 +152,43 @@ def _silence() -> Iterator[None]:
     level = logging.getLogger("torch.onnx").level
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), _nowhere():
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.getLogger("torch.onnx").setLevel(level)
+
+
+@contextlib.contextmanager
+def _nowhere() -> Iterator[None]:
+    """What is written past Python to its standard output is dropped: the graph at a failure, told to say so or not."""
+    try:
+        kept = os.dup(1)
+    except OSError:  # it is closed
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
+
+
+@contextlib.contextmanager
+def _experts_traceable(model: nn.Module) -> Iterator[None]:
+    """Experts as products of batches while it lasts: transformers' other ways sort tokens, which no graph has."""
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values()
+    kept = [(c, c._experts_implementation) for c in configs if hasattr(c, "_experts_implementation")]
+    for config, _ in kept:
+        config._experts_implementation = "batched_mm"
+    try:
+        yield
+    finally:
+        for config, way in kept:
+            config._experts_implementation = way
 
 
 def _keep_int8(path: Path, dense: Sequence[Tensor], packed: Sequence[Any]) -> int:
