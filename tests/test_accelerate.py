@@ -107,6 +107,12 @@ def test_what_loses_stays_dense(cost):
     assert found.choices[1].why == "bitmap takes 970 ms, dense 1e+03"
 
 
+def test_a_model_of_which_nothing_is_packed_takes_the_time_it_took(monkeypatch):
+    monkeypatch.setattr(MODULE, "time_pair", lambda *_: (timing(2.0), timing(20.0)))
+    found = accelerate(nn.Linear(8, 8), torch.randn(1, 8))
+    assert (found.chosen, found.now, type(found.model)) == ({"dense": 1}, found.dense, nn.Linear)
+
+
 def test_a_model_that_is_slower_as_a_whole_stays_dense(cost, monkeypatch):
     cost(2.0, 1.0)
     monkeypatch.setattr(MODULE, "time_pair", lambda *_: (timing(2.0), timing(2.5)))
