@@ -11,8 +11,10 @@ from torch import nn
 
 from secateur.errors import FormatError
 from secateur.formats import Bitmap, DepthTaps, GroupCols, Sell8, Sell16
+from secateur.formats.chain import ConvChain, Link
 from secateur.formats.conv import SparseConv2d
 from secateur.formats.linear import SparseLinear, SparsePointwise
+from secateur.formats.linear_chain import LinearChain, Product
 from secateur.formats.packed import Packed
 
 FORMATS = [Bitmap(), Sell16(), Sell8()]
@@ -193,3 +195,38 @@ def test_an_operator_takes_what_its_layer_made_ready_and_no_other(format, monkey
         assert torch.equal(called(other, others), other(X))
         again = copy.deepcopy(sparse)
         assert torch.equal(called(again, [getattr(again, name) for name in format.names]), sparse(X))
+
+
+def test_a_sign_that_torch_keeps_as_a_mark_is_seen():
+    z = torch.complex(X, X.flip(0)).conj()
+    assert z.imag.is_neg() and z.imag.is_contiguous() is False
+    marked = torch._neg_view(X)
+    linear, conv = layer(), nn.Conv2d(8, 16, 3)
+    sparse, chained = SparseLinear.of(linear, Bitmap()), SparseConv2d.of(conv, GroupCols(4))
+    pictures = torch.randn(1, 8, 6, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(sparse(marked), linear(-X))
+        torch.testing.assert_close(sparse(z.imag), linear(-X.flip(0)))
+        torch.testing.assert_close(chained(torch._neg_view(pictures)), conv(-pictures))
+        for chain, x in (
+            (LinearChain([sparse], [Product(0)], 1, [1]), X),
+            (ConvChain([chained], [Link(0)], 1, [1]), pictures),
+        ):
+            torch.testing.assert_close(chain(torch._neg_view(x)), chain(-x))
+            assert chain(-x).dtype is torch.float32
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float64, "meta"])
+def test_a_layer_that_was_converted_says_so(kind):
+    sparse = SparseLinear.of(layer(), Bitmap()).to(kind)
+    with pytest.raises(FormatError, match=f"its layer was converted or moved since, to {kind}"):
+        sparse(X)
+
+
+def test_layers_are_given_their_input_by_the_name_that_torch_has_for_it():
+    linear, point, conv = layer(), nn.Conv2d(8, 16, 1), nn.Conv2d(8, 16, 3)
+    x = torch.randn(1, 8, 6, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(SparseLinear.of(linear, Bitmap())(input=X), linear(input=X))
+        torch.testing.assert_close(SparsePointwise.of(point, Bitmap())(input=x), point(input=x))
+        torch.testing.assert_close(SparseConv2d.of(conv, GroupCols(4))(input=x), conv(input=x))

@@ -120,7 +120,7 @@ def attend(
     if kernel is None or any(t.device.type != "cpu" for t in parts) or keys.dtype is not query.dtype:
         return None
     batch, heads, tail, width = keys.shape
-    keys, values, query = keys.contiguous(), values.contiguous(), query.contiguous()
+    keys, values, query = (t.resolve_neg().contiguous() for t in (keys, values, query))
     out = torch.empty_like(query)
     bias = None if bias is None else bias.float().contiguous()
     call = Struct(

@@ -97,7 +97,7 @@ class ConvChain(Planned["_Plan"]):
         for x in inputs:
             if x.dtype is not torch.float32 or not x.is_cpu or x.dim() != 4 or not x.is_contiguous():
                 return None
-            if learns and x.requires_grad:
+            if (learns and x.requires_grad) or x.is_neg():
                 return None
         head = self.head is not None
         if learns and self.head is not None:

@@ -78,8 +78,8 @@ def convolve(
         weight = packed.plain.view(shape[1], -1, struct.taps_high, struct.taps_wide)
         y = F.conv2d(x, weight, packed.prepared.bias, stride, padding, dilation, form.groups(packed.shape))
         return y if between == ANY else y.clamp(*between)
-    if not x.is_contiguous():
-        x = x.contiguous()
+    if not x.is_contiguous() or x.is_neg():  # a sign that torch keeps as a mark
+        x = x.resolve_neg().contiguous()
     y = x.new_empty(shape)
     call = Call.from_buffer_copy(struct)  # of its own, since threads may call at once
     call.x, call.y, (call.low, call.high) = x.data_ptr(), y.data_ptr(), between
@@ -202,19 +202,20 @@ class SparseConv2d(nn.Module):
             made.bias = nn.Parameter(bias, requires_grad=False)
         return made
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The outcome of x [pictures, channels, high, wide], or of one picture.
+    def forward(self, input: Tensor) -> Tensor:
+        """The outcome of an input [pictures, channels, high, wide], or of one picture.
 
         Raises FormatError for another dtype, shape or device.
         """
         if torch.compiler.is_compiling():
             tensors = [getattr(self, name) for name in self._packed.format.names]
             pairs = (*self.stride, *self.padding, *self.dilation)
-            y = packed_conv2d(x if x.dim() == 4 else x.unsqueeze(0), tensors, self._header, pairs, self.between)
-            return y if x.dim() == 4 else y.squeeze(0)
-        if x.dim() == 3:
-            return self(x.unsqueeze(0)).squeeze(0)
-        return convolve(self.packed, x, self.stride, self.padding, self.dilation, self.between)
+            x = input if input.dim() == 4 else input.unsqueeze(0)
+            y = packed_conv2d(x, tensors, self._header, pairs, self.between)
+            return y if input.dim() == 4 else y.squeeze(0)
+        if input.dim() == 3:
+            return self(input.unsqueeze(0)).squeeze(0)
+        return convolve(self.packed, input, self.stride, self.padding, self.dilation, self.between)
 
     def extra_repr(self) -> str:
         """Shape, geometry and format."""

@@ -52,16 +52,16 @@ class SparseLinear(nn.Module):
         made.register_parameter("bias", self.bias)
         return made
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """x W^T + bias. Raises FormatError for another dtype, shape or device."""
         if torch.compiler.is_compiling():
             tensors = [getattr(self, name) for name in self._packed.format.names]
-            return packed_linear(x, self.bias, tensors, self._header)
+            return packed_linear(input, self.bias, tensors, self._header)
         held, buffers = self._packed, self._buffers  # not by attribute: a module takes a microsecond to find one
         for name, tensor in held.tensors.items():
             if buffers[name] is not tensor:
                 held = self.packed
-        return held.matmul(x, self._parameters["bias"])
+        return held.matmul(input, self._parameters["bias"])
 
     def extra_repr(self) -> str:
         """Shape and format."""
@@ -124,9 +124,9 @@ class SparsePointwise(nn.Module):
         made.register_parameter("bias", linear.bias)
         return made
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """[pictures, channels, high, wide], or one picture. Raises FormatError for another dtype, shape or device."""
-        return self.linear(x.movedim(-3, -1)).movedim(-1, -3).contiguous()
+        return self.linear(input.movedim(-3, -1)).movedim(-1, -3).contiguous()
 
 
 def why_no_linear(conv: nn.Conv2d) -> str | None:

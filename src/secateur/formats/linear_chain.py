@@ -106,7 +106,7 @@ class LinearChain(Planned["_Plan"]):
         """What runs these inputs in one call, or None where a layer has to be asked by itself."""
         learns = torch.is_grad_enabled()
         for x in inputs:
-            if not (x.is_cpu and x.is_contiguous()) or (learns and x.requires_grad):
+            if not (x.is_cpu and x.is_contiguous()) or (learns and x.requires_grad) or x.is_neg():
                 return None
         if learns and any(
             layer._parameters["bias"] is not None and layer._parameters["bias"].requires_grad for layer in self.layers
@@ -266,7 +266,7 @@ class _Plan(Plan):
         packed, bias, shape = layer.packed, layer.bias, self._shapes[step.source]
         numbers, made = math.prod(shape), len(self._shapes)
         beside = bias is None or (
-            bias.dtype is packed.dtype and bias.shape == packed.shape[:1] and bias.is_contiguous()
+            bias.dtype is packed.dtype and bias.shape == packed.shape[:1] and bias.is_contiguous() and not bias.is_neg()
         )
         if not beside or shape[-1:] != packed.shape[1:] or not numbers or packed.writes(numbers) is not None:
             return False

@@ -135,7 +135,9 @@ class Packed:
         expand = self.writes(x.numel())
         if expand is not None:
             return F.linear(x, self.written(expand, torch.empty(self.shape, dtype=self.dtype)), bias)
-        x = x.contiguous()  # and so as many rows as there are, whatever its axes
+        # As many rows as there are, whatever its axes; of a conjugate's imaginary part torch keeps the sign as a mark.
+        x = x.resolve_neg().contiguous()
+        bias = None if bias is None else bias.resolve_neg()
         y = x.new_empty(*x.shape[:-1], self.shape[0])
         kernels.matmul(kernel, call.weight, x, y, bias, call.items)
         return y

@@ -113,7 +113,20 @@ def now(layer: nn.Module, packed: Packed) -> Packed:
     names, held = packed.format.names, layer._buffers  # where `getattr` would find them, more slowly
     if all(held.get(name) is packed.tensors[name] for name in names):
         return packed
-    return unpack({name: layer.get_buffer(name) for name in ("header", *names)})
+    given = {name: layer.get_buffer(name) for name in ("header", *names)}
+    converted = {given[name].dtype for name in names} - {tensor.dtype for tensor in packed.tensors.values()}
+    moved = {tensor.device.type for tensor in given.values()} - {"cpu"}
+    try:
+        if not moved:
+            return unpack(given)
+    except FormatError:
+        if not converted:
+            raise
+    raise FormatError(
+        f"a {packed.format.name} weight {packed.dtype} {list(packed.shape)} was to be used",
+        f"its layer was converted or moved since, to {', '.join(sorted(map(str, moved or converted)))}",
+        "Convert the dense model and pack it again; what is packed multiplies on the CPU.",
+    )
 
 
 def loaded(packed: Packed, state_dict: Mapping[str, Any], prefix: str) -> Packed:
