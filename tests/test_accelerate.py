@@ -107,6 +107,28 @@ def test_what_loses_stays_dense(cost):
     assert found.choices[1].why == "bitmap takes 970 ms, dense 1e+03"
 
 
+class Named(Slow):
+    """Its layers are called by keyword."""
+
+    def forward(self, x):
+        return self.thin(input=self.full(input=x))
+
+
+def test_layers_that_are_called_by_keyword_are_packed(cost, monkeypatch):
+    cost(2.0, 1.0)
+    monkeypatch.setattr(MODULE, "time_pair", lambda *_: (timing(2.0), timing(1.0)))
+    found = accelerate(Named(), X)
+    assert found.chosen == {"bitmap": 1, "dense": 2} and isinstance(found.model.thin, SparseLinear)
+    torch.testing.assert_close(found.model(X), Named()(X))
+
+
+def test_what_is_no_format_and_a_dtype_that_none_holds_are_named():
+    with pytest.raises(SettingError, match="the formats hold 'bitmap', which is none"):
+        accelerate(Slow(), X, formats=["bitmap"])
+    wide = accelerate(Slow().double(), X.double()).choices[1]
+    assert "its dtype is torch.float64" in wide.why
+
+
 def test_a_model_of_which_nothing_is_packed_takes_the_time_it_took(monkeypatch):
     monkeypatch.setattr(MODULE, "time_pair", lambda *_: (timing(2.0), timing(20.0)))
     found = accelerate(nn.Linear(8, 8), torch.randn(1, 8))

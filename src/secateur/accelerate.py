@@ -117,13 +117,20 @@ def accelerate(
     where they will. The whole is then timed in turn with the dense model, and stays dense when it is not faster.
     `dtype` converts the copy first; `threads` are used here, and are those to use it with.
 
-    Raises SettingError for a model that is not on the CPU or has no such layer, and for threads below one.
+    Raises SettingError for a model that is not on the CPU or has no such layer, for what is no format, and for threads
+    below one.
     """
     batch = _batch(example)
     devices = {p.device.type for p in model.parameters()} - {"cpu"}
     if devices:
         raise SettingError(
             "a model was to be accelerated", f"it lies on {', '.join(sorted(devices))}", "Move it to the CPU first."
+        )
+    if odd := [format for format in formats if not hasattr(format, "why_not")]:
+        raise SettingError(
+            "a model was to be accelerated",
+            f"the formats hold {odd[0]!r}, which is none",
+            "Give formats of secateur.formats, such as Bitmap().",
         )
     if threads is not None and threads < 1:
         raise SettingError("a model was to be accelerated", f"threads are {threads}", "Give one or more.")
@@ -286,6 +293,7 @@ def _measured(
     packed: dict[str, dict[str, SparseLinear | SparseConv2d | SparsePointwise]] = {}
     reasons: dict[str, str] = {}
     calls: list[tuple[str, str, Any]] = []
+    slides = {name: seen[name].slid(at) for name, at in layers.items() if name in seen and isinstance(at, nn.Conv2d)}
     for name, layer in layers.items():
         packed[name] = {}
         why_none = convolutions.why_not(layer) if isinstance(layer, nn.Conv2d) else None
@@ -301,7 +309,7 @@ def _measured(
                 why = why_not(format, layer, seen[name])
                 if why is None:
                     packed[name][format.name] = _packed(layer, format)
-                else:
+                elif name not in reasons or holds(format, tuple(layer.weight.shape), slides.get(name)):
                     reasons[name] = f"{format.name}: {why}"
         if not packed[name]:
             reasons.setdefault(name, "none of the formats is for it")
@@ -324,7 +332,7 @@ def _measured(
         if not trials:
             yield Choice(name, shape, rows, sparsity, "dense", reasons[name]), None, None
             continue
-        slid = seen[name].slid(layer) if isinstance(layer, nn.Conv2d) else None
+        slid = slides.get(name)
         best = min((t for t in trials if t.name in held), key=lambda trial: trial.milliseconds)
         dense = min((t for t in trials if t.name not in held), key=lambda trial: trial.milliseconds)
         links = [t for t in trials if isinstance(held.get(t.name), SparseConv2d)]

@@ -79,8 +79,8 @@ def seen_by(model: nn.Module, layers: Mapping[str, Layer], batch: Batch) -> dict
     found: dict[str, Seen] = {}
 
     def hook(name: str) -> Any:
-        def see(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0]
+        def see(layer: nn.Module, args: tuple[Tensor, ...], named: Mapping[str, Tensor]) -> None:
+            x = args[0] if args else named["input"]
             shape = (x.numel() // x.shape[-1], x.shape[-1]) if isinstance(layer, nn.Linear) else tuple(x.shape)
             shape = shape if len(shape) != 3 else (1, *shape)  # one picture
             if name not in found or math.prod(found[name].shape) < x.numel():
@@ -89,7 +89,7 @@ def seen_by(model: nn.Module, layers: Mapping[str, Layer], batch: Batch) -> dict
 
         return see
 
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
+    handles = [layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in layers.items()]
     try:
         batch.through(model)
     finally:
