@@ -186,3 +186,23 @@ def test_densify_writes_what_everybody_reads(tensors, file, tmp_path):
     again = CliRunner().invoke(main, ["densify", str(file), "--out", str(out)])
     assert again.exit_code == 2 and "something is there already" in again.output
     assert "that is the same file" in CliRunner().invoke(main, ["densify", str(file)]).output
+
+
+def test_densify_names_what_is_wrong_and_makes_folders(file, tmp_path):
+    def said(*words):
+        done = CliRunner().invoke(main, ["densify", *map(str, words)])
+        return " ".join((done.output + done.stderr).split()) if done.exit_code else ""
+
+    assert "there is no such file" in said(tmp_path / "none.safetensors")
+    assert "that is a folder" in said(tmp_path, "--out", tmp_path / "y.safetensors")
+    assert said(file, "--out", tmp_path / "new" / "y.safetensors") == ""
+    assert sparse.read(file).keys() == load_file(tmp_path / "new" / "y.safetensors").keys()
+    (tmp_path / "a.sparse.b.sparse.safetensors").write_bytes(file.read_bytes())
+    assert said(tmp_path / "a.sparse.b.sparse.safetensors") == ""
+    assert (tmp_path / "a.sparse.b.safetensors").is_file()
+
+
+def test_a_dtype_without_a_name_in_the_file_is_refused():
+    model = torch.nn.Linear(2, 2)
+    model.register_buffer("turn", torch.zeros(2, dtype=torch.complex64))
+    assert sparse.Form().why_not(model).startswith("turn is torch.complex64, and the file holds F64, ")

@@ -24,8 +24,12 @@ def command(file: str, out: str | None, overwrite: bool, **spoken: Any) -> None:
     from secateur.report import figures
 
     speaker = terminal(spoken)
-    target = Path(out) if out else Path(file).with_name(Path(file).name.replace(".sparse", "", 1))
+    head, _, tail = Path(file).name.rpartition(".sparse")
+    target = Path(out) if out else Path(file).with_name(head + tail)
     asked = f"{file} was to be written out to {target}"
+    if not Path(file).is_file():
+        what = "that is a folder" if Path(file).is_dir() else "there is no such file"
+        raise ModelError(asked, what, "Give the file that `secateur export DIR --to sparse` made.")
     if target.absolute() == Path(file).absolute():
         raise ModelError(asked, "that is the same file", "Give --out.")
     if target.exists() and not overwrite:

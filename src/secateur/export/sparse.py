@@ -303,8 +303,9 @@ class Form:
         return f"secateur's reader of sparse files, version {VERSION}"
 
     def why_not(self, model: nn.Module) -> str:
-        """See Target. Any tensors will do."""
-        return ""
+        """See Target. Any tensors will do whose dtype the file has a name for."""
+        odd = [(name, value.dtype) for name, value in hf.stored(model).items() if value.dtype not in stored.CODES]
+        return f"{odd[0][0]} is {odd[0][1]}, and the file holds {', '.join(_CODES)}" if odd else ""
 
     def write(self, opened: Opened, path: Path, probes: Sequence[Mapping[str, Tensor]]) -> list[str]:
         """See Target. The config goes with it, so that the file says which network it belongs to."""
@@ -339,6 +340,7 @@ def densify(path: str | Path, out: str | Path) -> int:
     target = Path(out)
     partial = target.with_name(f".{target.name}.partial")
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         stored.write(values, partial, {**kept, "format": "pt"})
         partial.replace(target)
     except OSError as error:
