@@ -9,6 +9,7 @@ import torch
 from click.testing import CliRunner
 from rich.console import Console
 from torch import nn
+from torch.nn.utils import prune
 
 from secateur import accelerate as front
 from secateur import candidates, kernels
@@ -120,6 +121,24 @@ def test_layers_that_are_called_by_keyword_are_packed(cost, monkeypatch):
     found = accelerate(Named(), X)
     assert found.chosen == {"bitmap": 1, "dense": 2} and isinstance(found.model.thin, SparseLinear)
     torch.testing.assert_close(found.model(X), Named()(X))
+
+
+def test_layers_with_hooks_stay_dense_and_their_hooks_are_called(cost, monkeypatch):
+    cost(2.0, 1.0)
+    monkeypatch.setattr(MODULE, "time_pair", lambda *_: (timing(2.0), timing(1.0)))
+    model, x = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3)).eval(), torch.randn(1, 8, 9, 9)
+    for layer in (model[0], model[2]):
+        layer.register_forward_hook(lambda layer, args, y: y + 1)
+    found = accelerate(model, x)
+    torch.testing.assert_close(found.model(x), model(x))
+    assert found.choices[0].why == "it has hooks, which nobody would call where it is packed"
+    masked = nn.Sequential(nn.Linear(256, 256))  # in torch a mask is a hook, and its outcome in the weight
+    prune.random_unstructured(masked[0], "weight", 0.9)
+    with torch.no_grad():
+        wanted = masked(X)
+    found = accelerate(masked, X)
+    assert found.chosen == {"bitmap": 1}
+    torch.testing.assert_close(found.model(X), wanted)
 
 
 def test_what_is_no_format_and_a_dtype_that_none_holds_are_named():

@@ -30,7 +30,7 @@ from secateur.candidates import (
     why_not,
     worth_trying,
 )
-from secateur.chaining import chained, chained_within, sharing
+from secateur.chaining import chained, chained_within, has_hooks, sharing
 from secateur.errors import SettingError
 from secateur.formats import Format, GroupCols
 from secateur.formats import conv as convolutions
@@ -299,6 +299,8 @@ def _measured(
         why_none = convolutions.why_not(layer) if isinstance(layer, nn.Conv2d) else None
         if seen.get(name) is None:
             reasons[name] = "the example does not reach it"
+        elif has_hooks(layer):
+            reasons[name] = "it has hooks, which nobody would call where it is packed"
         elif why_none is not None:
             reasons[name] = why_none
         elif not (tried := worth_trying(formats, layer.weight, seen[name].rows(layer))):
@@ -424,6 +426,8 @@ def _folded(model: nn.Module) -> nn.Module:
             continue
         conv, norm = model.get_submodule(node.target), model.get_submodule(after.target)
         if type(conv) is not nn.Conv2d or parametrize.is_parametrized(conv) or type(norm) is not nn.BatchNorm2d:
+            continue
+        if has_hooks(conv) or has_hooks(norm):
             continue
         once = called.count(id(conv)) == called.count(id(norm)) == 1 and not {node.target, after.target} & read
         if once and norm.running_var is not None:

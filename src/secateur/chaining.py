@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
+from torch.nn.utils.prune import BasePruningMethod
 
 from secateur.formats.chain import ConvChain, Link
 from secateur.formats.conv import ANY, SparseConv2d
@@ -58,7 +59,7 @@ def chained_within(model: nn.Module) -> nn.Module:
     instead: dict[nn.Module, nn.Module] = {}
     for module in model.modules():
         layers = sum(type(child) is SparseLinear for child in module.children())
-        if module is model or layers < 2 or _has_hooks(module) or not _takes_one(module):
+        if module is model or layers < 2 or has_hooks(module) or not _takes_one(module):
             continue
         traced = _traced(module)
         if traced is not None and traced[1] and _is_all(traced[0]):
@@ -96,10 +97,10 @@ def _takes_one(module: nn.Module) -> bool:
     return len(given) == 1 and given[0].kind in (given[0].POSITIONAL_ONLY, given[0].POSITIONAL_OR_KEYWORD)
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something else happens where a module is called; torch's masks, which are in the weight, do not count."""
+    before = [hook for hook in module._forward_pre_hooks.values() if not isinstance(hook, BasePruningMethod)]
+    return bool(module._forward_hooks or before or module._backward_hooks or module._backward_pre_hooks)
 
 
 def _traced(model: nn.Module) -> tuple[fx.Graph, dict[str, ConvChain | LinearChain]] | None:
