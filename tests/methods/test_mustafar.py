@@ -404,6 +404,7 @@ def own_attention(layer):
         ({"key_sparsity": 1.0}, "a sparsity is the fraction removed"),
         ({"window": -1}, "it is negative"),
         ({"chunk": 48}, "Give a multiple of 32"),
+        ({"keys": "per-token"}, "'per-token' was to choose what stays of a cache, but it is no choice"),
         ({"chunk": 96, "keys": PerChannel(64)}, "Give a multiple of 64"),
     ],
 )

@@ -26,6 +26,12 @@ class Pruning:
             check_share(name, getattr(self, name))
         check_window(self.window)
         for choice in (self.keys, self.values):
+            if not isinstance(choice, Choice):
+                raise SettingError(
+                    f"{choice!r} was to choose what stays of a cache",
+                    "it is no choice",
+                    "Give one, such as PerToken().",
+                )
             step = max(TILE, choice.together)
             if self.chunk < 1 or self.chunk % step:
                 raise SettingError(
