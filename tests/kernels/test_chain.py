@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from secateur import kernels
 from secateur.chaining import chained
 from secateur.errors import FormatError
-from secateur.formats import DepthTaps, GroupCols
+from secateur.formats import DepthTaps, GroupCols, stretches
+from secateur.formats import chain as chain_module
 from secateur.formats.chain import ConvChain, Link, _around, _zeros
 from secateur.formats.conv import ANY, SHAPES, SparseConv2d
 from secateur.formats.planned import RELU
@@ -134,6 +135,127 @@ def test_values_with_zeros_around_them(settings, size, rows):
                         assert torch.equal(chain(x), reference(layers, links, [5], x)[0]), (level, threads)
             finally:
                 torch.set_num_threads(before)
+
+
+# A few pictures at a time
+
+
+def few(monkeypatch, cache):
+    """As if the second cache had so many bytes, and weights none, which would be read more often."""
+    monkeypatch.setattr(stretches, "second_cache", lambda: cache)
+    monkeypatch.setattr(
+        chain_module, "Layer", lambda values, makes, weight: stretches.Layer(values, makes, weight // 1000)
+    )
+
+
+def at_a_time(chain):
+    """How many pictures went through each stretch of the only plan, and how many layers it has."""
+    ((plan,),) = chain._plans.values()
+    structs = plan._held[1]
+    return [(s.count, s.together) for s in structs if isinstance(s, stretches.Stretch)]
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("size", [(16, 16), (9, 16), (5, 8), (7, 13)])
+@pytest.mark.parametrize("some", [1, 2])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_few_pictures_at_a_time_give_the_same(monkeypatch, threads, some, size, rows):
+    layers = [
+        conv(5, 17, padding=1),
+        conv(17, 17, padding=1, seed=1),
+        conv(17, 17, padding=1, seed=2),
+        conv(17, 19, padding=1, stride=2, seed=3),
+        conv(19, 19, 1, seed=4),
+        conv(19, 19, padding=1, seed=5),
+    ]
+    links = [
+        Link(0, between=RELU),
+        Link(1, 1, between=(-9.0, 90.0)),
+        Link(2, 1, between=RELU),
+        Link(3, 1, 2, (1, 1)),
+        Link(4, 4),
+        Link(5, 4, between=(-500.0, 500.0)),
+    ]
+    packed = [SparseConv2d.of(layer, GroupCols(rows)) for layer in layers]
+    few(monkeypatch, some * 4 * 51 * size[0] * size[1] * 3 // 2)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for level in kernels.levels()[:3]:
+            with kernels.forced(level):
+                for outputs in ([6], [2, 6]):
+                    chain = ConvChain(packed, links, 1, outputs)
+                    for seed in (1, 2):
+                        x = pictures(5, *size, count=7, seed=seed)
+                        found = chain(x) if len(outputs) > 1 else (chain(x),)
+                        for y, want in zip(found, reference(layers, links, outputs, x), strict=True):
+                            assert torch.equal(y, want), (level, outputs)
+                    if kernels.find("conv_stretch") is not None:
+                        assert at_a_time(chain)[0][1] == some
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_values_of_a_stretch_take_the_room_of_the_pictures_on_their_way(monkeypatch):
+    layers = [conv(8, 8, padding=1, seed=seed) for seed in range(4)]
+    packed = [SparseConv2d.of(layer, GroupCols(1)) for layer in layers]
+    links = [Link(i) for i in range(4)]
+    x = pictures(8, 16, 16, count=16)
+
+    def room(cache):
+        few(monkeypatch, cache)
+        chain = ConvChain(packed, links, 1, [4])
+        assert torch.equal(chain(x), reference(layers, links, [4], x)[0])
+        ((plan,),) = chain._plans.values()
+        return sum({t.data_ptr(): t.untyped_storage().nbytes() for t in plan._held[2]}.values())
+
+    if kernels.find("conv_stretch") is not None:
+        assert room(2 * 8 * 16 * 16 * 4 * 3 // 2) < room(2**30) / 8
+
+
+def test_what_is_not_finite_stays_in_its_picture(monkeypatch):
+    layers = [conv(3, 4, padding=1), conv(4, 3, padding=1, seed=1)]
+    packed = [SparseConv2d.of(layer, GroupCols(1)) for layer in layers]
+    few(monkeypatch, 7 * 6 * 16 * 4 * 3 // 2)
+    x = pictures(3, 6, 16, count=5)
+    x[1, 1, 2, 3], x[3, 0, 4, 9] = float("nan"), float("inf")
+    want = layers[1](F.relu(layers[0](x)))
+    for level in kernels.levels()[:3]:
+        with kernels.forced(level):
+            chain = ConvChain(packed, [Link(0, between=RELU), Link(1)], 1, [2])
+            torch.testing.assert_close(chain(x), want, equal_nan=True)
+            assert kernels.find("conv_stretch") is None or at_a_time(chain) == [(2, 1)]
+
+
+def test_how_many_pictures_go_through_a_layer_at_a_time(monkeypatch):
+    monkeypatch.setattr(stretches, "second_cache", lambda: 400)  # of which 300 count
+    large, small = stretches.Layer(300, 100, 10), stretches.Layer(30, 10, 1000)
+    # 16 times 3 of what is made comes and goes, or the weight is read for every picture.
+    assert stretches.at_once([large, large], 16, 1) == [1, 1]
+    assert stretches.at_once([small, small], 16, 1) == [16, 16]
+    # What the large ones hand on goes through memory, but what the small ones do not: 160 bytes fit.
+    assert stretches.at_once([large, large, small, small], 16, 1) == [1, 1, 16, 16]
+    # Two do not fit, and one picture of three has no thread.
+    assert stretches.at_once([large, large], 3, 4) == [3, 3]
+    assert stretches.at_once([large, large], 16, stretches.ROOMS + 1) == [16, 16]
+    # Four of 75 bytes fit, and a weight is read a quarter as often.
+    middle = stretches.Layer(75, 25, 40)
+    assert stretches.at_once([middle, middle], 16, 1) == [4, 4]
+    assert stretches.at_once([middle, middle], 16, 7) == [2, 2], "eight of them for seven threads"
+
+
+def test_the_second_cache_is_known_or_guessed(monkeypatch, tmp_path):
+    for name, level, size in (("index0", "1", "32K"), ("index1", "2", "512K"), ("index2", "3", "9000K")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "level").write_text(level + "\n")
+        (tmp_path / name / "size").write_text(size + "\n")
+    ask = stretches.second_cache.__wrapped__
+    monkeypatch.setattr(stretches, "CACHES", tmp_path)
+    assert ask() == 512 * 1024
+    (tmp_path / "index1" / "size").write_text("much\n")
+    assert ask() == stretches.UNKNOWN
+    monkeypatch.setattr(stretches, "CACHES", tmp_path / "none")
+    assert ask() == stretches.UNKNOWN
 
 
 def test_a_value_keeps_the_zeros_of_what_it_is_made_from():

@@ -11,16 +11,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from secateur import kernels
-from secateur.formats.conv import ANY, Call, Form, SparseConv2d, arranged, point
+from secateur.formats.conv import ANY, Call, Form, SparseConv2d, arranged, out_size, point
 from secateur.formats.group_cols import GroupCols
 from secateur.formats.packed import Packed
 from secateur.formats.pages import empty
 from secateur.formats.planned import Plan, Planned, bounded
+from secateur.formats.stretches import STRETCH, Layer, Leg, Stretch, at_once, in_turn
 
 MEAN_LINEAR = "mean_linear_f32"
 FLOAT = torch.empty(0)
 BEYOND = 512
 """Floats behind a value that kernels may read, whole vectors at a time."""
+LINE = 16
+"""Floats of a line of the caches."""
 OFTEN, OFTEN_ELSEWHERE = {"avx512bf16": 4}, 8
 """Loads of a pixel for each copy of it that a kernel would lay out, from which on that takes less, by the level of the
 processor. Measured on an EPYC and on a Xeon."""
@@ -124,49 +127,70 @@ class _Plan(Plan):
         last = {i: n for n, link in enumerate(chain.links) for i in (link.source, link.more) if i is not None}
         outputs = chain.outputs if self.head is None else chain.outputs[:-1]  # of convolutions
         around = _around(chain, held, outputs)
-        free: list[tuple[int, Tensor]] = []
-        values = list(inputs)
-        places: list[list[int]] = [
-            [] for _ in range(len(inputs) + len(layers))
-        ]  # of each value: where its pointer goes
-        steps: list[tuple[kernels.Kernel, Call | Ending, int]] = []
-        for n, (layer, link, packed, name) in enumerate(zip(layers, chain.links, held, names, strict=True)):
-            slides = layer.stride, layer.padding, layer.dilation
-            call, shape = arranged(packed, values[link.source], *slides, threads)
-            call.low, call.high = _both(layer.between, link.between)
-            if around[link.source]:
-                call.x_row, call.x_plane = _apart(values[link.source])
-                call.x_around = around[link.source] if _zeros(layer, packed) else 0
-            point(call, packed)
-            places[link.source].append(_at(call, "x"))
-            places[len(values)].append(_at(call, "y"))
-            if link.more is not None:
-                places[link.more].append(_at(call, "more"))
-            # Not where nothing is made, where what is added is of another shape, or where bounds are met twice.
-            sums = link.more is None or (_adds(call, link, values[link.more], shape) and layer.between == ANY)
-            if link.more is not None and around[link.more]:
-                call.more_row, call.more_plane = _apart(values[link.more])
-            self.possible = bool(math.prod(shape)) and sums and call.low <= call.high
-            if not self.possible:
-                return
-            kernel = self.kernels[name]
-            assert kernel is not None, "asked above"
-            steps.append((kernel, call, shape[0] * call.chunks * call.parts))
-            given, wanted = len(values) in outputs, (around[len(values)], shape)
-            again = next((i for i, (zeros, t) in enumerate(free) if (zeros, t.shape) == wanted and not given), None)
-            values.append(_room(*wanted) if again is None else free.pop(again)[1])
-            if wanted[0]:
-                call.y_row, call.y_plane = _apart(values[-1])
-            mine = {i for i in (link.source, link.more) if i is not None and i >= len(inputs)} - {*chain.outputs}
-            free += [(around[i], values[i]) for i in mine if last[i] == n]
-        for place, value in zip(places[len(inputs) :], values[len(inputs) :], strict=True):
+        pictures, first = len(inputs[0]), len(inputs)
+        free: list[tuple[int, _Value]] = []
+        values = [_Value(x) for x in inputs]
+        places: list[list[int]] = [[] for _ in range(first + len(layers))]  # of each value: where its pointer goes
+        steps: list[tuple[kernels.Kernel, ctypes.Structure, int]] = []
+        calls = list[Call]()
+        for stretch, some in in_turn(self._at_once(chain, held, inputs)):
+            fewer, legs = some < pictures, list[Leg]()
+            rooms = min(threads, -(-pictures // some)) if fewer else 0
+            # What only these layers read has room for the pictures on their way alone.
+            inner = {first + n for n in stretch if fewer and last.get(first + n) in stretch} - {*chain.outputs}
+            for n in stretch:
+                layer, link, packed, name = layers[n], chain.links[n], held[n], names[n]
+                x, slides = values[link.source].tensor[:some], (layer.stride, layer.padding, layer.dilation)
+                call, shape = arranged(packed, x, *slides, 1 if fewer else threads)
+                call.low, call.high = _both(layer.between, link.between)
+                if around[link.source]:
+                    call.x_row, call.x_plane = _apart(x)
+                    call.x_around = around[link.source] if _zeros(layer, packed) else 0
+                point(call, packed)
+                places[link.source].append(_at(call, "x"))
+                places[len(values)].append(_at(call, "y"))
+                more = None if link.more is None else values[link.more].tensor[:some]
+                if link.more is not None:
+                    places[link.more].append(_at(call, "more"))
+                # Not where nothing is made, where what is added is of another shape, or where bounds are met twice.
+                sums = more is None or (_adds(call, link, more, shape) and layer.between == ANY)
+                if link.more is not None and around[link.more] and more is not None:
+                    call.more_row, call.more_plane = _apart(more)
+                self.possible = bool(math.prod(shape)) and sums and call.low <= call.high
+                if not self.possible:
+                    return
+                kernel = self.kernels[name]
+                assert kernel is not None, "asked above"
+                items = call.chunks * call.parts
+                calls.append(call)
+                zeros, alone = around[len(values)], len(values) in inner
+                wanted = zeros, (shape[0] if alone else pictures, *shape[1:]), alone
+                given = len(values) in outputs
+                alike = [i for i, (z, v) in enumerate(free) if (z, v.shape, v.alone) == wanted and not given]
+                values.append(_room(*wanted[:2], rooms if alone else 0) if not alike else free.pop(alike[0])[1])
+                if zeros:
+                    call.y_row, call.y_plane = _apart(values[-1].tensor)
+                if fewer:
+                    of = (values[link.source], values[-1], values[link.more or 0])
+                    apart, from_room = (0 if v.alone else v.tensor.stride(0) for v in of), (v.room for v in of)
+                    legs.append(Leg(kernel.pointer, ctypes.addressof(call), (*apart,), (*from_room,)))
+                else:
+                    steps.append((kernel, call, shape[0] * items))
+                mine = {i for i in (link.source, link.more) if i is not None and i >= first} - {*chain.outputs}
+                free += [(around[i], values[i]) for i in mine if last[i] == n]
+            free = [(z, v) for z, v in free if not v.alone]  # the next have as many pictures, or rooms, of their own
+            if fewer:
+                kernel, struct = self.kernels[STRETCH], Stretch.of(legs, pictures, some)
+                assert kernel is not None, "or all pictures would go together"
+                steps.append((kernel, struct, struct.items))
+        for place, value in zip(places[first:], values[first:], strict=True):
             for at in place:
-                ctypes.c_void_p.from_address(at).value = value.data_ptr()
-        between = [v for i, v in enumerate(values) if i >= len(inputs) and i not in outputs]
-        self._shapes = [tuple(values[i].shape) for i in outputs]
-        anew = [*places[: len(inputs)], *(places[i] for i in outputs)]
+                ctypes.c_void_p.from_address(at).value = value.tensor.data_ptr()
+        between = [v.tensor for i, v in enumerate(values) if i >= first and i not in outputs]
+        self._shapes = [values[i].shape for i in outputs]
+        anew = [*places[:first], *(places[i] for i in outputs)]
         if self.head is not None:
-            ending, kernel = _ending(self.head, values[chain.outputs[-1]]), self.kernels[MEAN_LINEAR]
+            ending, kernel = _ending(self.head, values[chain.outputs[-1]].tensor), self.kernels[MEAN_LINEAR]
             assert kernel is not None, "asked above"
             self.possible = ending is not None
             if ending is None:
@@ -175,8 +199,25 @@ class _Plan(Plan):
             self._shapes.append((ending.pictures, ending.outputs))
             anew.append([_at(ending, "y")])
             self.point(self.head._parameters, list(self.head._parameters))
-        self._held = [call for _, call, _ in steps], between  # what pointers point to
+        self._held = calls, [call for _, call, _ in steps], between  # what pointers point to
         self._steps = kernels.Steps(steps, [(at, which) for which, each in enumerate(anew) for at in each])
+
+    def _at_once(self, chain: ConvChain, held: Sequence[Packed], inputs: Sequence[Tensor]) -> list[int]:
+        """How many pictures go through each layer at a time."""
+        pictures, threads = len(inputs[0]), self.key[0]
+        self.kernels[STRETCH] = kernels.find(STRETCH)
+        if pictures < 2 or self.kernels[STRETCH] is None or any(len(x) != pictures for x in inputs):
+            return [pictures] * len(held)
+        sizes, found = [tuple(x.shape[1:]) for x in inputs], list[Layer]()
+        for layer, link, packed in zip(chain.layers, chain.links, held, strict=True):
+            assert isinstance(layer, SparseConv2d) and isinstance(packed.format, Form)
+            slides = layer.stride, layer.padding, layer.dilation
+            sizes.append((packed.shape[0], *out_size(packed.format, sizes[link.source][1:], *slides)))
+            more = 0 if link.more is None else math.prod(sizes[link.more])
+            weight = sum(tensor.nbytes for tensor in packed.tensors.values())
+            made = 4 * math.prod(sizes[-1])
+            found.append(Layer(4 * (math.prod(sizes[link.source]) + more) + made, made, weight))
+        return at_once(found, pictures, threads)
 
     def run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """All convolutions, in order."""
@@ -241,15 +282,34 @@ def _zeros(layer: SparseConv2d, packed: Packed) -> int:
     return 0 if often or not same else pad
 
 
-def _room(around: int, shape: tuple[int, ...]) -> Tensor:
-    """Memory for a value: rows, and channels, with zeros between them."""
-    if not around:
-        return empty(shape, FLOAT)
+@dataclass(frozen=True)
+class _Value:
+    """What a layer reads or makes: all pictures, or with rooms those on their way through a stretch, once a thread."""
+
+    tensor: Tensor  # of the first room
+    room: int = 0  # floats from one room to the next, or 0
+
+    @property
+    def alone(self) -> bool:
+        return self.room > 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+
+def _room(around: int, shape: tuple[int, ...], rooms: int) -> _Value:
+    """Memory for a value, or for so many threads: rows, and channels, with zeros between them."""
     pictures, channels, high, wide = shape
     row = wide + around  # the zeros behind a row are those before the next
     plane = row * (high + 2 * around)
-    room = empty((pictures * channels * plane + BEYOND + 4 * around * row,), FLOAT).zero_()
-    return room.as_strided(shape, (channels * plane, plane, row, 1), around * row + around)
+    floats = pictures * channels * plane + (BEYOND + 4 * around * row if around else 0)
+    each = -(-floats // LINE) * LINE
+    memory = empty((each * max(1, rooms),), FLOAT)
+    if around:
+        memory.zero_()
+    tensor = memory.as_strided(shape, (channels * plane, plane, row, 1), around * row + around)
+    return _Value(tensor, each if rooms else 0)
 
 
 def _apart(value: Tensor) -> tuple[int, int]:
