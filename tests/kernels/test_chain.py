@@ -139,6 +139,9 @@ def test_values_with_zeros_around_them(settings, size, rows):
 
 # A few pictures at a time
 
+COUNTS = {1: 7, 2: 8, 3: 49}
+"""Pictures for so many threads: of 49 the last share is smaller."""
+
 
 def few(monkeypatch, cache):
     """As if the second cache had so many bytes, and weights none, which would be read more often."""
@@ -158,7 +161,7 @@ def at_a_time(chain):
 @pytest.mark.parametrize("rows", [1, 8])
 @pytest.mark.parametrize("size", [(16, 16), (9, 16), (5, 8), (7, 13)])
 @pytest.mark.parametrize("some", [1, 2])
-@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("threads", COUNTS)
 def test_a_few_pictures_at_a_time_give_the_same(monkeypatch, threads, some, size, rows):
     layers = [
         conv(5, 17, padding=1),
@@ -186,7 +189,7 @@ def test_a_few_pictures_at_a_time_give_the_same(monkeypatch, threads, some, size
                 for outputs in ([6], [2, 6]):
                     chain = ConvChain(packed, links, 1, outputs)
                     for seed in (1, 2):
-                        x = pictures(5, *size, count=7, seed=seed)
+                        x = pictures(5, *size, count=COUNTS[threads], seed=seed)
                         found = chain(x) if len(outputs) > 1 else (chain(x),)
                         for y, want in zip(found, reference(layers, links, outputs, x), strict=True):
                             assert torch.equal(y, want), (level, outputs)
@@ -235,13 +238,15 @@ def test_how_many_pictures_go_through_a_layer_at_a_time(monkeypatch):
     assert stretches.at_once([small, small], 16, 1) == [16, 16]
     # What the large ones hand on goes through memory, but what the small ones do not: 160 bytes fit.
     assert stretches.at_once([large, large, small, small], 16, 1) == [1, 1, 16, 16]
-    # Two do not fit, and one picture of three has no thread.
-    assert stretches.at_once([large, large], 3, 4) == [3, 3]
+    # One thread would have two of three, or another none; of many more than there are threads it does not matter.
+    assert stretches.at_once([large, large], 3, 2) == stretches.at_once([large, large], 3, 4) == [3, 3]
+    assert stretches.at_once([large, large], 4, 2) == stretches.at_once([large, large], 17, 2) == [1, 1]
     assert stretches.at_once([large, large], 16, stretches.ROOMS + 1) == [16, 16]
     # Four of 75 bytes fit, and a weight is read a quarter as often.
     middle = stretches.Layer(75, 25, 40)
     assert stretches.at_once([middle, middle], 16, 1) == [4, 4]
-    assert stretches.at_once([middle, middle], 16, 7) == [2, 2], "eight of them for seven threads"
+    assert stretches.at_once([middle, middle], 16, 8) == [2, 2]
+    assert stretches.at_once([middle, middle], 24, 3) == [4, 4]
 
 
 def test_the_second_cache_is_known_or_guessed(monkeypatch, tmp_path):

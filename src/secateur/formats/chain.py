@@ -139,30 +139,20 @@ class _Plan(Plan):
             # What only these layers read has room for the pictures on their way alone.
             inner = {first + n for n in stretch if fewer and last.get(first + n) in stretch} - {*chain.outputs}
             for n in stretch:
-                layer, link, packed, name = layers[n], chain.links[n], held[n], names[n]
-                x, slides = values[link.source].tensor[:some], (layer.stride, layer.padding, layer.dilation)
-                call, shape = arranged(packed, x, *slides, 1 if fewer else threads)
-                call.low, call.high = _both(layer.between, link.between)
-                if around[link.source]:
-                    call.x_row, call.x_plane = _apart(x)
-                    call.x_around = around[link.source] if _zeros(layer, packed) else 0
-                point(call, packed)
+                link, x = chain.links[n], values[chain.links[n].source].tensor[:some]
+                more = None if link.more is None else values[link.more].tensor[:some]
+                linked = _linked(layers[n], held[n], link, x, more, around, 1 if fewer else threads)
+                self.possible = linked is not None
+                if linked is None:
+                    return
+                call, shape = linked
+                calls.append(call)
                 places[link.source].append(_at(call, "x"))
                 places[len(values)].append(_at(call, "y"))
-                more = None if link.more is None else values[link.more].tensor[:some]
                 if link.more is not None:
                     places[link.more].append(_at(call, "more"))
-                # Not where nothing is made, where what is added is of another shape, or where bounds are met twice.
-                sums = more is None or (_adds(call, link, more, shape) and layer.between == ANY)
-                if link.more is not None and around[link.more] and more is not None:
-                    call.more_row, call.more_plane = _apart(more)
-                self.possible = bool(math.prod(shape)) and sums and call.low <= call.high
-                if not self.possible:
-                    return
-                kernel = self.kernels[name]
+                kernel = self.kernels[names[n]]
                 assert kernel is not None, "asked above"
-                items = call.chunks * call.parts
-                calls.append(call)
                 zeros, alone = around[len(values)], len(values) in inner
                 wanted = zeros, (shape[0] if alone else pictures, *shape[1:]), alone
                 given = len(values) in outputs
@@ -175,7 +165,7 @@ class _Plan(Plan):
                     apart, from_room = (0 if v.alone else v.tensor.stride(0) for v in of), (v.room for v in of)
                     legs.append(Leg(kernel.pointer, ctypes.addressof(call), (*apart,), (*from_room,)))
                 else:
-                    steps.append((kernel, call, shape[0] * items))
+                    steps.append((kernel, call, shape[0] * call.chunks * call.parts))
                 mine = {i for i in (link.source, link.more) if i is not None and i >= first} - {*chain.outputs}
                 free += [(around[i], values[i]) for i in mine if last[i] == n]
             free = [(z, v) for z, v in free if not v.alone]  # the next have as many pictures, or rooms, of their own
@@ -224,6 +214,31 @@ class _Plan(Plan):
         found = tuple(inputs[0].new_empty(shape) for shape in self._shapes)
         self._steps.run([t.data_ptr() for t in (*inputs, *found)], self.key[0])
         return found
+
+
+def _linked(
+    layer: SparseConv2d,
+    packed: Packed,
+    link: Link,
+    x: Tensor,
+    more: Tensor | None,
+    around: Sequence[int],
+    threads: int,
+) -> tuple[Call, tuple[int, int, int, int]] | None:
+    """The work of one layer without the pointers to values, and the shape of what it makes.
+
+    None where nothing is made, where what is added is of another shape, or where bounds are met twice.
+    """
+    call, shape = arranged(packed, x, layer.stride, layer.padding, layer.dilation, threads)
+    call.low, call.high = _both(layer.between, link.between)
+    if around[link.source]:
+        call.x_row, call.x_plane = _apart(x)
+        call.x_around = around[link.source] if _zeros(layer, packed) else 0
+    point(call, packed)
+    sums = more is None or (_adds(call, link, more, shape) and layer.between == ANY)
+    if more is not None and link.more is not None and around[link.more]:
+        call.more_row, call.more_plane = _apart(more)
+    return (call, shape) if math.prod(shape) and sums and call.low <= call.high else None
 
 
 class Ending(ctypes.Structure):

@@ -13,6 +13,8 @@ from itertools import groupby
 from pathlib import Path
 
 STRETCH = "conv_stretch"
+EVEN = 8
+"""Shares of a thread from which on all threads have about as many."""
 ROOMS = 64
 """At most, one for each thread."""
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
@@ -63,15 +65,17 @@ class Stretch(ctypes.Structure):
 
 
 def at_once(layers: Sequence[Layer], pictures: int, threads: int) -> list[int]:
-    """How many pictures best go through each layer at a time: all, or fewer, so that each thread has some.
+    """How many pictures best go through each layer at a time: all, or fewer, so that threads have as much to do.
 
     What costs is read from beyond the second cache: a weight, once for so many pictures; and what a layer makes, unless
     as many go through the next one, and all that both have of them stays near.
     """
     near = second_cache() // 4 * 3  # the rest is for what kernels lay out
     some, found = [pictures], 1
-    while found < pictures and found * (threads - 1) < pictures and threads <= ROOMS:
-        some.append(found)
+    while found < pictures and threads <= ROOMS:
+        # Each thread gets as many, or so many small shares that one more or less is little.
+        if threads == 1 or pictures % (found * threads) == 0 or pictures >= EVEN * found * threads:
+            some.append(found)
         found *= 2
     # The least of all ways there are to the layer before, by how many go through that.
     best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
