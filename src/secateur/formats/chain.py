@@ -22,8 +22,8 @@ MEAN_LINEAR = "mean_linear_f32"
 FLOAT = torch.empty(0)
 BEYOND = 512
 """Floats behind a value that kernels may read, whole vectors at a time."""
-LINE = 16
-"""Floats of a line of the caches."""
+LINE, APART = 16, 256
+"""Floats of a line of the caches; and those that channels are not whole numbers of apart: few such stay in a cache."""
 OFTEN, OFTEN_ELSEWHERE = {"avx512bf16": 4}, 8
 """Loads of a pixel for each copy of it that a kernel would lay out, from which on that takes less, by the level of the
 processor. Measured on an EPYC and on a Xeon."""
@@ -129,7 +129,7 @@ class _Plan(Plan):
         around = _around(chain, held, outputs)
         pictures, first = len(inputs[0]), len(inputs)
         free: list[tuple[int, _Value]] = []
-        values = [_Value(x) for x in inputs]
+        values = [_Value(x.as_strided(x.shape, _strides(x.shape))) for x in inputs]  # sizes of one can have any stride
         places: list[list[int]] = [[] for _ in range(first + len(layers))]  # of each value: where its pointer goes
         steps: list[tuple[kernels.Kernel, ctypes.Structure, int]] = []
         calls = list[Call]()
@@ -157,9 +157,11 @@ class _Plan(Plan):
                 wanted = zeros, (shape[0] if alone else pictures, *shape[1:]), alone
                 given = len(values) in outputs
                 alike = [i for i, (z, v) in enumerate(free) if (z, v.shape, v.alone) == wanted and not given]
-                values.append(_room(*wanted[:2], rooms if alone else 0) if not alike else free.pop(alike[0])[1])
-                if zeros:
-                    call.y_row, call.y_plane = _apart(values[-1].tensor)
+                if alike:
+                    values.append(free.pop(alike[0])[1])
+                else:
+                    values.append(_given(wanted[1]) if given else _room(*wanted[:2], rooms if alone else 0))
+                call.y_row, call.y_plane = _apart(values[-1].tensor)
                 if fewer:
                     of = (values[link.source], values[-1], values[link.more or 0])
                     apart, from_room = (0 if v.alone else v.tensor.stride(0) for v in of), (v.room for v in of)
@@ -231,13 +233,10 @@ def _linked(
     """
     call, shape = arranged(packed, x, layer.stride, layer.padding, layer.dilation, threads)
     call.low, call.high = _both(layer.between, link.between)
-    if around[link.source]:
-        call.x_row, call.x_plane = _apart(x)
-        call.x_around = around[link.source] if _zeros(layer, packed) else 0
+    call.x_row, call.x_plane = _apart(x)
+    call.x_around = around[link.source] if _zeros(layer, packed) else 0
     point(call, packed)
     sums = more is None or (_adds(call, link, more, shape) and layer.between == ANY)
-    if more is not None and link.more is not None and around[link.more]:
-        call.more_row, call.more_plane = _apart(more)
     return (call, shape) if math.prod(shape) and sums and call.low <= call.high else None
 
 
@@ -318,6 +317,8 @@ def _room(around: int, shape: tuple[int, ...], rooms: int) -> _Value:
     pictures, channels, high, wide = shape
     row = wide + around  # the zeros behind a row are those before the next
     plane = row * (high + 2 * around)
+    if plane % APART == 0:  # channels would push one another out of the caches
+        plane += LINE
     floats = pictures * channels * plane + (BEYOND + 4 * around * row if around else 0)
     each = -(-floats // LINE) * LINE
     memory = empty((each * max(1, rooms),), FLOAT)
@@ -325,6 +326,16 @@ def _room(around: int, shape: tuple[int, ...], rooms: int) -> _Value:
         memory.zero_()
     tensor = memory.as_strided(shape, (channels * plane, plane, row, 1), around * row + around)
     return _Value(tensor, each if rooms else 0)
+
+
+def _given(shape: tuple[int, ...]) -> _Value:
+    """What is given back, as torch has it; its memory is another each time."""
+    return _Value(FLOAT.new_empty(shape))
+
+
+def _strides(shape: Sequence[int]) -> tuple[int, int, int, int]:
+    _, channels, high, wide = shape
+    return channels * high * wide, high * wide, wide, 1
 
 
 def _apart(value: Tensor) -> tuple[int, int]:
@@ -339,10 +350,10 @@ def _at(call: Call | Ending, field: str) -> int:
 
 def _adds(call: Call, link: Link, more: Tensor, shape: tuple[int, ...]) -> bool:
     """Whether a value can be added to an outcome of a shape, the struct being told how."""
+    call.more_row, call.more_plane = _apart(more)
     if link.step == 1 and link.around == (0, 0):
         return tuple(more.shape) == shape
     pictures, channels, high, wide = more.shape
-    call.more_row, call.more_plane = wide, high * wide
     call.more_step, call.more_first = link.step, link.around[0]
     call.more_channels, call.more_height, call.more_width = channels, high, wide
     sampled = (pictures, channels + sum(link.around), -(-high // link.step), -(-wide // link.step))
