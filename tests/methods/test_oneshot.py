@@ -6,7 +6,7 @@ from tiny import make_model, make_task, mlp, toy_vectors, trained
 from torch import Tensor, nn
 
 from secateur import prune
-from secateur.axes import NM, Blocks, Global, ObsSweep, Owl, PerMatrix, PerRow, PerSlab
+from secateur.axes import NM, Blocks, ByName, Global, ObsSweep, Owl, PerMatrix, PerRow, PerSlab, text_of
 from secateur.axes.criteria import factor_, wanda_score
 from secateur.cut import weights
 from secateur.edit import Mask
@@ -14,6 +14,7 @@ from secateur.errors import EvidenceError, ModelError, PatternError, SettingErro
 from secateur.evidence import Evidence, observe
 from secateur.method import load
 from secateur.methods.magnitude import Magnitude
+from secateur.methods.oneshot import OneShot
 from secateur.methods.random import Random
 from secateur.methods.sparsegpt import SparseGPT
 from secateur.methods.wanda import Wanda
@@ -184,6 +185,30 @@ def test_owl_spends_by_block_and_meets_the_total(method: type) -> None:
     assert len(set(by_block.values())) > 1
 
 
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.__name__)
+def test_what_rows_round_is_made_up_for_and_a_fixed_pattern_says_that_nothing_is_spent(method: type) -> None:
+    settings = {**method.tiny, "sparsity": 0.6, "allocation": ByName({"model.layers.0.mlp.up_proj.weight": 0.9})}
+    done = prune(make_model("decoder"), method(**settings, pattern=PerRow()), make_task("decoder"))
+    units = sum(r.units for r in done.record.sites)
+    assert abs(sum(r.kept for r in done.record.sites) - 0.4 * units) <= max(
+        s.shape[0] for s in weights(make_model("decoder"))
+    )
+    done = prune(make_model("decoder"), method(**{**settings, "sparsity": 0.5}, pattern=NM(2, 4)), make_task("decoder"))
+    assert done.notes == [
+        "2:4 prescribes what every matrix keeps: " + text_of(settings["allocation"]) + " has nothing to spend"
+    ]
+
+
+def test_slabs_are_as_wide_as_blocks() -> None:
+    """The slab of columns whose choice is made at once is the block, whatever its width."""
+    task = make_task("decoder")
+    found = prune(make_model("decoder"), SparseGPT(samples=16, block=16), task)
+    same = prune(make_model("decoder"), SparseGPT(samples=16, block=16, pattern=PerSlab(16)), task)
+    assert SparseGPT(block=256).solver().pattern == PerSlab(256)
+    assert SparseGPT(block=256, pattern=PerSlab(64)).solver().pattern == PerSlab(64)
+    assert all(torch.equal(a, b) for a, b in zip(found.model.parameters(), same.model.parameters(), strict=True))
+
+
 def test_data_beats_magnitude_beats_nothing_on_a_trained_model() -> None:
     """At toy size the order of the field: dense < SparseGPT, Wanda < magnitude < random in loss."""
     task = make_task("decoder")
@@ -210,6 +235,9 @@ def test_settings_that_cannot_work_are_refused_before_any_data_is_read() -> None
         prune(model, SparseGPT(pattern=NM(1, 4)), Unread())
     with pytest.raises(SettingError, match="damp"):
         prune(model, SparseGPT(damp=0), Unread())
+    for method in (SparseGPT(block=30, pattern=NM(2, 4)), OneShot(solver=ObsSweep(block=30), pattern=NM(2, 4))):
+        with pytest.raises(SettingError, match=r"blocks of 30 columns[\s\S]*would cut them apart[\s\S]*block=32"):
+            prune(model, method, Unread())
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(ModelError, match=r"model.layers.1.mlp.up_proj.weight holds NaN"):
         prune(model, Wanda(), Unread())

@@ -12,7 +12,7 @@ from secateur.axes.criteria import Criterion, Magnitude, gram_factor
 from secateur.axes.patterns import Pattern, PerRow, PerSlab
 from secateur.axes.refiners import Refiner
 from secateur.edit import Edit, Mask, Update
-from secateur.errors import EvidenceError
+from secateur.errors import EvidenceError, SettingError
 from secateur.evidence import Evidence
 from secateur.kernels.products import add_product
 from secateur.site import Site, Tensors
@@ -71,6 +71,14 @@ class ObsSweep:
     pattern: Pattern = field(default_factory=PerSlab)
     block: int = 128  # columns whose choice is made at once
     damp: float = 0.01  # added to the diagonal, as a share of its mean
+
+    def __post_init__(self) -> None:
+        if self.pattern.span is not None and self.block % self.pattern.span:
+            raise SettingError(
+                f"a sweep by blocks of {self.block} columns was asked for",
+                f"{self.pattern} decides {self.pattern.span} columns together, and blocks would cut them apart",
+                f"Give block={-(-self.block // self.pattern.span) * self.pattern.span}, or another multiple.",
+            )
 
     @property
     def needs(self) -> frozenset[str]:

@@ -6,7 +6,8 @@ from types import MappingProxyType
 
 from torch import Tensor, nn
 
-from secateur.axes.allocations import Allocation, Measuring
+from secateur.axes import text_of
+from secateur.axes.allocations import Allocation, Measuring, Uniform
 from secateur.axes.criteria import Criterion
 from secateur.axes.patterns import Pattern
 from secateur.axes.solvers import Solver
@@ -101,12 +102,30 @@ def spread(
     batches: Sequence[Batch],
     whole: Mapping[str, Evidence] = NOTHING,
     task: Task | None = None,
+    pattern: Pattern | None = None,
 ) -> dict[str, int]:
     """Units to keep at each site; where the allocation looks at scores, from one pass over the dense model.
 
     `whole` is evidence of the whole model that the criterion needs beside the inputs: see `gradients`. The task is for
-    allocations that follow the loss. Raises SettingError for one of those when there is no task or no data.
+    allocations that follow the loss. With a `pattern` what an uneven allocation says is `fitted` to it. Raises
+    SettingError for an allocation that follows the loss when there is no task or no data.
     """
+    keep = _counts(model, sites, allocation, budget, criterion, batches, whole, task)
+    if pattern is None or allocation == Uniform():  # which says what each matrix keeps, not what all keep together
+        return keep
+    return fitted(sites, keep, pattern)
+
+
+def _counts(
+    model: nn.Module,
+    sites: Sequence[Site],
+    allocation: Allocation,
+    budget: Budget,
+    criterion: Criterion,
+    batches: Sequence[Batch],
+    whole: Mapping[str, Evidence],
+    task: Task | None,
+) -> dict[str, int]:
     if isinstance(allocation, Measuring):
         if task is None or not batches:
             raise SettingError(
@@ -122,6 +141,14 @@ def spread(
     for name, more in whole.items():
         seen[name] = seen.get(name, Evidence()).beside(more)
     return allocation.spread(sites, budget, Scored({s.name: s for s in sites}, tensors(model), criterion, seen))
+
+
+def spendable(allocation: Allocation, pattern: Pattern) -> tuple[Allocation, list[str]]:
+    """The allocation and no remark; or uniform, said in words, where the pattern prescribes what every matrix keeps."""
+    if pattern.fixed is None or allocation == Uniform():
+        return allocation, []
+    said = f"{text_of(pattern)} prescribes what every matrix keeps: {text_of(allocation)} has nothing to spend"
+    return Uniform(), [said]
 
 
 def fitted(sites: Sequence[Site], keep: Mapping[str, int], pattern: Pattern) -> dict[str, int]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from secateur.axes import Allocation, Criterion, Dsnot, Pattern, PerRow, Rank, Uniform, Wanda
 from secateur.axes.patterns import check_pattern
-from secateur.axes.sweep import BySite, gradients, refined_sites, spread, sweep
+from secateur.axes.sweep import BySite, gradients, refined_sites, spendable, spread, sweep
 from secateur.cut import DEFAULT_EXCLUDE, weights
 from secateur.method import Budget, Card, Method
 from secateur.outcome import Outcome
@@ -71,5 +71,8 @@ class DSnoT(Method):
         solver = BySite(refined_sites(model, sites, self.only), replace(first, refine=self.refine), first)
         batches = list(task.batches("calibration", self.samples))
         whole = gradients(model, sites, batches, solver.needs, task.loss)
-        keep = spread(model, sites, self.allocation, Budget(self.sparsity), self.start, batches, whole, task)
-        return Outcome(model, sweep(model, sites, solver, keep, batches, self.feed, whole))
+        allocation, notes = spendable(self.allocation, self.pattern)
+        keep = spread(
+            model, sites, allocation, Budget(self.sparsity), self.start, batches, whole, task, pattern=self.pattern
+        )
+        return Outcome(model, sweep(model, sites, solver, keep, batches, self.feed, whole), notes=notes)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from secateur.axes import Allocation, Criterion, Gblm, Pattern, PerRow, Rank, Uniform
 from secateur.axes.criteria import gradient_norm, measured, wanda_score
 from secateur.axes.patterns import check_pattern
-from secateur.axes.sweep import gradients, spread, sweep
+from secateur.axes.sweep import gradients, spendable, spread, sweep
 from secateur.cut import DEFAULT_EXCLUDE, weights
 from secateur.edit import Edit
 from secateur.evidence import Evidence
@@ -112,6 +112,9 @@ class GBLMPruner(Method):
         sites, solver = weights(model, self.include, self.exclude), _Told(Rank(self.criterion, self.pattern))
         batches = list(task.batches("calibration", self.samples))
         whole = gradients(model, sites, batches, solver.needs, task.loss)
-        keep = spread(model, sites, self.allocation, Budget(self.sparsity), self.criterion, batches, whole, task)
+        allocation, notes = spendable(self.allocation, self.pattern)
+        keep = spread(
+            model, sites, allocation, Budget(self.sparsity), self.criterion, batches, whole, task, pattern=self.pattern
+        )
         edits = sweep(model, sites, solver, keep, batches, self.feed, whole)
-        return Outcome(model, edits, notes=solver.notes())
+        return Outcome(model, edits, notes=notes + solver.notes())

@@ -11,7 +11,7 @@ from torch import nn
 from secateur.axes import Allocation, Pattern, PerMatrix, Rank, Uniform
 from secateur.axes import Magnitude as Score
 from secateur.axes.patterns import check_pattern
-from secateur.axes.sweep import spread, sweep
+from secateur.axes.sweep import spendable, spread, sweep
 from secateur.cut import DEFAULT_EXCLUDE, weights
 from secateur.method import Budget, Card, Method
 from secateur.outcome import Outcome
@@ -48,5 +48,6 @@ class Magnitude(Method):
     def run(self, model: nn.Module, task: Task) -> Outcome:
         """See Method."""
         sites, solver = weights(model, self.include, self.exclude), Rank(Score(), self.pattern)
-        keep = spread(model, sites, self.allocation, Budget(self.sparsity), solver.criterion, ())
-        return Outcome(model, sweep(model, sites, solver, keep, ()))
+        allocation, notes = spendable(self.allocation, self.pattern)
+        keep = spread(model, sites, allocation, Budget(self.sparsity), solver.criterion, (), pattern=self.pattern)
+        return Outcome(model, sweep(model, sites, solver, keep, ()), notes=notes)

@@ -28,7 +28,7 @@ from secateur.axes import (
 from secateur.axes.allocations import Measuring
 from secateur.axes.patterns import check_pattern
 from secateur.axes.recovery import Recovery, recovered
-from secateur.axes.sweep import BySite, fitted, gradients, refined_sites, spread, sweep
+from secateur.axes.sweep import BySite, gradients, refined_sites, spendable, spread, sweep
 from secateur.cut import DEFAULT_EXCLUDE, weights
 from secateur.errors import SettingError
 from secateur.method import Budget, Card, Method
@@ -109,6 +109,7 @@ class OneShot(Method):
         recover.fits_masks()
 
     def _check_sweep(self) -> None:
+        replace(self.solver, pattern=self.pattern)  # raises for blocks that cut the pattern's groups apart
         if self.refine is not None:
             raise SettingError(
                 f"a choice of {text_of(self.solver)} was to be refined by {text_of(self.refine)}",
@@ -129,26 +130,19 @@ class OneShot(Method):
         if isinstance(by, Recovery):
             by.ready(model, task)  # before hours of pruning, not after
             dense = copy.deepcopy(model) if by.needs_dense else None
-        sites, notes = weights(model, self.include, self.exclude), []
+        sites = weights(model, self.include, self.exclude)
         solver: Solver = replace(self.solver, pattern=self.pattern)
         if isinstance(solver, Rank):
             solver = replace(solver, criterion=self.criterion)
             if self.refine is not None:
                 names = refined_sites(model, sites, self.only)
                 solver = BySite(names, replace(solver, refine=self.refine), solver)
-        allocation = self.allocation
-        if self.pattern.fixed is not None and allocation != Uniform():
-            allocation = Uniform()
-            notes.append(
-                f"{text_of(self.pattern)} prescribes what every matrix keeps: {text_of(self.allocation)} has nothing "
-                "to spend"
-            )
+        allocation, notes = spendable(self.allocation, self.pattern)
         needs = solver.needs | (self.criterion.needs if allocation.needs_scores else frozenset())
         follows = isinstance(allocation, Measuring)  # the loss, over data of its own accord
         batches = list(task.batches("calibration", self.samples)) if needs or follows else []
         whole = gradients(model, sites, batches, needs, task.loss)
-        keep = spread(model, sites, allocation, Budget(self.sparsity), self.criterion, batches, whole, task)
-        if allocation != Uniform():  # the total is what was asked for, not each matrix
-            keep = fitted(sites, keep, self.pattern)
+        budget = Budget(self.sparsity)
+        keep = spread(model, sites, allocation, budget, self.criterion, batches, whole, task, self.pattern)
         done = Outcome(model, sweep(model, sites, solver, keep, batches, self.feed, whole), notes=notes)
         return recovered(done, by, task, dense) if isinstance(by, Recovery) else done

@@ -11,7 +11,7 @@ from torch import nn
 
 from secateur.axes import Allocation, ObsSweep, Pattern, PerSlab, Uniform, Wanda
 from secateur.axes.patterns import check_pattern
-from secateur.axes.sweep import spread, sweep
+from secateur.axes.sweep import spendable, spread, sweep
 from secateur.cut import DEFAULT_EXCLUDE, weights
 from secateur.errors import EvidenceError, SettingError
 from secateur.method import Budget, Card, Method
@@ -28,7 +28,7 @@ class SparseGPT(Method):
     samples: int = 128  # calibration sequences, as in the paper
     block: int = 128  # columns whose choice is made at once
     damp: float = 0.01  # added to the diagonal of the second moments, as a share of its mean
-    pattern: Pattern = PerSlab()  # the paper chooses jointly within each slab of columns
+    pattern: Pattern = PerSlab()  # the paper chooses jointly within each slab of columns, which is a block
     allocation: Allocation = Uniform()  # one that looks at scores is given Wanda's, as OWL's authors do
     feed: Feed = "pruned"
     include: tuple[str, ...] = ()  # what to prune, by name, class or role; () is every matrix in the blocks
@@ -62,10 +62,16 @@ class SparseGPT(Method):
                 "a block has a column at least and damping is above 0",
                 "Give block=128 and damp=0.01.",
             )
+        self.solver()
+
+    def solver(self) -> ObsSweep:
+        """What decides a matrix: slabs are as wide as blocks, unless others are asked for."""
+        pattern = PerSlab(self.block) if self.pattern == PerSlab() else self.pattern
+        return ObsSweep(pattern, self.block, self.damp)
 
     def run(self, model: nn.Module, task: Task) -> Outcome:
         """See Method. Raises EvidenceError when there are fewer calibration tokens than the widest input."""
-        sites, solver = weights(model, self.include, self.exclude), ObsSweep(self.pattern, self.block, self.damp)
+        sites, solver = weights(model, self.include, self.exclude), self.solver()
         batches = list(task.batches("calibration", self.samples))
         tokens = sum(batch.tokens for batch in batches)
         widest = max(site.shape[-1] for site in sites)
@@ -75,5 +81,8 @@ class SparseGPT(Method):
                 f"the calibration data has {tokens} tokens, too few to tell those inputs apart",
                 f"Ask for more samples: at least {-(-widest * self.samples // tokens)}.",
             )
-        keep = spread(model, sites, self.allocation, Budget(self.sparsity), Wanda(), batches, task=task)
-        return Outcome(model, sweep(model, sites, solver, keep, batches, self.feed))
+        allocation, notes = spendable(self.allocation, self.pattern)
+        keep = spread(
+            model, sites, allocation, Budget(self.sparsity), Wanda(), batches, task=task, pattern=self.pattern
+        )
+        return Outcome(model, sweep(model, sites, solver, keep, batches, self.feed), notes=notes)
