@@ -46,6 +46,8 @@ def test_evidence_merges_to_the_same_sums_in_any_grouping() -> None:
     [
         nn.Conv2d(4, 6, 3, stride=2, padding=1),
         nn.Conv2d(4, 6, 3, padding="same", dilation=2),
+        nn.Conv2d(4, 6, 4, padding="same"),  # three pixels of padding: one in front, two behind
+        nn.Conv2d(4, 6, (2, 3), padding="same"),
         nn.Conv2d(4, 6, (3, 1), groups=2),
         nn.Conv1d(4, 6, 3, padding=2, stride=2),
     ],

@@ -330,9 +330,10 @@ def _unfolding(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], weig
     dilation = _argument(args, kwargs, 5, "dilation") or 1
     groups = _argument(args, kwargs, 6, "groups") or 1
     kernel = tuple(weight.shape[2:]) if one == 2 else (1, *weight.shape[2:])
+    more = (0, 0)  # "same" pads an odd number unevenly: one more behind
     if isinstance(padding, str):
-        reach = [d * (k - 1) for d, k in zip(pair(dilation), kernel, strict=True)]
-        pads = tuple(r // 2 if padding == "same" else 0 for r in reach)
+        reach = [d * (k - 1) if padding == "same" else 0 for d, k in zip(pair(dilation), kernel, strict=True)]
+        pads, more = tuple(r // 2 for r in reach), (reach[0] % 2, reach[1] % 2)
     else:
         pads = (
             (0, padding or 0)
@@ -341,15 +342,16 @@ def _unfolding(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], weig
             if one == 1
             else pair(padding or 0)
         )
-    return (kernel, pair(stride), pads, pair(dilation), groups)
+    return (kernel, pair(stride), pads, pair(dilation), groups, more)
 
 
 def _rows(x: Tensor, unfolding: tuple[Any, ...]) -> Tensor:
     """What meets the weight, a row per token or position: [groups, tokens, in]."""
     if not unfolding:
         return x.reshape(1, -1, x.shape[-1])
-    kernel, stride, padding, dilation, groups = unfolding
+    kernel, stride, padding, dilation, groups, more = unfolding
     x = x.unsqueeze(2) if x.dim() == 3 else x
+    x = F.pad(x, (0, more[1], 0, more[0])) if any(more) else x
     patches = F.unfold(x, kernel, dilation=dilation, padding=padding, stride=stride)  # [n, in*kh*kw, positions]
     n, width, positions = patches.shape
     patches = patches.reshape(n, groups, width // groups, positions)

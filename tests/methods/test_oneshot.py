@@ -254,6 +254,10 @@ def test_too_few_tokens_and_unfit_shapes_are_refused() -> None:
     with pytest.raises(PatternError, match="multiple of 7"):
         prune(make_model("decoder"), Wanda(pattern=NM(1, 7), sparsity=6 / 7), make_task("decoder"))
     site = weights(nn.Linear(4, 4))[0]
+    solid = nn.Sequential(nn.Unflatten(1, (1, 4, 2, 2)), nn.Conv3d(1, 2, 2), nn.Flatten(), nn.Linear(6, 4))
+    for method in (Wanda(samples=4), SparseGPT(samples=32)):
+        with pytest.raises(EvidenceError, match=r"1.weight was to be[\s\S]*a convolution over one or two axes"):
+            prune(solid, method, make_task("mlp"))
     with pytest.raises(EvidenceError, match="no calibration token reached it"):
         ObsSweep().solve(site, {"weight": torch.ones(4, 4)}, Evidence(), 8)
 

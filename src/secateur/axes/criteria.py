@@ -85,7 +85,7 @@ def measured(site: Site, seen: Evidence, key: str) -> Tensor:
     if seen.count == 0 or key not in seen.sums:
         raise EvidenceError(
             f"{site.name} was to be scored by its {'gradients' if key in GRADS else 'inputs'}",
-            "no calibration token reached it",
+            "no calibration token reached it in a product, or in a convolution over one or two axes",
             "Give more calibration data, or leave it out with exclude.",
         )
     return seen.sums[key]

@@ -206,7 +206,7 @@ def _gram(site: Site, seen: Evidence) -> Tensor:
     if seen.count == 0 or "gram" not in seen.sums:
         raise EvidenceError(
             f"{site.name} was to be swept with the gram of its inputs",
-            "no calibration token reached it",
+            "no calibration token reached it in a product, or in a convolution over one or two axes",
             "Give more calibration data, or leave it out with exclude.",
         )
     return seen.sums["gram"]
