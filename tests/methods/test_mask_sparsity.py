@@ -116,6 +116,19 @@ def test_a_threshold_that_takes_everything_leaves_the_largest():
         assert all(1 <= int(k.sum()) <= least * len(one.members) for one, k in zip(sites, keep.values(), strict=True))
 
 
+def test_tied_layers_that_disagree_leave_as_many_as_were_asked():
+    """One would lose the first half and the other the second: what they agree on is all of them."""
+    model = trained("cnn")
+    sites, _ = scaled(model, make_task("cnn").example, couple(model, make_task("cnn").example))
+    one, named = next(site for site in sites if len(site.members) == 2), tensors(model)
+    first, second = (named[part.name].data for part in one.members)
+    half = len(first) // 2
+    first[:half], first[half:] = 0.001, 1
+    second[:half], second[half:] = 2, 0.001
+    keep = executed(sites, named, Below(), half)[one.site.name]
+    assert keep.tolist() == [True] * half + [False] * half  # the largest on average
+
+
 def test_notes_say_what_the_threshold_made_of_the_plan():
     model, task = trained("cnn"), make_task("cnn")
     done = prune(model, MaskSparsity(steps=2, strength=0.05), task)

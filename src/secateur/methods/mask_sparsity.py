@@ -135,13 +135,17 @@ class NoMask:
 
 
 def executed(sites: Sequence[Scaled], named: Tensors, threshold: Threshold, least: int) -> dict[str, Tensor]:
-    """Masks by site, of what a threshold on every norm takes out, tied layers by agreement; one unit stays at least."""
+    """Masks by site, of what a threshold on every norm takes out, tied layers by agreement; `least` units stay.
+
+    What tied layers agree on may be more than any of them wants to lose alone: the largest on average stay then.
+    """
     gone = {name: below(named[name], threshold, least) for name in scale_names(sites)}
     keep = {}
     for one in sites:
         stays = ~agreed(one.flags(gone))
-        if not bool(stays.any()):
-            stays = keep_top(one.sizes(named).mean(0), 1)
+        few = min(least, len(stays))
+        if int(stays.sum()) < few:
+            stays = keep_top(one.sizes(named).mean(0).masked_fill(stays, torch.inf), few)
         keep[one.site.name] = stays.reshape(one.site.shape)
     return keep
 
