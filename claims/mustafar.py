@@ -101,7 +101,7 @@ def share_of_bytes(pruning: Pruning | Eviction, tokens: int) -> float:
     past = pruning.begin()
     past.append_(*noise)
     past.settle_(torch.zeros(1, model().config.num_attention_heads, tokens, width()))
-    heard = 0 if past._heard is None else past._heard.numel() * 4
+    heard = sum(t.numel() for t in past._heard.values()) * 4
     return (past.nbytes - heard) / (noise.numel() * 2)
 
 

@@ -66,6 +66,22 @@ def test_the_choice_by_hand() -> None:
     assert whole.tolist() == [[[[True, True, False, True, False]] * 2]]
 
 
+def test_whole_channels_go_by_the_squares_of_keys_and_queries() -> None:
+    """ThinK: the energy of a channel's keys times that of the last queries in it, of all heads that share the keys."""
+    keys, values, query = noise(0, 1, 2, 64, 16), noise(1, 1, 2, 64, 16), noise(2, 1, 4, 64, 16)
+    query[:, :, -1, :4] *= 9  # one loud query: sums of sizes, squared, would rank otherwise
+    past = Pruning(0.5, 0.5, window=32, chunk=32, keys=Channels(), values=OutputAware()).begin()
+    past.append_(keys, values)
+    past.settle_(query)
+    newest = query[:, :, -32:].unflatten(1, (2, 2)).double()
+    energy = keys[:, :, :32].double().square().mean(2) * newest.square().sum((2, 3))
+    best = energy.topk(8, -1).indices
+    found, kept_values = past.dense()
+    assert found[:, :, :32].ne(0).all(2).nonzero()[:, -1].tolist() == best.sort(-1).values.flatten().tolist()
+    loud = values[:, :, :32].abs().double() * newest.abs().sum((2, 3)).unsqueeze(2)
+    assert torch.equal(kept_values[:, :, :32] != 0, loud >= loud.topk(8, -1).values[..., -1:])
+
+
 @pytest.mark.parametrize(("width", "sparsity", "left"), [(128, 0.7, 39), (64, 0.7, 20), (64, 0.5, 32), (5, 0.99, 1)])
 def test_exactly_the_floor_goes_and_one_stays_at_least(width: int, sparsity: float, left: int) -> None:
     assert kept(width, sparsity) == left

@@ -38,14 +38,15 @@ class Choice(Protocol):
         ...
 
     @property
-    def listens(self) -> bool:
-        """Whether it asks how loud the queries were."""
+    def listens(self) -> int:
+        """Whether it asks how loud the queries were: the power to which their sizes are summed; 0 is no."""
         ...
 
     def select(self, x: Tensor, sparsity: float, heard: Tensor | None = None) -> Tensor:
         """Boolean like x [batch, heads, tokens, width], as many True in each run of `together` tokens.
 
-        `heard` [batch, heads, 1 or tokens, width] is the sum of the absolute queries each token was asked by.
+        `heard` [batch, heads, 1 or tokens, width] is the sum of |query|^listens over the queries each token was asked
+        by.
         """
         ...
 
@@ -60,7 +61,7 @@ class PerToken:
     """The largest elements of each token's vector."""
 
     together = 1
-    listens = False
+    listens = 0
 
     def select(self, x: Tensor, sparsity: float, heard: Tensor | None = None) -> Tensor:
         """See Choice."""
@@ -73,7 +74,7 @@ class PerChannel:
 
     group: int = 32  # tokens in a group
 
-    listens = False
+    listens = 0
 
     @property
     def together(self) -> int:
@@ -98,7 +99,7 @@ class OutputAware:
     """The elements that are large where the queries are loud."""
 
     together = 1
-    listens = True
+    listens = 1
 
     def select(self, x: Tensor, sparsity: float, heard: Tensor | None = None) -> Tensor:
         """See Choice."""
@@ -111,13 +112,13 @@ class Channels:
     """Whole channels of all tokens decided at a time, by their energy and that of the queries (ThinK)."""
 
     together = 1
-    listens = True
+    listens = 2
 
     def select(self, x: Tensor, sparsity: float, heard: Tensor | None = None) -> Tensor:
         """See Choice."""
         energy = x.float().square().mean(2)  # [batch, heads, width]
         if heard is not None:
-            energy = energy * heard.square().mean(2)
+            energy = energy * heard.mean(2)
         keep = keep_top(energy, kept(x.shape[-1], sparsity))
         return keep.unsqueeze(2).expand(x.shape)
 
@@ -129,7 +130,7 @@ class Anything:
     seed: int = 0
 
     together = 1
-    listens = False
+    listens = 0
 
     def select(self, x: Tensor, sparsity: float, heard: Tensor | None = None) -> Tensor:
         """See Choice."""

@@ -6,6 +6,8 @@ Joo, Hosseini, Hadidi, Asgari. "Mustafar: Promoting Unstructured Sparsity for KV
     p = softmax([q K~', q K_window'] / sqrt(d))        o = p_1 V~ + p_2 V_window        (softmax in float32)
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -57,25 +59,28 @@ def pruned_as_decoded(
     """Keys and values as they are once packed, decided piece by piece as decoding would."""
     tokens, heads = keys.shape[2], keys.shape[1]
     lean_keys, lean_values = keys.clone(), values.clone()
-    loud = heard_by(query, heads)  # [batch, heads, tokens, width]
+    powers = {pruning.keys.listens, pruning.values.listens} - {0}
+    loud = {power: heard_by(query, heads, power) for power in powers}  # [batch, heads, tokens, width]
 
-    def decide_(start: int, end: int, asked: Tensor) -> None:
+    def decide_(start: int, end: int, asked: Mapping[int, Tensor]) -> None:
         for whole, lean, choice, sparsity in (
             (keys, lean_keys, pruning.keys, pruning.key_sparsity),
             (values, lean_values, pruning.values, pruning.value_sparsity),
         ):
             piece = whole[:, :, start:end]
-            lean[:, :, start:end] = piece * choice.select(piece, sparsity, asked if choice.listens else None)
+            lean[:, :, start:end] = piece * choice.select(piece, sparsity, asked.get(choice.listens))
 
     prompt = int(pruning.behind(torch.tensor(prefill)))
     if prompt:  # the prompt, at once: its last queries speak for all
-        decide_(0, prompt, loud[:, :, max(0, prefill - max(1, pruning.window)) : prefill].sum(2, keepdim=True))
+        last = slice(max(0, prefill - max(1, pruning.window)), prefill)
+        decide_(0, prompt, {power: heard[:, :, last].sum(2, keepdim=True) for power, heard in loud.items()})
     for start in range(prompt, tokens - pruning.chunk - pruning.window + 1, pruning.chunk):
         end = start + pruning.chunk
-        later = loud[:, :, : end + pruning.window].flip(2).cumsum(2).flip(2)  # until it is packed
-        # A token hears the queries from its own on; one of the prompt, those after the prompt.
+        # A token hears the queries from its own on, until it is packed; one of the prompt, those after the prompt.
         since = torch.arange(start, end, device=query.device).clamp(min=prefill)
-        decide_(start, end, later[:, :, since])
+        until = end + pruning.window
+        later = {power: heard[:, :, :until].flip(2).cumsum(2).flip(2) for power, heard in loud.items()}
+        decide_(start, end, {power: heard[:, :, since] for power, heard in later.items()})
     return lean_keys, lean_values
 
 

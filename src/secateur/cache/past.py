@@ -86,7 +86,7 @@ class Past:
         self.packed: BitmapKV | None = None
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
-        self._heard: Tensor | None = None  # [batch, heads, tail, width], where a choice listens
+        self._heard: dict[int, Tensor] = {}  # by the power at which a choice listens: [batch, heads, tail, width]
 
     @property
     def as_it_was(self) -> bool:
@@ -112,7 +112,8 @@ class Past:
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        tail = sum(t.numel() * t.element_size() for t in (self.keys, self.values, self._heard) if t is not None)
+        held = (self.keys, self.values, *self._heard.values())
+        tail = sum(t.numel() * t.element_size() for t in held if t is not None)
         return tail + (0 if self.packed is None else self.packed.nbytes)
 
     def dense(self) -> tuple[Tensor, Tensor]:
@@ -140,22 +141,22 @@ class Past:
         """
         (whole_keys, whole_values), rule = self.tail, self.pruning
         first = self.packed is None and query.shape[2] == whole_keys.shape[2] and query.shape[2] > 1
-        listening = rule.keys.listens or rule.values.listens
-        if listening:
-            self._listen_(query, first)
+        powers = {rule.keys.listens, rule.values.listens} - {0}
+        for power in powers:
+            self._listen_(query, first, power)
         leaving = int(rule.behind(torch.tensor(self.tokens))) - self.behind
         if leaving > 0:
-            asked = None
-            if listening and self._heard is not None:
+            asked = {}
+            for power in powers:
                 # Of a prompt the last queries speak for all: the earlier ones ask about what is not kept for long.
-                newest = heard_by(query[:, :, -max(1, rule.window) :], whole_keys.shape[1])
-                asked = newest.sum(2, keepdim=True) if first else self._heard[:, :, :leaving]
+                newest = heard_by(query[:, :, -max(1, rule.window) :], whole_keys.shape[1], power)
+                asked[power] = newest.sum(2, keepdim=True) if first else self._heard[power][:, :, :leaving]
             keys, values = whole_keys[:, :, :leaving], whole_values[:, :, :leaving]
             more = pack(
                 keys,
                 values,
-                rule.keys.select(keys, rule.key_sparsity, asked if rule.keys.listens else None),
-                rule.values.select(values, rule.value_sparsity, asked if rule.values.listens else None),
+                rule.keys.select(keys, rule.key_sparsity, asked.get(rule.keys.listens)),
+                rule.values.select(values, rule.value_sparsity, asked.get(rule.values.listens)),
             )
             if self.packed is None:
                 self.packed = more
@@ -163,26 +164,26 @@ class Past:
                 self.packed.append_(more)
             # Clones, so that what has left does not stay in memory behind a view.
             self.keys, self.values = whole_keys[:, :, leaving:].clone(), whole_values[:, :, leaving:].clone()
-            self._heard = None if self._heard is None else self._heard[:, :, leaving:].clone()
+            self._heard = {power: heard[:, :, leaving:].clone() for power, heard in self._heard.items()}
 
-    def _listen_(self, query: Tensor, first: bool) -> None:
+    def _listen_(self, query: Tensor, first: bool, power: int) -> None:
         batch, heads, tail, width = self.tail[0].shape
         new = query.shape[2]
         heard = torch.zeros(batch, heads, tail, width, device=query.device)
-        if self._heard is not None:
-            heard[:, :, : self._heard.shape[2]] = self._heard
+        if power in self._heard:
+            heard[:, :, : self._heard[power].shape[2]] = self._heard[power]
         if not first:
-            loud = heard_by(query, heads)
+            loud = heard_by(query, heads, power)
             later = loud.flip(2).cumsum(2).flip(2)  # a token hears the queries from its own on
             heard[:, :, : tail - new] += later[:, :, :1]
             heard[:, :, tail - new :] += later
-        self._heard = heard
+        self._heard[power] = heard
 
     def keep_(self, tokens: int) -> None:
         """Forget the newest, so that there are so many; those that are packed stay."""
         left = tokens - self.behind
         self.keys, self.values = (t[:, :, :left] for t in self.tail)
-        self._heard = None if self._heard is None else self._heard[:, :, :left]
+        self._heard = {power: heard[:, :, :left] for power, heard in self._heard.items()}
 
     def select_(self, rows: Tensor) -> None:
         """Keep other rows of the batch."""
@@ -190,10 +191,13 @@ class Past:
             return
         self.keys = self.keys.index_select(0, rows.to(self.keys.device))
         self.values = self.values.index_select(0, rows.to(self.values.device))
-        self._heard = None if self._heard is None else self._heard.index_select(0, rows.to(self._heard.device))
+        self._heard = {p: heard.index_select(0, rows.to(heard.device)) for p, heard in self._heard.items()}
         self.packed = None if self.packed is None else self.packed.select(rows)
 
 
-def heard_by(query: Tensor, heads: int) -> Tensor:
-    """How loud queries [batch, query heads, tokens, width] are to each head of the cache, summed over its group."""
-    return query.detach().float().abs().unflatten(1, (heads, -1)).sum(2)  # type: ignore[no-untyped-call]
+def heard_by(query: Tensor, heads: int, power: int) -> Tensor:
+    """How loud queries [batch, query heads, tokens, width] are to each head of the cache: |query|^power over its group.
+
+    [batch, heads, tokens, width]
+    """
+    return query.detach().float().abs().pow(power).unflatten(1, (heads, -1)).sum(2)  # type: ignore[no-untyped-call]
