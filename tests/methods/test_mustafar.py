@@ -299,6 +299,23 @@ def test_layers_with_a_sliding_window_stay_as_they_are() -> None:
             torch.testing.assert_close(model(ids).logits, steps, atol=1e-5, rtol=1e-4)
 
 
+def test_attention_that_asks_for_more_is_refused_by_name_in_layers_of_a_sliding_window_too() -> None:
+    """Gemma 2 caps its scores in every layer, and slides in the first."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    config = Gemma2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model, ids = Gemma2ForCausalLM(config).eval(), words(0, 1, 40)
+    for given in ({}, {"use_cache": True}):
+        with (
+            sparse_cache(model, 0.5),
+            pytest.raises(ModelError, match=r"Gemma2Attention[\s\S]*softcap, which that cannot do"),
+        ):
+            model(ids, **given)
+
+
 def test_generate_fills_a_pruned_cache_and_the_model_is_as_it_was_afterwards() -> None:
     model, ids = decoder(), words(0, 2, 70)
     before = model.generate(ids, max_new_tokens=20, do_sample=False, pad_token_id=0)
