@@ -6,7 +6,20 @@ from tiny import make_model, make_task, mlp, toy_vectors, trained
 from torch import Tensor, nn
 
 from secateur import prune
-from secateur.axes import NM, Blocks, ByName, Global, ObsSweep, Owl, PerMatrix, PerRow, PerSlab, text_of
+from secateur.axes import (
+    NM,
+    Blocks,
+    ByName,
+    ChannelBlocks,
+    Global,
+    ObsSweep,
+    Owl,
+    PerMatrix,
+    PerRow,
+    PerSlab,
+    Taps,
+    text_of,
+)
 from secateur.axes.criteria import factor_, wanda_score
 from secateur.cut import weights
 from secateur.edit import Mask
@@ -174,6 +187,35 @@ def test_every_pattern_is_met_exactly(method: type, pattern: object) -> None:
         value = done.model.get_parameter(edit.site.name)
         assert bool((value[~edit.keep] == 0).all())
         assert pattern.nearest(edit.site.shape, edit.kept) == edit.kept
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_groups_of_a_swept_convolution_are_of_neighbouring_channels(groups: int) -> None:
+    """As the pattern has it: the plain formulas, with the columns of one place in the kernel side by side."""
+    weight, inputs = draw(6, 8 // groups, 3, 3), draw(3, 400, 72 // groups, seed=1)[:groups]
+    grams = inputs.mT @ inputs
+    site = weights(nn.Conv2d(8, 6, 3, groups=groups))[0]
+    seen = Evidence(400, {"gram": grams.double() if groups > 1 else grams[0].double()})
+    update, mask = ObsSweep(NM(2, 4), 12).solve(site, {"weight": weight}, seen, weight.numel() // 2)
+    assert torch.equal(NM(2, 4).select(mask.keep.float(), mask.kept), mask.keep)
+    for own, kept, value, x in zip(*(t.chunk(groups) for t in (weight, mask.keep, update.value)), inputs, strict=True):
+        by_place = x.reshape(400, -1, 9).mT.reshape(400, -1)
+        plain_mask, plain_value = plain_sparsegpt(own.movedim(1, -1).flatten(1), by_place.T @ by_place, 0, 12, (2, 4))
+        assert torch.equal(kept.movedim(1, -1).flatten(1), plain_mask)
+        torch.testing.assert_close(value.movedim(1, -1).flatten(1), plain_value.float(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("block", [7, 128])
+@pytest.mark.parametrize("pattern", [ChannelBlocks(4), Taps()], ids=str)
+def test_a_sweep_decides_kernels_whole_where_the_pattern_does(pattern: object, block: int) -> None:
+    task, sparsity = make_task("cnn"), pattern.fixed or 0.5
+    method = SparseGPT(
+        sparsity=sparsity, samples=64, block=block, pattern=pattern, exclude=("conv", "down", "head", "fc")
+    )
+    done = prune(make_model("cnn"), method, task)
+    assert done.ledger.sparsity == pytest.approx(sparsity, abs=0.02)
+    for mask in (edit for edit in done.edits if isinstance(edit, Mask)):
+        assert torch.equal(pattern.select(mask.keep.float(), mask.kept), mask.keep)
 
 
 @pytest.mark.parametrize("method", [Wanda, SparseGPT], ids=lambda m: m.__name__)

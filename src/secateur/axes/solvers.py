@@ -2,6 +2,7 @@
 
 import ctypes
 from dataclasses import dataclass, field
+from math import prod
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from secateur import kernels
 from secateur.axes.criteria import Criterion, Magnitude, gram_factor
-from secateur.axes.patterns import Pattern, PerRow, PerSlab
+from secateur.axes.patterns import NM, ChannelBlocks, Pattern, PerRow, PerSlab, Taps
 from secateur.axes.refiners import Refiner
 from secateur.edit import Edit, Mask, Update
 from secateur.errors import EvidenceError, SettingError
@@ -91,16 +92,24 @@ class ObsSweep:
         weight = part.read(tensors).detach()
         gram = _gram(site, seen)
         groups = gram if gram.dim() == 3 else gram.unsqueeze(0)
-        rows = weight.flatten(1).chunk(len(groups), dim=0)
-        keep = self.pattern.nearest(site.shape, keep)
+        keep, kernel = self.pattern.nearest(site.shape, keep), tuple(site.shape[2:])
+        # Groups of N:M are of neighbouring input channels: columns lie so that these stand side by side.
+        last = isinstance(self.pattern, NM) and bool(kernel)
+        order = torch.arange(gram.shape[-1]).reshape(-1, prod(kernel)).T.reshape(-1) if last else None
+        flat = (weight.movedim(1, -1) if last else weight).flatten(1)
+        rows = flat.chunk(len(groups), dim=0)
         masks, values = [], []
         for number, (own, hessian) in enumerate(zip(rows, groups, strict=True)):
             share = keep * (number + 1) // len(groups) - keep * number // len(groups)
-            mask, value = self.sweep(own.float(), hessian, share, site.name)
+            own_gram = hessian if order is None else hessian[order][:, order]
+            mask, value = self.sweep(own.float(), own_gram, share, site.name, kernel)
             masks.append(mask)
             values.append(value)
-        mask = torch.cat(masks).reshape(site.shape)
-        value = torch.cat(values).reshape(site.shape).to(weight.dtype)
+        shape = (site.shape[0], *kernel, site.shape[1]) if last else site.shape
+        mask, value = (torch.cat(found).reshape(shape) for found in (masks, values))
+        if last:
+            mask, value = mask.movedim(-1, 1), value.movedim(-1, 1)
+        value = value.to(weight.dtype)
         whole = tensors[part.name].detach()
         if part.index is not None:
             whole = whole.clone()
@@ -110,8 +119,13 @@ class ObsSweep:
             value = value.transpose(0, -1).contiguous()
         return [Update(part.name, value), Mask(site, mask)]
 
-    def sweep(self, weight: Tensor, gram: Tensor, keep: int, name: str = "") -> tuple[Tensor, Tensor]:
-        """Mask and new weights [out, in] that keep `keep` of them, given the inputs' gram [in, in]."""
+    def sweep(
+        self, weight: Tensor, gram: Tensor, keep: int, name: str = "", kernel: tuple[int, ...] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """Mask and new weights [out, in] that keep `keep` of them, given the inputs' gram [in, in].
+
+        `kernel` is the size of a convolution's, whose columns go channel by channel, for patterns that decide it whole.
+        """
         rows, columns = weight.shape
         factor, dead = gram_factor(gram, self.damp, name)  # R, lower triangular: H = R^T R
         plain = weight.contiguous()
@@ -120,12 +134,14 @@ class ObsSweep:
         # What the columns so far ask of those to come; of those done, the new weights. Rows are a line longer than they
         # are wide: apart by a large power of two, they would push one another out of the caches.
         push = torch.empty(rows, columns + 16, dtype=plain.dtype, device=plain.device)[:, :columns]
-        push[:, : self.block] = 0
         mask = torch.empty(rows, columns, dtype=torch.bool)
         span = self.pattern.span
+        kernel = kernel if isinstance(self.pattern, (ChannelBlocks, Taps)) else ()
+        block = max(self.block // prod(kernel), 1) * prod(kernel)  # whole kernels
+        push[:, :block] = 0
         kept = 0
-        for a in range(0, columns, self.block):
-            b = min(a + self.block, columns)
+        for a in range(0, columns, block):
+            b = min(a + block, columns)
             change = torch.empty(rows, b - a, dtype=plain.dtype)  # w - q
             step = b - a if span is None else max(span, 1)
             for c in range(a, b, step):
@@ -137,9 +153,10 @@ class ObsSweep:
                 score = now.saliency()
                 # What is due by now less what was kept: a pattern's rounding here is made up for by the next columns.
                 share = min(max(keep * d // columns - kept, 0), rows * (d - c))
-                share = self.pattern.nearest((rows, d - c), share)
+                whole = (rows, (d - c) // prod(kernel), *kernel)
+                share = self.pattern.nearest(whole, share)
                 kept += share
-                chosen = self.pattern.select(score, share)
+                chosen = self.pattern.select(score.reshape(whole), share).reshape(rows, d - c)
                 mask[:, c:d] = chosen
                 now.settle(chosen, change[:, c - a : d - a])
             add_product(push[:, b:], change, factor[b:, a:b], fresh=a == 0)
