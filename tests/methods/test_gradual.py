@@ -95,6 +95,7 @@ def test_layers_can_be_left_dense():
 
 def test_it_composes_with_other_patterns_and_allocations():
     outcome = GradualPruning(sparsity=0.75, steps=10, every=2, pattern=NM(1, 4)).run(tiny.mlp(), tiny.toy_vectors())
+    assert any("always removes 0.75: from the schedule's first update on" in note for note in outcome.notes)
     for mask in outcome.edits:
         assert bool((mask.keep.reshape(-1, 4).sum(1) == 1).all())
     whole = GradualPruning(sparsity=0.75, steps=10, every=2, allocation=Global()).run(tiny.mlp(), tiny.toy_vectors())

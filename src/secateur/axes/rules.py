@@ -459,6 +459,11 @@ class Gradual(Rule):
         """Say what the schedule means for this run."""
         if (late := self.schedule.late()) is not None:
             loop.note(late)
+        if self.pattern.fixed is not None and self.schedule.start != self.schedule.end:
+            loop.note(
+                f"{self.pattern} always removes {self.pattern.fixed:g}: from the schedule's first update on, not "
+                "little by little"
+            )
         self.holder.start(loop)
 
     def before_forward(self, loop: Loop) -> None:
