@@ -76,6 +76,14 @@ def test_erk_plus_gives_the_classifier_its_own_share():
         ErkPlus().spread(SITES, Budget(0.95))
 
 
+def test_the_last_matrix_of_a_stack_of_blocks_is_no_classifier():
+    """Of a language model the sites are those in its blocks: the last projection is like that of the block before."""
+    sites = weights(tiny.make_model("decoder"))
+    for rule, plain in ((ErkPlus(), Erk()), (UniformPlus(), Uniform())):
+        found, same = rule.spread(sites, Budget(0.9)), plain.spread(sites, Budget(0.9))
+        assert all(abs(found[site.name] - same[site.name]) <= 1 for site in sites)
+
+
 def test_shares_by_name_leave_the_rest_to_the_others():
     found = ByName({"conv2": 0.75}).spread(SITES, Budget(0.7))
     assert found["conv2"] == 288

@@ -214,7 +214,7 @@ class ErkPlus:
     """ERK, with the classifier taken out of the sharing and given its own sparsity.
 
     Liu et al. 2022, arXiv:2202.02643, section 3.1: dense in the ImageNet runs. The classifier is the last site that is
-    a matrix.
+    a matrix, and not one of a stack of blocks.
     """
 
     classifier: float = 0.0  # its sparsity
@@ -285,7 +285,8 @@ class ByName:
 
 
 def _last_matrix(sites: Sequence[Site]) -> Site | None:
-    return next((site for site in reversed(sites) if len(site.shape) == 2), None)
+    """The classifier: of a language model, whose sites are those in its blocks, there is none among them."""
+    return next((site for site in reversed(sites) if len(site.shape) == 2 and not site.block), None)
 
 
 def _left(sites: Sequence[Site], rest: Sequence[Site], given: Mapping[str, int], budget: Budget) -> int:
