@@ -124,6 +124,20 @@ def test_a_nearest_count_of_channel_blocks_is_its_own(n: int, rows: int, inputs:
     assert int(chosen.sum()) == near
 
 
+@given(st.integers(1, 9), st.integers(1, 20), st.integers(1, 6), st.data())
+def test_with_fewer_to_keep_no_more_blocks_of_either_kind_stay(n: int, rows: int, inputs: int, data) -> None:
+    pattern, keep = ChannelBlocks(n), data.draw(st.integers(1, rows * inputs))
+    more, fewer = pattern.counts((rows, inputs), keep), pattern.counts((rows, inputs), keep - 1)
+    assert fewer[0] <= more[0] and fewer[1] <= more[1]
+    assert pattern.counts((rows, inputs), rows * inputs) == (rows // n * inputs, rows % n * inputs)
+
+
+def test_blocks_of_four_come_evenly_among_the_kernels_of_two_rows_that_are_alone() -> None:
+    # three blocks at 1/6, 1/2 and 5/6 of the way, six kernels at 1/12, 3/12, ...: 1, 5, 6, 7, 11, 12, 13, 17, 18 are kept
+    found = [ChannelBlocks(4).counts((6, 3), keep) for keep in (1, 2, 3, 4, 6, 7, 12, 14, 15, 17)]
+    assert found == [(0, 1), (0, 1), (1, 1), (1, 1), (1, 2), (1, 3), (2, 4), (2, 5), (3, 5), (3, 5)]
+
+
 def test_a_kernel_keeps_four_taps_in_the_shape_that_holds_most() -> None:
     corner = torch.tensor([[9.0, 8, 0], [1, 5, 2], [0, 3, 9]])  # the square at the left top: 23; no other above 19
     beside = torch.tensor([[0.0, 4, 0], [4, 1, 4], [0, 3, 0]])  # the centre and all beside it but the last

@@ -239,6 +239,15 @@ def test_masks_are_held_in_training_and_a_rising_sparsity_ends_where_it_should(u
     assert not torch.equal(before.model.linear.weight, done.model.linear.weight)  # it was trained
 
 
+@pytest.mark.parametrize("n", [4, 8])
+def test_a_rising_sparsity_gets_along_with_rows_that_no_block_is_left_for(n: int) -> None:
+    net = nn.Sequential(nn.Linear(16, 18), nn.ReLU(), nn.Linear(18, 18), nn.ReLU(), nn.Linear(18, 4))
+    task = tiny.toy_vectors()
+    done = prune(net, SparseByteNN(sparsity=0.7, n=n, steps=60, until=0.8, every=2), task)
+    for keep in masks_of(done).values():
+        assert int(keep.sum()) == ChannelBlocks(n).nearest(keep.shape, keep.numel() - int(0.7 * keep.numel()))
+
+
 def test_named_layers_are_pruned_whatever_they_are() -> None:
     done = prune(mobilenet(), SparseByteNN(include=("conv", "linear"), steps=0, n=2), pictures())
     assert masks_of(done).keys() == {"conv.weight", "linear.weight"}

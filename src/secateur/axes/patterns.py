@@ -380,8 +380,24 @@ class ChannelBlocks:
             )
         size, rows = prod(shape[2:]), self.whole(shape)
         kernels = min(max((2 * keep + size) // (2 * size), 0), shape[0] * shape[1])
-        blocks = (2 * kernels * rows + self.n * shape[0]) // (2 * self.n * shape[0])  # their share, rounded
-        return blocks, min(max(kernels - blocks * self.n, 0), (shape[0] - rows) * shape[1])
+        most, alone = rows // self.n * shape[1], (shape[0] - rows) * shape[1]
+        low, high = 0, most  # the last block whose middle is not beyond so many kernels
+        while low < high:
+            middle = (low + high + 1) // 2
+            if 2 * kernels >= self.n * (2 * middle - 1) + 2 * _before(middle, most, alone):
+                low = middle
+            else:
+                high = middle - 1
+        last = _before(low + 1, most, alone) if low < most else alone
+        return low, min(max(kernels - low * self.n, _before(low, most, alone) if low else 0), last)
+
+
+def _before(block: int, blocks: int, alone: int) -> int:
+    """How many of some blocks of one come before a block of n, counted from 1, when they come evenly among the others.
+
+    In one order for all counts: with more to keep, no fewer of either kind are kept.
+    """
+    return ((2 * block - 1) * alone + blocks) // (2 * blocks)
 
 
 @dataclass(frozen=True)
