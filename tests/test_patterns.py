@@ -133,7 +133,7 @@ def test_with_fewer_to_keep_no_more_blocks_of_either_kind_stay(n: int, rows: int
 
 
 def test_blocks_of_four_come_evenly_among_the_kernels_of_two_rows_that_are_alone() -> None:
-    # three blocks at 1/6, 1/2 and 5/6 of the way, six kernels at 1/12, 3/12, ...: 1, 5, 6, 7, 11, 12, 13, 17, 18 are kept
+    # three blocks at 1/6, 1/2 and 5/6 of the way, six kernels at 1/12, 3/12, ...; 1, 5, 6, 7, 11, 12, 13, 17, 18 stay
     found = [ChannelBlocks(4).counts((6, 3), keep) for keep in (1, 2, 3, 4, 6, 7, 12, 14, 15, 17)]
     assert found == [(0, 1), (0, 1), (1, 1), (1, 1), (1, 2), (1, 3), (2, 4), (2, 5), (3, 5), (3, 5)]
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from secateur.axes import NM, Global
+from secateur.axes.allocations import SynExp, among
 from secateur.axes.rules import LearningRate
 from secateur.cut import weights
 from secateur.errors import SettingError
@@ -53,6 +54,14 @@ def test_the_curve_of_sparsity_is_the_cubic_one_worked_by_hand():
     units = {"0.weight": 512, "2.weight": 1024, "4.weight": 128}
     exact = [sum(int(s * n) for n in units.values()) / 1664 for s in asked]
     assert outcome.history.curves["sparsity"] == list(zip([0, 2, 4, 6, 8], exact, strict=True))
+
+
+def test_a_share_that_rounding_raises_goes_to_a_layer_that_has_room_where_nothing_comes_back():
+    assert among({"a": 5, "b": 2, "c": 3}, {"a": 4, "b": 2, "c": 9}) == {"a": 4, "b": 2, "c": 4}
+    assert among({"a": 5, "b": 5}, {"a": 4, "b": 3}) == {"a": 4, "b": 3}
+    method = GradualPruning(sparsity=0.85, until=0.9, steps=60, every=1, revive=False, allocation=SynExp())
+    outcome = method.run(network(16, 18, 10, 14, 4), tiny.toy_vectors())
+    assert sum(zeros(outcome.model).values()) == int(0.85 * 664)
 
 
 @pytest.mark.parametrize("revive", [True, False])

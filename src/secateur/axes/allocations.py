@@ -383,6 +383,20 @@ def rounded(sites: Sequence[Site], exact: Mapping[str, float], keep: int) -> dic
     return out
 
 
+def among(keep: Mapping[str, int], there: Mapping[str, int]) -> dict[str, int]:
+    """Counts no larger than what is there; the units that lack room stay where there is most: the total stays.
+
+    On a ramp, where what is gone cannot come back: whole numbers that add up may rise by one at a site while the budget
+    falls.
+    """
+    found = {name: min(count, there[name]) for name, count in keep.items()}
+    over = sum(keep.values()) - sum(found.values())
+    for name in sorted(found, key=lambda name: found[name] - there[name]) if over else ():
+        more = min(over, there[name] - found[name])
+        found[name], over = found[name] + more, over - more
+    return found
+
+
 @dataclass(frozen=True)
 class SynExp:
     """Every layer keeps the same number of weights, or all it has if that is fewer.

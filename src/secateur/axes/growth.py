@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from secateur.axes.allocations import Allocation, Global
+from secateur.axes.allocations import Allocation, Global, among
 from secateur.axes.criteria import Magnitude, Random
 from secateur.axes.patterns import PerMatrix, keep_top
 from secateur.axes.rules import Hold, everything, sparsity_of
@@ -353,6 +353,7 @@ class Rewire(Rule):
             score = Magnitude().score(site, named, Evidence())
             scores[site.name] = score.masked_fill(~self.keep[site.name].to(score.device), -torch.inf)
         counts = self.allocation.spread(self.sites, Budget(sparsity), scores)
+        counts = among(counts, {name: int(keep.sum()) for name, keep in self.keep.items()})
         keep = {}
         for site in self.sites:
             if counts[site.name] == 0:

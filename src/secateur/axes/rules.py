@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from secateur.axes.allocations import Allocation, Uniform
+from secateur.axes.allocations import Allocation, Uniform, among
 from secateur.axes.criteria import Criterion, Magnitude
 from secateur.axes.patterns import Pattern, PerMatrix
 from secateur.axes.schedules import Cosine, Curve, Schedule
@@ -482,6 +482,8 @@ class Gradual(Rule):
                 name: score.masked_fill(~self.keep[name].to(score.device), -torch.inf) for name, score in scores.items()
             }
         counts = self.allocation.spread(self.sites, Budget(sparsity), scores)
+        if isinstance(self.holder, Hold):
+            counts = among(counts, {name: int(keep.sum()) for name, keep in self.keep.items()})
         keep = {}
         for site in self.sites:
             count = self.pattern.nearest(site.shape, counts[site.name])
