@@ -9,7 +9,7 @@ from secateur.axes import NM, Gblm, PerMatrix
 from secateur.axes.sweep import gradients
 from secateur.cut import weights
 from secateur.errors import EvidenceError, SettingError
-from secateur.method import Budget, Chain, prune
+from secateur.method import Budget, Chain, Method, prune
 from secateur.methods.flap import FLAP
 from secateur.methods.gblm import GBLMPruner
 from secateur.methods.l1_norm import L1Norm
@@ -43,6 +43,12 @@ def test_a_gradient_that_overflows_is_named_where_it_began() -> None:
         model, batch = three(dtype)
         whole = gradients(model, weights(model), [batch], Gblm().needs, plain_loss)
         assert float(whole["1.weight"].sums["grad_square"]) == pytest.approx(80_000.0**2, rel=0.02)
+
+
+@pytest.mark.parametrize("method", [Wanda(samples=-1), Chain((Wanda(sparsity=0.4), Wanda(samples=-1)))])
+def test_fewer_examples_than_none_are_refused(method: Method) -> None:
+    with pytest.raises(SettingError, match="samples=-1 was given, but a count cannot be negative"):
+        prune(decoder(), method, make_task("decoder"))
 
 
 def test_an_input_that_overflows_is_named_where_it_began() -> None:

@@ -194,6 +194,8 @@ def test_outputs_that_are_no_choice_are_not_judged():
         (lambda: Jackpots(rate=0.0), "a rate of 0"),
         (lambda: Jackpots(margin=-0.01), "a margin of -0.01"),
         (lambda: Jackpots(tune_rate=float("nan")), "a tune_rate of nan"),
+        (lambda: Jackpots(momentum=1.0), "a momentum of 1 was asked for, but it is 0 or more, below 1"),
+        (lambda: Jackpots(decay=-0.1), "a decay of -0.1"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(make, says):

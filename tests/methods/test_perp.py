@@ -264,6 +264,9 @@ def test_what_cannot_be_is_refused():
         Perp(subsets=(MaskLora(rank=0),)).check()
     with pytest.raises(SettingError, match="steps start at 1"):
         Perp(steps=0).check()
+    for wrong in ({"rate": float("inf")}, {"decay": float("nan")}):
+        with pytest.raises(SettingError, match="a rate is above 0 and a decay is not below"):
+            Perp(**wrong).check()
     with pytest.raises(SiteError, match="it matches no parameter"):
         recovered(Perp(include=("model.layers.*.mpl.*",), steps=1))
     with pytest.raises(SiteError, match="it has none of them"):

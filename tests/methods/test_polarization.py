@@ -508,6 +508,7 @@ def test_models_without_blocks_are_refused(family):
         ({"strength": -1.0}, "strength=-1.0"),
         ({"polarize": float("nan")}, "polarize=nan"),
         ({"gate_rate": 0.0}, "gate_rate=0.0"),
+        ({"start": float("nan")}, "start=nan"),
         ({"ramp": 1.5}, "a schedule from 0 to 1.5"),
     ],
 )

@@ -96,6 +96,13 @@ class Jackpots(Method):
                 raise SettingError(
                     f"a {name} of {getattr(self, name):g} was asked for", "it is above 0", f"Leave {name} as it is."
                 )
+        for name, below in (("momentum", 1.0), ("decay", float("inf"))):
+            if not 0 <= getattr(self, name) < below:
+                raise SettingError(
+                    f"a {name} of {getattr(self, name):g} was asked for",
+                    f"it is 0 or more{', below 1' if below == 1 else ''}",
+                    f"Leave {name} as it is.",
+                )
 
     def run(self, model: nn.Module, task: Task) -> Outcome:
         """Share the budget, search, take the norms' statistics anew; fine-tune where asked."""

@@ -17,6 +17,7 @@ before it put out.
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -97,7 +98,7 @@ class Perp(Method):
         for subset in self.subsets:
             if getattr(subset, "rank", 1) < 1:
                 raise SettingError(f"{subset} was asked for", "a rank is 1 at least", "Give 16, say.")
-        if self.steps < 1 or not self.rate > 0 or self.decay < 0:
+        if self.steps < 1 or not 0 < self.rate < inf or not 0 <= self.decay < inf:
             raise SettingError(
                 f"steps={self.steps}, rate={self.rate:g} and decay={self.decay:g} were asked for",
                 "steps start at 1, a rate is above 0 and a decay is not below",

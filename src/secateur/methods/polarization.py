@@ -282,6 +282,8 @@ class Polarization(Method):
                 raise SettingError(f"{name}={value} was given", "it is 0 or more", "Give 2, say.")
         if not (isfinite(self.gate_rate) and self.gate_rate > 0):
             raise SettingError(f"gate_rate={self.gate_rate} was given", "a learning rate is above 0", "Give 1.")
+        if not isfinite(self.start):
+            raise SettingError(f"start={self.start} was given", "a bias is a number", "Give 2: all open at first.")
         assert self.schedule()
         LearningRate(floor=self.rate_floor)
 
