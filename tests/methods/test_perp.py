@@ -190,6 +190,39 @@ def test_reconstruction_brings_blocks_nearer_to_dense_ones():
     assert torch.equal(last, dict(trained("decoder").named_parameters())["model.norm.weight"])  # in no block
 
 
+def test_blocks_are_reconstructed_without_dropout_as_their_targets_are():
+    def run(dropout):
+        model = trained("encoder")
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = dropout
+        method = Perp(after=WANDA, by=Reconstruct(samples=16), subsets=(Norms(), MaskLora(rank=4)), steps=6)
+        return prune(model, method, make_task("encoder")).history
+
+    found, same = run(0.5), run(0.0)
+    assert found.losses == same.losses
+    assert found.curves["block error after"] == same.curves["block error after"]
+
+
+def test_a_norm_that_multiplies_by_one_and_its_scale_is_not_gone_where_that_is_zero():
+    class OnePlus(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.tensor([0.0, 0.5, 0.0]))
+
+        def forward(self, x):
+            return x * (1 + self.weight)
+
+    model = nn.Sequential(nn.Linear(3, 3), OnePlus(), nn.RMSNorm(3), nn.LayerNorm(3), nn.BatchNorm2d(3)).train()
+    with torch.no_grad():
+        for norm in model[2:]:
+            norm.weight[1] = 0.0
+    keep = kept_weights(model)
+    assert sorted(keep) == ["2.weight", "3.bias", "3.weight", "4.bias", "4.weight"]
+    assert all(k.tolist() == [True, False, True] for k in keep.values())
+    assert all(module.training for module in model.modules())
+
+
 def test_a_target_is_what_the_dense_block_makes_of_mended_inputs():
     """With nothing pruned the target is what the block puts out: dense inputs elsewhere would show as an error."""
     model, task = trained("decoder"), make_task("decoder")

@@ -196,10 +196,17 @@ class _Rebuild:
             yield Batch(call, wanted)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The mean squared difference."""
+        """The mean squared difference. Without dropout, which the dense block's answer is without as well."""
         call: Any = batch.inputs
         args, kwargs = call
-        found = next(leaf for leaf in tree_flatten(model(*args, **kwargs))[0] if isinstance(leaf, Tensor))
+        modes = {module: module.training for module in model.modules()}
+        model.eval()
+        try:
+            answer = model(*args, **kwargs)
+        finally:
+            for module, training in modes.items():
+                module.training = training
+        found = next(leaf for leaf in tree_flatten(answer)[0] if isinstance(leaf, Tensor))
         if found.shape != batch.target.shape:
             raise ModelError(
                 f"{self.name} was to be reconstructed",
@@ -342,7 +349,25 @@ def _dead(module: nn.Module, units: int) -> Tensor:
         here = (seen.reshape(units, -1) == 0).all(1)
         dead = here if dead is None else dead & here
     assert dead is not None, "the vector itself has that length"
-    return dead
+    vectors = all(p is None or p.dim() == 1 for p in module._parameters.values())
+    return dead & ~_answers(module, units) if vectors and bool(dead.any()) else dead
+
+
+def _answers(module: nn.Module, units: int) -> Tensor:
+    """Which outputs of a norm are not zero whatever its scale: [units]. Those of Gemma multiply by 1 + scale."""
+    like = next(p for p in module.parameters() if p is not None)
+    probe = torch.randn(4, units, generator=torch.Generator().manual_seed(0)).to(like)
+    was_training = module.training
+    try:
+        with torch.no_grad():
+            found = module.eval()(probe)
+    except (RuntimeError, TypeError, ValueError):  # one that takes pictures, say
+        found = None
+    finally:
+        module.train(was_training)
+    if not isinstance(found, Tensor) or found.shape != probe.shape:
+        return torch.zeros(units, dtype=torch.bool, device=like.device)
+    return (found != 0).any(0)
 
 
 def _is_turned(module: nn.Module) -> bool:
