@@ -233,6 +233,61 @@ def test_blocks_that_change_the_shape_are_left_alone_and_said():
         gated_blocks(model, example, ["layer9.0"])
 
 
+class Wave(nn.Module):
+    """Residual blocks along one axis, of what is [batch, 5 channels, 16 steps] there."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv1d(1, 5, 3, padding=1)
+        self.blocks = nn.ModuleList(WaveBlock() for _ in range(2))
+        self.out = nn.Linear(5, 4)
+
+    def forward(self, x):
+        x = self.first(x[:, None])
+        for block in self.blocks:
+            x = block(x)
+        return self.out(x.mean(-1))
+
+
+class WaveBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.a, self.b = nn.BatchNorm1d(5), nn.Conv1d(5, 6, 3, padding=1), nn.Conv1d(6, 5, 1)
+
+    def forward(self, x):
+        return x + self.b(torch.relu(self.a(self.norm(x))))
+
+
+@pytest.mark.parametrize("kinds", [("layer",), ("channel",)])
+def test_gates_look_at_the_mean_over_steps_where_channels_come_first(kinds):
+    model, task = Wave(), tiny.toy_vectors()
+    guarded, _ = Polarization(kinds=kinds).guarded(model, task.example)
+    assert {each.name: (each.width, each.axis) for each in guarded if "blocks" in each.name} == {
+        "blocks.0": (5, 1), "blocks.1": (5, 1)
+    }  # fmt: skip
+    gate = insert_(model, guarded).modules[-1]
+    inputs = []
+    gate.first.register_forward_hook(lambda module, args, out: inputs.append(args[0]))
+    given = model.blocks[1].a if kinds == ("channel",) else model.blocks[1]
+    given.register_forward_pre_hook(lambda module, args: inputs.append(args[0].mean(2)))
+    model.eval()(torch.rand(3, 16))
+    assert torch.equal(inputs[0], inputs[1])
+    prune(Wave(), Polarization(kinds=kinds, steps=5, samples=64), task)
+
+
+def test_gates_of_linear_layers_look_at_the_last_axis_of_a_picture():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.wide, self.narrow = nn.Conv2d(3, 5, 1), nn.Linear(5, 7), nn.Linear(7, 4)
+
+        def forward(self, x):  # [batch, height, width, channels] in the middle, as ConvNeXt has it
+            return self.narrow(torch.relu(self.wide(self.first(x).permute(0, 2, 3, 1)))).mean((1, 2))
+
+    done = prune(Mixed(), Polarization(kinds=("channel",), steps=5, samples=64), tiny.toy_images())
+    assert done.model(torch.rand(2, 3, 8, 8)).shape == (2, 4)
+
+
 def test_sites_that_cannot_be_gated_are_said():
     model, example = tiny.make_model("decoder"), tiny.make_task("decoder").example
     found, notes = gated_units(model, couple(model, example), ("channel", "head"))

@@ -94,30 +94,37 @@ class _Seen:
 
 
 class ConsensusGate(nn.Module):
-    """Opens or shuts units by looking at an input: [batch, ...] -> 0 or 1 [batch, units]."""
+    """Opens or shuts units by looking at an input: [batch, ...] -> 0 or 1 [batch, units]. Features lie on one axis."""
 
-    def __init__(self, width: int, units: int, hidden: int, start: float, surrogate: Surrogate) -> None:
+    def __init__(self, width: int, units: int, hidden: int, start: float, surrogate: Surrogate, axis: int = -1) -> None:
         super().__init__()
         self.first, self.last = nn.Linear(width, hidden), nn.Linear(hidden, units)
         nn.init.constant_(self.last.bias, start)
-        self.surrogate, self.seen = surrogate, _Seen()
+        self.surrogate, self.axis, self.seen = surrogate, axis, _Seen()
 
     def forward(self, x: Tensor) -> Tensor:
         """The mean over pixels or tokens through a small network, and its sign; remembered until the next."""
         weight = self.first.weight
-        z = self.last(torch.relu(self.first(_pooled(x).to(weight.dtype))))
+        z = self.last(torch.relu(self.first(_pooled(x, self.axis).to(weight.dtype))))
         self.seen.opened = opened = step(z, self.surrogate)
         return opened
 
 
-def _pooled(x: Tensor) -> Tensor:
-    if x.dim() == 4:  # [batch, channels, height, width]
-        return x.mean((2, 3))
-    return x.flatten(1, -2).mean(1) if x.dim() > 2 else x  # [batch, tokens, width]
+def _pooled(x: Tensor, axis: int) -> Tensor:
+    """The mean over all but the batch and one axis."""
+    others = [place for place in range(1, x.dim()) if place != axis % x.dim()]
+    return x.mean(others) if others else x
 
 
-def _width(x: Tensor) -> int:
-    return x.shape[1] if x.dim() == 4 else x.shape[-1]
+def _features(block: nn.Module, x: Tensor) -> int:
+    """The axis of the features in what a block is given: 1 or -1, as the first of its layers that says so has it."""
+    for module in block.modules():
+        if isinstance(module, (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)):
+            return 1
+        if isinstance(module, (nn.Linear, nn.LayerNorm, nn.RMSNorm)):
+            # a norm of pictures may call itself a layer norm, and move the axis
+            return -1 if isinstance(module, nn.Linear) or x.shape[-1] == module.normalized_shape[-1] else 1
+    return 1 if x.dim() == 4 else -1
 
 
 # Hooks are objects and no closures: a copy of the model takes copies of them, with the copies of the gates.
@@ -185,6 +192,7 @@ class Guarded:
     device: torch.device
     hooks: Callable[[nn.Module, ConsensusGate], list[RemovableHandle]]
     outputs: int = 0  # of a block: how many values it gives back, 0 for a bare tensor
+    axis: int = -1  # of the features in what the gate looks at
 
 
 @dataclass(eq=False)
@@ -264,7 +272,7 @@ def insert_(
         raise ModelError("gates were to be put in", "the model has some already", "Take those out first.")
     surrogate = SigmoidSlope() if surrogate is None else surrogate
     with seeded(model, seed):
-        modules = [ConsensusGate(g.width, g.site.units, hidden, start, surrogate).to(g.device) for g in guarded]
+        modules = [ConsensusGate(g.width, g.site.units, hidden, start, surrogate, g.axis).to(g.device) for g in guarded]
     gates = Gates(model, guarded, modules)
     model.add_module(HOME, nn.ModuleList(modules))
     for each, gate in zip(guarded, modules, strict=True):
@@ -330,7 +338,8 @@ def gated_blocks(model: nn.Module, example: Batch, include: Sequence[str] = ()) 
         site = Site(name, "layer", (1,), parts, block=name)
         cost = torch.tensor([float(work.get(name, 0))], dtype=torch.float64) / example.size
         outputs = len(out) if isinstance(out, (tuple, list)) else 0
-        found.append(Guarded(name, site, cost, _width(x), x.device, _bypass(name), outputs))
+        axis = _features(modules[name], x)
+        found.append(Guarded(name, site, cost, x.shape[axis], x.device, _bypass(name), outputs, axis))
     return found, notes
 
 
@@ -370,10 +379,12 @@ def gated_units(
         first = model.get_submodule(makers[0].module)
         weight = first.weight
         assert isinstance(weight, Tensor)
-        width = first.in_channels if isinstance(first, nn.modules.conv._ConvNd) else makers[0].shape[1]
+        width, axis = makers[0].shape[1], -1
+        if isinstance(first, nn.modules.conv._ConvNd):
+            width, axis = first.in_channels, 1
         found.append(
             Guarded(site.name, site, site.cost("flops").reshape(-1), int(width), weight.device,
-                    _shutting(makers[0], readers))
+                    _shutting(makers[0], readers), axis=axis)
         )  # fmt: skip
     return found, notes
 
