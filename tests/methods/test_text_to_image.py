@@ -107,6 +107,19 @@ def test_a_band_never_reaches_below_its_quantile() -> None:
     assert Band(0.5).nearest((2, 4), 1) == 4
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("text=0.5-0.75", r"band\(above=0.5\) spares what lies below it"),
+        ("text=magnitude+2:4@0.5", "2:4 prescribes it"),
+    ],
+)
+def test_a_pattern_that_decides_the_sparsity_cannot_be_searched(text: str, says: str) -> None:
+    for search in (Line(), AtBudget()):
+        with pytest.raises(SettingError, match=f"sparsity of text was to be searched, but {says}"):
+            prune(Two(), TextToImage(components=(text, "net=0.25"), search=search, show=0), make_task_of_four())
+
+
 # How components are written
 
 

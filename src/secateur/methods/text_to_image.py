@@ -239,8 +239,16 @@ class TextToImage(Method):
     tiny: ClassVar = {"components": ("bert=wanda@0.5",), "samples": 8, "show": 0}
 
     def check(self) -> None:
-        """See Method. Raises SettingError for a component that cannot be read or is named twice."""
-        self.scopes()
+        """See Method. Raises SettingError for a component that cannot be read or searched, or is named twice."""
+        for scope in self.scopes():
+            if self.search is not None and (isinstance(scope.pattern, Band) or scope.pattern.fixed is not None):
+                raise SettingError(
+                    f"the sparsity of {scope.component} was to be searched",
+                    f"{text_of(scope.pattern)} "
+                    + ("spares what lies below it" if scope.pattern.fixed is None else "prescribes it")
+                    + ", whatever sparsity is tried",
+                    "Search with per-matrix or per-row, or give sparsities without search.",
+                )
 
     def budget(self) -> None:
         """Each component has a sparsity of its own; what they make together is in the notes."""
