@@ -146,6 +146,11 @@ def test_multiply_adds_are_counted_where_each_weight_is_used():
     cut = [Mask(s, none(s) if "weight_ih" in s.name else all_(s)) for s in weights(rnn)]
     inputs, states, head = 72 * 8 + 72 * 24, 2 * 72 * 24, 4 * 24
     assert flop_sparsity(rnn, cut, Batch((torch.zeros(3, 10, 8),))) == inputs * 10 / ((inputs + states) * 10 + head)
+    up = nn.Sequential(nn.ConvTranspose2d(6, 2, 2, stride=2), nn.Conv2d(2, 3, 1))  # 48 weights at 9 places, 6 at 36
+    sites = weights(up)
+    cut = [Mask(sites[0], none(sites[0])), Mask(sites[1], all_(sites[1]))]
+    seen = flop_sparsity(up, cut, Batch((torch.zeros(1, 6, 3, 3),)))
+    assert seen == 48 * 9 / (48 * 9 + 6 * 36)
     moe = tiny.moe()
     assert flop_sparsity(moe, [Mask(s, all_(s)) for s in weights(moe)], tiny.toy_text().example) is None
 

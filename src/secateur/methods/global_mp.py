@@ -163,8 +163,9 @@ def taylor_scores(model: nn.Module, sites: Sequence[Site], task: Task, samples: 
 def flop_sparsity(model: nn.Module, masks: Sequence[Mask], example: Batch) -> float | None:
     """The fraction of the multiply-adds of masked layers that are with zeros, one forward pass over an example.
 
-    A weight of a convolution is used at every output position; one of a linear layer, for every token; one of a
-    recurrent layer, at every step. None where a weight is used in a way that is not seen, such as a stack of experts.
+    A weight of a convolution is used at every output position, of a transposed one at every input position; one of a
+    linear layer, for every token; one of a recurrent layer, at every step. None where a weight is used in a way that is
+    not seen, such as a stack of experts.
     """
     seen: dict[str, tuple[int, int | None]] = {}  # module -> numbers in its outputs, and how many are one position's
 
@@ -172,6 +173,8 @@ def flop_sparsity(model: nn.Module, masks: Sequence[Mask], example: Batch) -> fl
         def hook(module: nn.Module, given: Any, out: Any) -> None:
             recurrent = isinstance(module, nn.RNNBase)
             value = out[0] if recurrent else out
+            if isinstance(module, nn.modules.conv._ConvTransposeNd):  # stored inputs first, and used at every input
+                value = given[0]
             if isinstance(value, Tensor):
                 seen[name] = (seen.get(name, (0, None))[0] + value.numel(), value.shape[-1] if recurrent else None)
 
