@@ -378,6 +378,19 @@ def test_a_layer_of_which_nothing_is_active_is_refused():
     )
 
 
+def test_weights_that_two_modules_share_have_no_prior():
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    model[2].weight = model[0].weight
+    done = prune(model, TurboVbi(rounds=1, steps=5, samples=64), tiny.toy_vectors())
+    assert "left dense, as several modules share them: 0.weight" in done.notes
+    assert [edit.site.name for edit in done.edits if isinstance(edit, Mask)][:1] == ["4.weight"]
+    assert done.model[2].weight is done.model[0].weight
+    assert bool((done.model[0].weight != 0).all())
+    model[4] = nn.Identity()
+    with pytest.raises(ModelError, match=r"weights of 0\.weight were to be given a prior, but each is one tensor"):
+        prune(model, TurboVbi(rounds=1, steps=5, samples=64), tiny.toy_vectors())
+
+
 def test_networks_it_cannot_sample_are_refused_before_data_is_read():
     with pytest.raises(ModelError, match="GRU is no linear layer or convolution, whose mean and variance are known"):
         TurboVbi().run(tiny.rnn(), tiny.toy_sequences())

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from secateur.adapters import tied_names
 from secateur.axes import Global, PerMatrix
 from secateur.axes.recalibration import recalibrate_, some
 from secateur.axes.rules import Hold, LearningRate, sparsity_of
@@ -507,6 +508,23 @@ def _sampled(model: nn.Module, site: Site, named: Tensors) -> Tensor:
     return part.read(named).detach()
 
 
+def apart(model: nn.Module, sites: Sequence[Site]) -> tuple[list[Site], list[str]]:
+    """The sites whose weights are one module's alone, and a remark on the others.
+
+    What is read in several places would be sampled in one of them alone. Raises ModelError where no site is left.
+    """
+    tied = tied_names(model)
+    own = [site for site in sites if site.parts[0].name not in tied]
+    shared = [site.name for site in sites if site.parts[0].name in tied]
+    if not own:
+        raise ModelError(
+            f"the weights of {', '.join(shared)} were to be given a prior",
+            "each is one tensor in several modules",
+            "Untie them first.",
+        )
+    return own, [f"left dense, as several modules share them: {', '.join(shared)}"] if shared else []
+
+
 # What is left
 
 
@@ -641,7 +659,7 @@ class TurboVbi(Method):
     def run(self, model: nn.Module, task: Task) -> Outcome:
         """A, B, A, B, ...; then masks, fine-tuning, and what is empty out."""
         self.check()
-        sites = weights(model, self.include, self.exclude)
+        sites, shared = apart(model, weights(model, self.include, self.exclude))
         posterior = Posterior(
             model, sites, Priors(self.active, self.idle, self.gaussian), self.family, self.structure.share,
             predictions(task), kl=self.kl, spread=self.spread, rate=self.spread_rate, every=self.every,
@@ -665,7 +683,8 @@ class TurboVbi(Method):
             history = history.then(fit(model, task, self.tune, rules, epoch=history.epoch))
         edits += self.taken_out(model, empty)
         edits += recalibrate_(model, some(task, self.samples))
-        return Outcome(model, edits, history, notes=self.remarks(sites, keep, empty, residual) + notes + history.notes)
+        said = self.remarks(sites, keep, empty, residual)
+        return Outcome(model, edits, history, notes=said + shared + notes + history.notes)
 
     def chosen(self, posterior: Posterior, named: Tensors) -> dict[str, Tensor]:
         """What stays. Raises EvidenceError, naming the layer, where that is nothing."""
