@@ -6,6 +6,7 @@ from tiny import decoder, make_task, trained
 from torch import Tensor, nn
 
 from secateur.axes import NM, Gblm, PerMatrix
+from secateur.axes.remasking import MaskLinear
 from secateur.axes.sweep import gradients
 from secateur.cut import weights
 from secateur.errors import EvidenceError, SettingError
@@ -15,10 +16,15 @@ from secateur.methods.gblm import GBLMPruner
 from secateur.methods.l1_norm import L1Norm
 from secateur.methods.magnitude import Magnitude
 from secateur.methods.perp import Perp
+from secateur.methods.polarization import Polarization
+from secateur.methods.progressive_nm import ProgressiveNM
 from secateur.methods.shortgpt import ShortGPT
 from secateur.methods.slicegpt import SliceGPT
 from secateur.methods.sparsegpt import SparseGPT
+from secateur.methods.stun import STUN, Together
+from secateur.methods.turbo_vbi import TurboVbi
 from secateur.methods.wanda import Wanda
+from secateur.recipe import build
 from secateur.task import Batch
 
 
@@ -43,6 +49,28 @@ def test_a_gradient_that_overflows_is_named_where_it_began() -> None:
         model, batch = three(dtype)
         whole = gradients(model, weights(model), [batch], Gblm().needs, plain_loss)
         assert float(whole["1.weight"].sums["grad_square"]) == pytest.approx(80_000.0**2, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("method", "setting", "text", "says"),
+    [
+        (STUN, "distance", "together(scaled=3)", "scaled=3 is not true or false"),
+        (TurboVbi, "structure", "grid(sweeps=2.5)", "sweeps=2.5 is not a whole number"),
+        (TurboVbi, "structure", "rows(begins=none)", "begins=None is not a number"),
+        (TurboVbi, "structure", "rows(begins='0.1')", "begins='0.1' is not a number"),
+        (ProgressiveNM, "decay", "mask-linear(beta=true)", "beta=True is not a number or none"),
+        (Perp, "by", "reconstruct(samples=0)", "blocks were to be reconstructed on 0 examples"),
+        (Polarization, "surrogate", "clipped-identity(limit=0)", "a slope up to 0 was asked for"),
+    ],
+)
+def test_settings_of_parts_are_of_the_kind_they_should_be(method, setting, text, says) -> None:
+    with pytest.raises(SettingError, match=says):
+        build(method, {setting: text})
+
+
+def test_settings_of_parts_take_the_words_that_other_settings_take() -> None:
+    assert build(STUN, {"distance": "together(scaled=false)"}).distance == Together(scaled=False)
+    assert build(ProgressiveNM, {"decay": "mask-linear(beta=none,by=1)"}).decay == MaskLinear(None, 1.0)
 
 
 @pytest.mark.parametrize("method", [Wanda(samples=-1), Chain((Wanda(sparsity=0.4), Wanda(samples=-1)))])

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 from secateur.axes import (
     allocations,
@@ -230,9 +230,28 @@ def part_of(text: str, known: Mapping[str, type] | None = None) -> Any:
         default = _default(accepted[key])
         if bare and not is_dataclass(default) and not isinstance(default, str):
             raise _unread(text)
+        _check_kind(text, key, accepted[key].type, value)
         nested = is_dataclass(default) and isinstance(value, str)
         given[key] = part_of(value, known) if nested else value
     return kind(**given)
+
+
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", type(None): "none"}
+
+
+def _check_kind(text: str, key: str, hint: Any, value: Any) -> None:
+    """Raise SettingError for a plain value that is not of the kind a field holds."""
+    kinds = get_args(hint) or (hint,)
+    if not set(kinds) <= _KINDS.keys():  # parts, and several of anything, see for themselves
+        return
+    kind = type(value)
+    if kind not in kinds and not (kind is int and float in kinds):
+        wanted = " or ".join(_KINDS[each] for each in kinds)
+        raise SettingError(f"{text!r} was given", f"{key}={value!r} is not {wanted}", f"Give {key} {wanted}.")
+
+
+_WORDS = {"true": True, "false": False, "none": None}
+"""As recipes and the command line write them elsewhere."""
 
 
 def _keywords(text: str, arguments: str | None) -> list[tuple[str, Any, bool]]:
@@ -245,9 +264,12 @@ def _keywords(text: str, arguments: str | None) -> list[tuple[str, Any, bool]]:
         assert isinstance(call, ast.Call)
         assert not call.args
         for keyword in call.keywords:
-            bare = isinstance(keyword.value, ast.Name | ast.Call | ast.BinOp)  # even-nodes is a difference
-            value = ast.get_source_segment(source, keyword.value) if bare else ast.literal_eval(keyword.value)
-            found.append((keyword.arg or "", value, bare))
+            value = keyword.value
+            if isinstance(value, ast.Name) and value.id in _WORDS:
+                value = ast.Constant(_WORDS[value.id])
+            bare = isinstance(value, ast.Name | ast.Call | ast.BinOp)  # even-nodes is a difference
+            given = ast.get_source_segment(source, value) if bare else ast.literal_eval(value)
+            found.append((keyword.arg or "", given, bare))
     except (SyntaxError, ValueError, AssertionError):
         raise _unread(text) from None
     return found

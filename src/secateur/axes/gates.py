@@ -44,6 +44,9 @@ class SigmoidSlope:
 
     limit: float = 4.0
 
+    def __post_init__(self) -> None:
+        _check_limit(self.limit)
+
     def __call__(self, z: Tensor) -> Tensor:
         """A sigmoid with straight tails."""
         z = _homeward(z, self.limit)
@@ -69,9 +72,19 @@ class ClippedIdentity:
 
     limit: float = 1.0
 
+    def __post_init__(self) -> None:
+        _check_limit(self.limit)
+
     def __call__(self, z: Tensor) -> Tensor:
         """The clipped value."""
         return z.clamp(-self.limit, self.limit)
+
+
+def _check_limit(limit: float) -> None:
+    if not limit > 0:
+        raise SettingError(
+            f"a slope up to {limit:g} was asked for", "a gate would learn nothing without one", "Give 4, or 1."
+        )
 
 
 def step(z: Tensor, surrogate: Surrogate) -> Tensor:

@@ -127,6 +127,12 @@ class Reconstruct:
 
     dense: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise SettingError(
+                f"blocks were to be reconstructed on {self.samples} examples", "one is the least", "Give 128, say."
+            )
+
     def ready(self, model: nn.Module, task: Task) -> None:
         """See Way. Raises SiteError without blocks, TaskError without examples."""
         if not stacks(model):
