@@ -32,6 +32,7 @@ from secateur.methods.magnitude import Magnitude
 from secateur.methods.perp import Perp
 from secateur.methods.slicegpt import SliceGPT
 from secateur.methods.wanda import Wanda
+from secateur.models.resnet import CifarResNet
 from secateur.recipe import build, method_of, text_of_method
 from secateur.task import Batch
 
@@ -200,8 +201,18 @@ def test_blocks_are_reconstructed_without_dropout_as_their_targets_are():
         return prune(model, method, make_task("encoder")).history
 
     found, same = run(0.5), run(0.0)
+    assert found.losses[-1] < found.losses[0]
     assert found.losses == same.losses
     assert found.curves["block error after"] == same.curves["block error after"]
+
+
+def test_batch_norms_follow_what_reaches_them_while_blocks_are_reconstructed():
+    model = CifarResNet(14, width=4, classes=4)
+    method = Perp(after=Magnitude(sparsity=0.5), by=Reconstruct(samples=16), subsets=(Norms(),), steps=2)
+    done = prune(model, method, make_task("cnn"))
+    before = dict(model.named_buffers())
+    moved = [n for n, b in done.model.named_buffers() if n.endswith("running_mean") and not torch.equal(b, before[n])]
+    assert any(name.startswith("layer1.0.") for name in moved)
 
 
 def test_a_norm_that_multiplies_by_one_and_its_scale_is_not_gone_where_that_is_zero():

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_flatten
 
@@ -207,6 +208,9 @@ class _Rebuild:
         args, kwargs = call
         modes = {module: module.training for module in model.modules()}
         model.eval()
+        for module in modes:
+            if isinstance(module, _BatchNorm):  # pruning shifts what reaches it: its statistics are to follow
+                module.training = modes[module]
         try:
             answer = model(*args, **kwargs)
         finally:

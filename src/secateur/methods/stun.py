@@ -187,8 +187,9 @@ def clusters_for(
 ) -> tuple[list[Tensor], float]:
     """Clusters that are exactly so many fewer than experts over all layers, and the threshold that gives them.
 
-    Counts are steps of the threshold, so the lowest that gives as many is searched among the distances there are, and
-    what it would join beyond the number wanted is left. Raises BudgetError when no threshold gives as many.
+    Counts are steps of the threshold, and but for a few refused edges rise with it: by halves one is searched among the
+    distances there are that gives as many and whose lower neighbour does not, and what it would join beyond the number
+    wanted is left. Raises BudgetError when no threshold gives as many.
     """
     values = sorted({value for d in distances for value in d[torch.ones_like(d).triu(1).bool()].tolist()})
     steps = [*values, float("inf")]  # an edge is taken below a threshold: steps[k] takes the first k distances
