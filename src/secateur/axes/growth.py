@@ -353,7 +353,8 @@ class Rewire(Rule):
             score = Magnitude().score(site, named, Evidence())
             scores[site.name] = score.masked_fill(~self.keep[site.name].to(score.device), -torch.inf)
         counts = self.allocation.spread(self.sites, Budget(sparsity), scores)
-        counts = among(counts, {name: int(keep.sum()) for name, keep in self.keep.items()})
+        if self.ramp is None or not self.ramp.falling:
+            counts = among(counts, {name: int(keep.sum()) for name, keep in self.keep.items()})
         keep = {}
         for site in self.sites:
             if counts[site.name] == 0:

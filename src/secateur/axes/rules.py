@@ -482,7 +482,7 @@ class Gradual(Rule):
                 name: score.masked_fill(~self.keep[name].to(score.device), -torch.inf) for name, score in scores.items()
             }
         counts = self.allocation.spread(self.sites, Budget(sparsity), scores)
-        if isinstance(self.holder, Hold):
+        if isinstance(self.holder, Hold) and not self.schedule.falling:
             counts = among(counts, {name: int(keep.sum()) for name, keep in self.keep.items()})
         keep = {}
         for site in self.sites:
