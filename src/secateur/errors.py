@@ -86,5 +86,15 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     """
     known = sorted(set(names))
     shown = ", ".join(known[:40]) + (", ..." if len(known) > 40 else "")
-    near = get_close_matches(name, known, n=1)
-    return (f"Did you mean {near[0]}? " if near else "") + f"There are: {shown or 'none'}."
+    return nearest(name, known) + f"There are: {shown or 'none'}."
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The question whether the nearest name was meant, however it is written; nothing where none is near.
+
+    >>> nearest("Wanda", ["wanda", "magnitude"])
+    'Did you mean wanda? '
+    """
+    plain = {known.lower(): known for known in sorted(set(names), reverse=True)}
+    near = get_close_matches(name.lower(), sorted(plain), n=1)
+    return f"Did you mean {plain[near[0]]}? " if near else ""

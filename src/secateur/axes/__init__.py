@@ -169,7 +169,7 @@ def word_of(kind: type) -> str:
 
 
 def words(*modules: ModuleType) -> dict[str, type]:
-    """Every part by name: those of the axes, and those of the modules given."""
+    """Every part by name: those of the axes, and those of the modules given. What is private has none."""
     found: dict[str, type] = {}
     for module in (*PARTS, *modules):
         for value in vars(module).values():

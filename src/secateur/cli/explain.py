@@ -1,7 +1,9 @@
 """`secateur explain`: one method, whole."""
 
 import inspect
+import re
 import sys
+from collections.abc import Iterable
 from dataclasses import MISSING, is_dataclass
 from typing import Any
 
@@ -18,26 +20,19 @@ def command(method: str, **spoken: Any) -> None:
 
     METHOD may also be a part that settings take: owl, global, per-row, ...
     """
-    from secateur.axes import words
     from secateur.described import DESCRIBED
-    from secateur.errors import SettingError, did_you_mean
     from secateur.method import load, names
 
     speaker = terminal(spoken)
     name = method if method in names() else method.replace("-", "_")
     if name not in names():
-        parts = words()
-        if method in parts:
-            about = _part(method, parts[method])
-            speaker.emit(about)
-            if not speaker.as_json:
-                _show_part(speaker, about)
-            return
         if name in DESCRIBED:
             load(name)  # raises, with what is known of it
-        raise SettingError(
-            f"method {method!r} was asked for", "there is none of that name", did_you_mean(method, [*names(), *parts])
-        )
+        about = _part(method)
+        speaker.emit(about)
+        if not speaker.as_json:
+            _show_part(speaker, about)
+        return
     about = _method(name, load(name))
     speaker.emit(about)
     if not speaker.as_json:
@@ -154,12 +149,68 @@ def _show_settings(speaker: Any, settings: list[dict[str, Any]]) -> None:
     speaker.show(shown)
 
 
-def _part(word: str, kind: Any) -> dict[str, Any]:
+def _part(word: str) -> dict[str, Any]:
+    """A part by the word it goes by. Raises SettingError, with the nearest word, for what is none."""
+    from secateur.axes import words
+
+    shared = words()
+    key = _plain(word)
+    taken = {} if key in shared else _of_methods()
+    if key in shared:
+        found = [shared[key]]
+    elif key in taken:
+        found = [*taken[key]]
+    else:
+        raise _unknown(word, {*shared, *taken})
+    first, *others = (_about(word, kind, taken.get(key, {}).get(kind, [])) for kind in found)
+    return first | ({"others": others} if others else {})
+
+
+def _plain(word: str) -> str:
+    """The name under which a part is kept: `2:4` and `N:M` are nm, `4x1` and `RxC` blocks."""
+    for shape, key in ((r"[\dnm]+:[\dnm]+", "nm"), (r"(\d+|r)x(\d+|c)", "blocks")):
+        if re.fullmatch(shape, word, re.IGNORECASE):
+            return key
+    return word.replace("_", "-")
+
+
+def _of_methods() -> dict[str, dict[type, list[str]]]:
+    """The parts that settings take, by name, with whose they are: a word can mean one thing in each method."""
+    from secateur.axes import words
+    from secateur.method import load, names
+    from secateur.recipe import fitting, settings_of
+
+    found: dict[str, dict[type, list[str]]] = {}
+    for name in names():
+        kind = load(name)
+        known = words(sys.modules[kind.__module__])
+        for setting in settings_of(kind).values():
+            for word, part in fitting(setting.hint, known).items():
+                found.setdefault(word, {}).setdefault(part, []).append(f"{name} --{setting.name.replace('_', '-')}")
+    return found
+
+
+def _unknown(word: str, parts: Iterable[str]) -> Exception:
+    from secateur.errors import SettingError, nearest
+    from secateur.method import names
+
+    return SettingError(
+        f"method {word!r} was asked for",
+        "neither a method nor a part goes by that name",
+        nearest(word, {*names(), *parts})
+        + "`secateur list` has every method, and `secateur explain METHOD` the parts its settings take.",
+    )
+
+
+def _about(word: str, kind: Any, takers: list[str]) -> dict[str, Any]:
     settings = _settings(kind) if is_dataclass(kind) else []
-    return {"name": word, "idea": inspect.cleandoc(kind.__doc__ or ""), "settings": settings}
+    about = {"name": word, "idea": inspect.cleandoc(kind.__doc__ or ""), "settings": settings}
+    return about | ({"takers": takers} if takers else {})
 
 
 def _show_part(speaker: Any, about: dict[str, Any]) -> None:
-    speaker.show(f"{about['name']}, a part that settings of methods take\n")
-    speaker.show(about["idea"])
-    _show_settings(speaker, about["settings"])
+    for each in (about, *about.get("others", [])):
+        of = f" of {', '.join(each['takers'])}" if "takers" in each else " of methods"
+        speaker.show(f"{each['name']}, a part that settings{of} take\n")
+        speaker.show(each["idea"])
+        _show_settings(speaker, each["settings"])
