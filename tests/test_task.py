@@ -5,9 +5,14 @@ import itertools
 import pytest
 import tiny
 import torch
+from torch import nn
 
+from secateur import fit, prune
 from secateur.errors import TaskError
+from secateur.method import load
+from secateur.method import tiny as tiny_settings
 from secateur.task import Batch, Onward, Task, forever, generator
+from secateur.tasks import Labelled
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -43,6 +48,36 @@ def test_a_trained_model_is_the_callers_own() -> None:
     with torch.no_grad():
         tiny.trained("mlp")[0].weight.zero_()
     assert bool(tiny.trained("mlp")[0].weight.any())
+
+
+@pytest.mark.parametrize("name", ["magnitude", "l1_norm", "global_mp", "wanda"])
+def test_modules_keep_their_own_modes_and_gradients_stay_with_the_caller(name: str) -> None:
+    task, model = make_images(), small_cnn()
+    model.train()
+    model[1].eval()  # norms held still while the rest is trained
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    outcome = prune(model, tiny_settings(load(name)), task, measure="val", timing=True)
+    for each in (model, outcome.model):
+        assert [m.training for m in each.modules()] == [True, True, False, True, True, True, True]
+    assert all(bool((p.grad == 1).all()) for p in model.parameters())
+    assert all(p.grad is None for p in outcome.model.parameters())
+    with pytest.raises(TaskError):
+        prune(model, tiny_settings(load(name)), tiny.make_task("decoder"))
+    fit(model, task, steps=1)
+    assert not model[1].training
+
+
+def make_images() -> Labelled:
+    draw = torch.Generator().manual_seed(0)
+    images, labels = torch.randn(48, 3, 8, 8, generator=draw), torch.randint(0, 4, (48,), generator=draw)
+    return Labelled("images", {"train": (images[:32], labels[:32]), "val": (images[32:], labels[32:])}, batch=16)
+
+
+def small_cnn() -> nn.Sequential:
+    kernel = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    return nn.Sequential(kernel, nn.BatchNorm2d(8), nn.ReLU(), *head)
 
 
 def test_batch_goes_through_by_position_or_by_keyword() -> None:

@@ -36,7 +36,7 @@ from secateur.outcome import (
     time_pair,
 )
 from secateur.site import Unit, tensors, uncompiled
-from secateur.task import Task
+from secateur.task import Task, modes_of, restore_modes_
 from secateur.vocabulary import AXES, checked
 from secateur.walk import journal
 
@@ -310,8 +310,10 @@ def prune(
     dense = model if (timing and not inplace) else copy.deepcopy(model) if timing else None
     work = model if inplace else copy.deepcopy(model)
     identity = f"{about['fingerprint']}/{task.fingerprint()}/{task.seed}/{method.name}/{settings(method)}"
+    _forget_gradients_(work)  # a copy has those of the caller's model
     with journal(resume, hashlib.sha256(identity.encode()).hexdigest()):
         outcome = method.run(work, task)
+    _forget_gradients_(outcome.model)  # of weights that have moved since
     after = replace(Size.of(outcome.model, example), stored_bytes=outcome.stored_bytes)
     if measure is not None:
         measurements.append(Measurement("after", measure, task.measure(outcome.model, measure)))
@@ -353,6 +355,11 @@ def _check_samples(method: Method) -> None:
             raise SettingError(f"samples={samples} was given", "a count cannot be negative", "Give 128, say.")
 
 
+def _forget_gradients_(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.grad = None
+
+
 def settings(method: Method) -> dict[str, Any]:
     """A method's fields as JSON values; parts in the short form the command line takes."""
     from secateur.axes import text_of
@@ -389,7 +396,7 @@ def refuse_nan(model: nn.Module) -> None:
 
 def check_fits(model: nn.Module, task: Task) -> None:
     """Raise TaskError when a task's example does not go through a model."""
-    was_training = model.training
+    modes = modes_of(model)
     try:
         with torch.no_grad():
             task.example.through(model.eval())
@@ -400,7 +407,7 @@ def check_fits(model: nn.Module, task: Task) -> None:
             "Give a task whose examples have the shape this model takes.",
         ) from error
     finally:
-        model.train(was_training)
+        restore_modes_(model, modes)
 
 
 def check_reached(asked: float, ledger: Ledger, tolerance: float) -> None:

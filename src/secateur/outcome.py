@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from secateur.edit import Edit, Mask, Merge, Remove
 from secateur.errors import ModelError
 from secateur.site import Site
-from secateur.task import Batch, Task
+from secateur.task import Batch, Task, modes_of, restore_modes_
 from secateur.train import History
 
 SCHEMA_VERSION = 1
@@ -360,7 +360,7 @@ def _grouped_flops(a: Sequence[int], b: Sequence[int], *_: Any, **__: Any) -> in
 
 def count_flops(model: nn.Module, example: Batch) -> int | None:
     """Multiply-adds times two of a forward pass, counted as it runs; None for a model that cannot run here."""
-    was_training = model.training
+    modes = modes_of(model)
     trained = [p for p in model.parameters() if p.requires_grad]  # its hooks fail on a parameter handed to a module
     model.eval()
     try:
@@ -372,7 +372,7 @@ def count_flops(model: nn.Module, example: Batch) -> int | None:
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
-        model.train(was_training)
+        restore_modes_(model, modes)
 
 
 def stored_bytes(model: nn.Module) -> int:
@@ -388,7 +388,7 @@ def elements(model: nn.Module) -> dict[str, int]:
 
 def time_forward(model: nn.Module, example: Batch, repeats: int = 20) -> Timing:
     """Median time of a forward pass over an example, after a warm-up."""
-    was_training = model.training
+    modes = modes_of(model)
     model.eval()
     times = []
     with torch.no_grad(), in_use(model):
@@ -398,7 +398,7 @@ def time_forward(model: nn.Module, example: Batch, repeats: int = 20) -> Timing:
             start = time.perf_counter()
             example.through(model)
             times.append((time.perf_counter() - start) * 1e3)
-    model.train(was_training)
+    restore_modes_(model, modes)
     quarters = statistics.quantiles(times, n=4)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     return Timing(
@@ -409,7 +409,7 @@ def time_forward(model: nn.Module, example: Batch, repeats: int = 20) -> Timing:
 def time_pair(first: nn.Module, second: nn.Module, example: Batch, repeats: int = 20) -> tuple[Timing, Timing]:
     """Two models timed in turn, A B A B, so that a drifting machine hurts both alike."""
     models = (first, second)
-    was_training = [m.training for m in models]
+    modes = [modes_of(m) for m in models]
     times: tuple[list[float], list[float]] = ([], [])
     for m in models:
         m.eval()

@@ -25,7 +25,7 @@ from secateur.errors import PatternError, SecateurError
 from secateur.method import Budget, Chain, Method, peak_memory, settings
 from secateur.outcome import Size
 from secateur.site import Site, tensors
-from secateur.task import Task
+from secateur.task import Task, modes_of, restore_modes_
 from secateur.walk import Progress, stacks, watching
 
 TRIAL = 8  # calibration examples of a trial
@@ -472,7 +472,7 @@ def _forward(model: nn.Module, task: Task) -> tuple[float, int, int]:
         hidden = sum(t.numel() * t.element_size() for t in tree_flatten((args, kwargs))[0][:1] if isinstance(t, Tensor))
 
     hook = model.get_submodule(found[0][0]).register_forward_pre_hook(note, with_kwargs=True) if found else None
-    training = model.training
+    modes = modes_of(model)
     model.eval()
     try:
         answer = example.through(model)
@@ -482,7 +482,7 @@ def _forward(model: nn.Module, task: Task) -> tuple[float, int, int]:
             example.through(model)
             spent = min(spent, time.perf_counter() - start)
     finally:
-        model.train(training)
+        restore_modes_(model, modes)
         if hook is not None:
             hook.remove()
     out = sum(

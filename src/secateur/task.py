@@ -51,6 +51,19 @@ class Batch:
         return replace(self, inputs=inputs, target=move(self.target))
 
 
+def modes_of(model: nn.Module) -> dict[nn.Module, bool]:
+    """Whether each module is in training: part of a model in training may well not be, such as norms held still."""
+    return {module: module.training for module in model.modules()}
+
+
+def restore_modes_(model: nn.Module, modes: Mapping[nn.Module, bool]) -> None:
+    """Put every module back into the mode it was in; what came meanwhile takes that of the whole."""
+    for module in model.modules():
+        module.training = modes.get(module, modes[model])
+    for module, training in modes.items():
+        module.training = training
+
+
 def logits_of(answer: Any) -> Tensor:
     """The logits in a model's answer: a tensor, something with `logits`, or a tuple that starts with them."""
     if isinstance(answer, Tensor):

@@ -26,7 +26,7 @@ from torch.optim import LBFGS, Optimizer
 
 from secateur.errors import EvidenceError, ModelError, ResumeError, SettingError, did_you_mean
 from secateur.site import Part, Tensors, tensors, unwrapped
-from secateur.task import Batch, Task, forever, generator
+from secateur.task import Batch, Task, forever, generator, modes_of, restore_modes_
 
 VERSION = 1
 
@@ -217,7 +217,7 @@ def fit(
     loop = Loop(model, optimizer, steps, task, rules, epoch=epoch, processes=processes_of(model))
     devices = {p.device for p in model.parameters()}
     device = next(iter(devices)) if len(devices) == 1 else None
-    was_training = model.training
+    modes = modes_of(model)
     model.train()
     try:
         with seeded(model, generator(task, f"fit/{epoch}").initial_seed()):
@@ -227,7 +227,7 @@ def fit(
             for rule in rules:
                 rule.finish(loop)
     finally:
-        model.train(was_training)
+        restore_modes_(model, modes)
     loop.history.epoch = loop.epoch + 1
     return loop.history
 

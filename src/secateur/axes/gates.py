@@ -15,7 +15,7 @@ from secateur.errors import EvidenceError, GraphError, ModelError, SettingError,
 from secateur.graph import Coupling
 from secateur.outcome import flop_counter
 from secateur.site import Part, Site
-from secateur.task import Batch, Task
+from secateur.task import Batch, Task, modes_of, restore_modes_
 from secateur.train import seeded
 
 HOME = "consensus_gates"
@@ -310,7 +310,7 @@ def gated_blocks(model: nn.Module, example: Batch, include: Sequence[str] = ()) 
             raise SettingError(f"a gate for {name!r} was asked for", "no module has that name",
                                did_you_mean(name, blocks_of(model)))  # fmt: skip
     calls: dict[str, list[tuple[Tensor | None, Any]]] = {name: [] for name in names}
-    was_training = model.training
+    modes = modes_of(model)
     hooks = [
         modules[name].register_forward_hook(
             lambda m, args, kwargs, out, name=name: calls[name].append((first_tensor([*args, *kwargs.values()]), out)),
@@ -322,7 +322,7 @@ def gated_blocks(model: nn.Module, example: Batch, include: Sequence[str] = ()) 
         with flop_counter() as counter:
             example.through(model.eval())
     finally:
-        model.train(was_training)
+        restore_modes_(model, modes)
         for hook in hooks:
             hook.remove()
     work = {key.partition(".")[2]: sum(ops.values()) for key, ops in counter.get_flop_counts().items()}
@@ -434,7 +434,7 @@ def _shutting(maker: Part, readers: Sequence[Part]) -> Callable[[nn.Module, Cons
 @torch.no_grad()
 def open_for(model: nn.Module, gates: Gates, batches: Iterable[Batch]) -> Tensor:
     """The share of some examples that each gate is open for, float64 [units of all]. Raises EvidenceError for none."""
-    was_training = model.training
+    modes = modes_of(model)
     model.eval()
     total, count = torch.zeros(len(gates.cost), dtype=torch.float64), 0
     device = next(model.parameters()).device
@@ -446,7 +446,7 @@ def open_for(model: nn.Module, gates: Gates, batches: Iterable[Batch]) -> Tensor
             total += answers.double().sum(0).cpu()
             count += len(answers)
     finally:
-        model.train(was_training)
+        restore_modes_(model, modes)
         gates.forget()
     if not count:
         raise EvidenceError("a consensus was to be found", "there are no examples", "Give held-out data.")

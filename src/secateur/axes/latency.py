@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten
 
+from secateur.errors import ModelError
 from secateur.outcome import about_machine, write_text
 from secateur.site import tensors
-from secateur.task import Batch
+from secateur.task import Batch, modes_of, restore_modes_
 
 TOLERANCE = 0.05
 """How far what is reached may be from what was asked, as a fraction of the dense time."""
@@ -127,7 +128,7 @@ class Book:
         """Write down what was measured; a folder that cannot be written to is no reason to fail."""
         if not self.changed:
             return
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ModelError):
             known = Book.open().times  # what another process wrote meanwhile stands
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.times = {**self.times, **known}
@@ -157,7 +158,7 @@ def share(first: nn.Module, second: nn.Module, example: Batch, turns: int = TURN
     """What the second takes of the time of the first: both in turn, and the ratio of the medians."""
     models = (first, second)
     times: tuple[list[float], list[float]] = ([], [])
-    training = [model.training for model in models]
+    modes = [modes_of(model) for model in models]
     try:
         for model in models:
             model.eval()
@@ -169,8 +170,8 @@ def share(first: nn.Module, second: nn.Module, example: Batch, turns: int = TURN
                     if turn >= 2:
                         kept.append(clock() - start)
     finally:
-        for model, was in zip(models, training, strict=True):
-            model.train(was)
+        for model, each in zip(models, modes, strict=True):
+            restore_modes_(model, each)
     return statistics.median(times[1]) / statistics.median(times[0])
 
 
@@ -187,12 +188,12 @@ def layers_of(model: nn.Module, example: Batch) -> list[Layer]:
                     found.append(layer)
 
             handles.append(module.register_forward_pre_hook(note))
-    training = model.training
+    modes = modes_of(model)
     try:
         model.eval()
         example.through(model)
     finally:
-        model.train(training)
+        restore_modes_(model, modes)
         for handle in handles:
             handle.remove()
     return found
@@ -352,12 +353,12 @@ def booked() -> Iterator[Book]:
 
 
 def _whole(model: nn.Module, example: Batch) -> float:
-    training = model.training
+    modes = modes_of(model)
     model.eval()
     try:
         return milliseconds(lambda: example.through(model))
     finally:
-        model.train(training)
+        restore_modes_(model, modes)
 
 
 __all__ = ["TOLERANCE", "Book", "Latency", "Layer", "Priced", "Table", "layers_of", "milliseconds", "share", "table"]

@@ -32,6 +32,7 @@ from secateur.errors import SettingError, SiteError, TaskError, did_you_mean
 from secateur.evidence import Evidence
 from secateur.method import Budget
 from secateur.site import Part, Site, Tensors
+from secateur.task import modes_of, restore_modes_
 from secateur.train import History, Loop, Rule
 
 __all__ = [
@@ -589,13 +590,13 @@ class Validate(Rule):
         if loop.step % self.every and loop.step != loop.steps:
             return
         assert loop.task is not None
-        was_training = loop.model.training
+        modes = modes_of(loop.model)
         loop.model.eval()
         found = loop.task.measure(loop.model, self.split)
         loop.log(f"validation {loop.task.metric}", found[loop.task.metric])
         same = "loss" in found and self.n is None  # a second pass over the data would give it again
         loop.log("validation loss", found["loss"] if same else validation_loss(loop, self.split, self.n))
-        loop.model.train(was_training)
+        restore_modes_(loop.model, modes)
 
 
 def validation_loss(loop: Loop, split: str = "val", n: int | None = None) -> float:

@@ -143,11 +143,13 @@ def _work(model: "nn.Module", task: "Task") -> dict[str, float]:
 
     from secateur.outcome import flop_counter
 
-    was_training, example = model.training, task.example
+    from secateur.task import modes_of, restore_modes_
+
+    modes, example = modes_of(model), task.example
     model.eval()
     with torch.no_grad(), flop_counter() as counter:
         example.through(model)
-    model.train(was_training)
+    restore_modes_(model, modes)
     counts = counter.get_flop_counts()
     head = type(model).__name__ + "."
     found = {name.removeprefix(head): sum(each.values()) / example.size for name, each in counts.items()}

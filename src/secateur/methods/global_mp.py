@@ -27,7 +27,7 @@ from secateur.evidence import Evidence, observe
 from secateur.method import Budget, Card, Method
 from secateur.outcome import Outcome
 from secateur.site import Site, tensors
-from secateur.task import Batch, Task
+from secateur.task import Batch, Task, modes_of, restore_modes_
 from secateur.train import fit
 
 
@@ -181,13 +181,13 @@ def flop_sparsity(model: nn.Module, masks: Sequence[Mask], example: Batch) -> fl
         return hook
 
     hooks = [module.register_forward_hook(count(name)) for name, module in model.named_modules()]
-    was_training = model.training
+    modes = modes_of(model)
     model.eval()
     try:
         with torch.no_grad():
             example.through(model)
     finally:
-        model.train(was_training)
+        restore_modes_(model, modes)
         for hook in hooks:
             hook.remove()
     total = gone = 0.0

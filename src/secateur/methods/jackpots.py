@@ -24,7 +24,7 @@ from secateur.evidence import Evidence, observe
 from secateur.method import Budget, Card, Method
 from secateur.outcome import Outcome
 from secateur.site import Site, tensors
-from secateur.task import Task
+from secateur.task import Task, modes_of, restore_modes_
 from secateur.train import fit
 
 
@@ -175,7 +175,7 @@ def doubts(model: nn.Module, task: Task) -> list[str]:
 
     Guessing costs log(classes), or log(vocabulary); outputs of another kind are not judged.
     """
-    was_training = model.training
+    modes = modes_of(model)
     model.eval()
     total, examples, choices = 0.0, 0, 0
     try:
@@ -189,7 +189,7 @@ def doubts(model: nn.Module, task: Task) -> list[str]:
                 choices = logits.shape[-1]
                 total, examples = total + float(task.loss(model, batch)) * batch.size, examples + batch.size
     finally:
-        model.train(was_training)
+        restore_modes_(model, modes)
     if not examples or choices < 2 or total / examples < 0.9 * log(choices):
         return []
     return [

@@ -29,7 +29,7 @@ from secateur.graph import left_of, removals
 from secateur.method import Budget, Card, Method, check_sparsity
 from secateur.outcome import Outcome
 from secateur.site import Part, tensors
-from secateur.task import Batch, Task, generator
+from secateur.task import Batch, Task, generator, modes_of, restore_modes_
 from secateur.train import History, fit
 
 
@@ -101,7 +101,7 @@ def seen_at(
         whole.register_forward_hook(lambda m, args, out: gave.append(out)),
     ]
     gram, cross = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-    was_training = model.training
+    modes = modes_of(model)
     try:
         model.eval()
         for batch in batches:
@@ -121,7 +121,7 @@ def seen_at(
     finally:
         for hook in hooks:
             hook.remove()
-        model.train(was_training)
+        restore_modes_(model, modes)
     if not bool(gram.any()):
         raise EvidenceError(
             f"what flows into {part.name} was to be measured", "nothing does", "Give calibration data that reaches it."

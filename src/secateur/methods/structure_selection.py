@@ -29,7 +29,7 @@ from secateur.graph import removals
 from secateur.method import Card, Method
 from secateur.outcome import Outcome
 from secateur.site import Part, Site, tensors
-from secateur.task import Task
+from secateur.task import Task, modes_of, restore_modes_
 from secateur.train import Loop, Rule, fit
 
 KINDS = ("channel", "layer")
@@ -180,14 +180,14 @@ def _last_layer(module: nn.Module, block: Ran) -> str | None:
     layers = {n: m for n, m in module.named_modules() if next(m.parameters(recurse=False), None) is not None}
     hooks = [m.register_forward_hook(lambda m, a, o, n=n: order.append(n)) for n, m in layers.items()]
     args, kwargs = block.arguments
-    was_training = module.training
+    modes = modes_of(module)
     module.eval()
     try:
         module(*args, **kwargs)
         hooks.append(layers[order[-1]].register_forward_hook(lambda m, a, out: torch.zeros_like(out)))
         answer = first_tensor([module(*args, **kwargs)])
     finally:
-        module.train(was_training)
+        restore_modes_(module, modes)
         for hook in hooks:
             hook.remove()
     assert block.given is not None

@@ -28,7 +28,7 @@ from secateur.graph import left_of, removals
 from secateur.method import Budget, Card, Method
 from secateur.outcome import Outcome
 from secateur.site import Part, tensors
-from secateur.task import Batch, Task, generator
+from secateur.task import Batch, Task, generator, modes_of, restore_modes_
 from secateur.train import History, fit
 
 
@@ -76,7 +76,7 @@ def gram_of(
     module = model.get_submodule(part.module)
     gram, given = torch.zeros(units, units, dtype=torch.float64), list[Tensor]()
     hook = module.register_forward_pre_hook(lambda m, args: given.append(args[0]))
-    was_training = model.training
+    modes = modes_of(model)
     try:
         model.eval()
         for batch in batches:
@@ -88,7 +88,7 @@ def gram_of(
                     gram += found.T @ found
     finally:
         hook.remove()
-        model.train(was_training)
+        restore_modes_(model, modes)
     if not bool(gram.any()):
         raise EvidenceError(
             f"what channels bring to {part.name} was to be measured", "nothing flows in", "Give calibration data."

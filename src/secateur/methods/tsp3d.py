@@ -25,7 +25,7 @@ from secateur.edit import Replace, apply_, replacement
 from secateur.errors import ModelError, SettingError, TaskError
 from secateur.method import Card, Method
 from secateur.outcome import Outcome
-from secateur.task import Batch, Task, generator
+from secateur.task import Batch, Task, generator, modes_of, restore_modes_
 from secateur.train import Loop, Rule, fit, seeded
 from secateur.voxels.fusion import BiEncoder, Words
 from secateur.voxels.matching import MENTIONED, TARGET, assigned, focal, near
@@ -438,7 +438,7 @@ def counted(model: nn.Module, guide: TextGuided, batches: list[Batch]) -> dict[s
 
     {"coarse", "fine": shares at levels 2 and 1, "there": voxels at level 0, "whole": as many without pruning}.
     """
-    was, device = model.training, next(model.parameters()).device
+    modes, device = modes_of(model), next(model.parameters()).device
     kept, every, there, whole, sentences = [0, 0], [0, 0], 0, 0, 0
     model.eval()
     try:
@@ -454,7 +454,7 @@ def counted(model: nn.Module, guide: TextGuided, batches: list[Batch]) -> dict[s
                 there += len(answer.scene)
                 sentences += answer.scenes
     finally:
-        model.train(was)
+        restore_modes_(model, modes)
     guide.seen, guide.kept = [], []
     shares = {name: kept[i] / max(every[i], 1) for i, name in enumerate(("coarse", "fine"))}
     return {**shares, "there": there / sentences, "whole": whole / sentences}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from secateur.errors import ModelError, did_you_mean
 from secateur.models.folder import Entry, few
+from secateur.task import modes_of, restore_modes_
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -552,13 +553,13 @@ def example_inputs(model: nn.Module) -> dict[str, Tensor]:
 
 def answer(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     """The first tensor a model says to an input, in evaluation."""
-    training = model.training
+    modes = modes_of(model)
     model.eval()
     try:
         with torch.no_grad():
             out = model(**inputs, **({"use_cache": False} if "input_ids" in inputs and _caches(model) else {}))
     finally:
-        model.train(training)
+        restore_modes_(model, modes)
     found = getattr(out, "logits", None)
     if found is None:
         found = getattr(out, "last_hidden_state", None)

@@ -32,7 +32,7 @@ from secateur.errors import SettingError
 from secateur.method import Card
 from secateur.outcome import flop_counter
 from secateur.site import tensors
-from secateur.task import Task, generator
+from secateur.task import Task, generator, modes_of, restore_modes_
 from secateur.train import Rule, fit
 
 CARD = Card(
@@ -223,10 +223,10 @@ def work_of(model: nn.Module, task: Task, hold: Hold | None = None) -> float:
     Products of matrices and convolutions, as torch counts them; nothing else. A layer of several weights, such as a
     recurrent one or the experts of a block, counts by the share that stays of all of them.
     """
-    example, was_training = task.example, model.training
+    example, modes = task.example, modes_of(model)
     with torch.no_grad(), flop_counter() as counter:
         example.through(model.eval())
-    model.train(was_training)
+    restore_modes_(model, modes)
     counts, head = counter.get_flop_counts(), type(model).__name__ + "."
     by_module = {name.removeprefix(head): sum(each.values()) for name, each in counts.items()}
     total = float(counter.get_total_flops())

@@ -46,7 +46,7 @@ from secateur.methods.wanda import Wanda
 from secateur.outcome import time_pair
 from secateur.site import Part, total_units
 from secateur.studies.rethinking import FORWARD_AND_BACKWARD, Arm, Recipe, audit, held, work_of
-from secateur.task import Task, generator
+from secateur.task import Task, generator, modes_of, restore_modes_
 from secateur.train import Loop, Rule, fit
 
 CARD = Card(
@@ -600,14 +600,14 @@ def opened_work(model: nn.Module, gates: Gates, task: Task, ground: Ground, whol
 
     A matrix between two gated sets of channels is as open as the one times the other.
     """
-    was_training, total, count = model.training, 0.0, 0
+    modes, total, count = modes_of(model), 0.0, 0
     model.eval()
     for batch in task.batches(ground.split):
         gates.forget()
         batch.through(model)
         total += float(open_now(gates).sum())
         count += batch.size
-    model.train(was_training)
+    restore_modes_(model, modes)
     gates.forget()
     return (total / count + ungated(gates, whole)) / whole
 
