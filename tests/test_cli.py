@@ -15,6 +15,7 @@ from secateur.cli import BAD_INPUT, INTERRUPTED, MISSED, main
 from secateur.cli import terminal as spoken
 from secateur.errors import BudgetError, PatternError, SettingError
 from secateur.method import load, names, settings, tiny
+from secateur.methods.magnitude import Magnitude
 from secateur.methods.wanda import Wanda
 
 TEXT = ("tiny:decoder", "wanda", "--task", "tiny:toy_text", "--samples", "8")
@@ -200,6 +201,28 @@ def test_explain_says_what_there_is():
     for words in ("2306.11695", "--sparsity", "calibration", "LLaMA"):
         assert words in shown, words
     assert "outlier" in run("explain", "owl").stdout
+    assert "number KEPT" in run("explain", "2:4").stdout
+
+
+def test_explain_knows_every_part_a_setting_names_and_none_that_is_private():
+    assert "DARTS" in run("explain", "dense-search").stdout
+    chance = json.loads(run("explain", "chance", "--json").stdout)
+    takers = {taker for each in (chance, *chance["others"]) for taker in each["takers"]}
+    assert {"dass --search", "layer_lottery --score", "loraprune --score"} <= takers
+    assert not [word for word in axes.words() if word.startswith("_")]
+    for word in ("_look", "nosuchthing"):
+        told = said(run("explain", word, code=BAD_INPUT))
+        assert "secateur list" in told
+        assert "_bypass" not in told
+    assert "Did you mean wanda?" in said(run("explain", "WANDA", code=BAD_INPUT))
+
+
+def test_fields_of_a_part_are_read_by_their_types():
+    assert recipe.build(Magnitude, {"allocation": "global(floor='1%')"}).allocation.floor == 0.01
+    with pytest.raises(SettingError, match=r"magnitude\.allocation\.floor='x' was given[\s\S]*not a number"):
+        recipe.build(Magnitude, {"allocation": "global(floor='x')"})
+    with pytest.raises(SettingError, match="not a whole number"):
+        recipe.build(Magnitude, {"pattern": "blocks(r=1.5)"})
 
 
 # Bad input
@@ -221,6 +244,7 @@ def test_explain_says_what_there_is():
         (("prune", *TEXT, "--pattern", "2:5", "--out", "{}"), "multiple of 5"),
         (("prune", *TEXT, "--exclude", "mlpp", "--out", "{}"), "Did you mean"),
         (("prune", *TEXT, "--include", "model.layers.9.*", "--out", "{}"), "matches no parameter"),
+        (("prune", *TEXT, "--include", "re:(", "--out", "{}"), "is no regular expression"),
         (("prune", *TEXT, "--task.windw", "8", "--out", "{}"), "unexpected keyword argument 'windw'"),
         (("plan", "tiny:mlp", "random", "--task", "digits", "--task.train-siz", "8"), "Did you mean train_size"),
         (("prune", *TEXT, "--device", "cdua", "--out", "{}"), "There are: cpu"),

@@ -84,7 +84,14 @@ def selected(model: nn.Module, names: Sequence[str], patterns: Sequence[str]) ->
 
 def _matches(model: nn.Module, name: str, pattern: str, classes: set[str]) -> bool:
     if pattern.startswith("re:"):
-        return re.search(pattern[3:], name) is not None
+        try:
+            return re.search(pattern[3:], name) is not None
+        except re.error as error:
+            raise SiteError(
+                f"{pattern!r} was given to choose sites",
+                f"what follows re: is no regular expression: {error}",
+                "Mend it, or leave re: out for a glob such as *.mlp.*",
+            ) from None
     if pattern in classes:
         return type(model.get_submodule(name.rpartition(".")[0])).__name__ == pattern
     return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name.removesuffix(".weight"), pattern)

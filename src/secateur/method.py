@@ -72,6 +72,14 @@ def check_sparsity(value: float, name: str = "sparsity") -> None:
         )
 
 
+def check_count(value: int, of: str, least: int = 1) -> None:
+    """Raise SettingError for fewer of something than there can be."""
+    if value < least:
+        raise SettingError(
+            f"{value} {of} were asked for", f"it takes {least} at least", f"Give {least} or more, or leave it out."
+        )
+
+
 @dataclass(frozen=True)
 class Card:
     """What is known of a method before it runs: where it comes from, where it fits, what was checked."""
@@ -134,6 +142,9 @@ class Method(ABC):
     def check(self) -> None:
         """Raise SettingError for settings that cannot work, before any data is read."""
         self.budget()
+        samples = getattr(self, "samples", 1)
+        if isinstance(samples, int):  # a negative number would mean all but so many
+            check_count(samples, "calibration samples")
 
     def training_steps(self) -> int | None:
         """Optimizer steps of a run, for its price: `steps` once and once more a round; None where the run decides.

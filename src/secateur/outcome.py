@@ -11,7 +11,7 @@ import platform
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib import metadata
@@ -420,8 +420,8 @@ def time_pair(first: nn.Module, second: nn.Module, example: Batch, repeats: int 
                 example.through(m)
                 if turn >= 2:
                     kept.append((time.perf_counter() - start) * 1e3)
-    for m, training in zip(models, was_training, strict=True):
-        m.train(training)
+    for m, each in zip(models, modes, strict=True):
+        restore_modes_(m, each)
 
     def timing(m: nn.Module, kept: list[float]) -> Timing:
         quarters = statistics.quantiles(kept, n=4)
@@ -507,8 +507,31 @@ def now() -> str:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a file whole or not at all: to a temporary name, then rename."""
+    """Write a file whole or not at all: to a temporary name, then rename. Raises ModelError where that is refused."""
     target = Path(path)
     partial = target.with_name(target.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, target)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, target)
+    except OSError as error:
+        raise ModelError(
+            f"{target} was to be written",
+            f"the system refused: {error.strerror or error}",
+            "Make room there, or write elsewhere.",
+        ) from error
+    finally:
+        with suppress(OSError):
+            partial.unlink()  # gone already, but for a failure or an interruption
+
+
+def refuse_place(path: str | Path, *, folder: bool = False) -> None:
+    """Raise ModelError for a file, or a folder, that could not be written: before there is anything to write."""
+    target = Path(path)
+    asked = f"{path} was to be written"
+    if not folder and target.is_dir():
+        raise ModelError(asked, "a folder of that name is there", "Give the name of a file.")
+    parent = next(p for p in target.absolute().parents if p.exists())
+    if not parent.is_dir():
+        raise ModelError(asked, f"{parent} is a file, and no folder", "Write elsewhere.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ModelError(asked, f"nothing may be written to {parent}", "Write elsewhere, or change its permissions.")

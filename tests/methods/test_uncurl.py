@@ -254,7 +254,7 @@ def test_a_plan_lists_the_experts() -> None:
 
 def test_refusals() -> None:
     task = tiny.make_task("moe")
-    with pytest.raises(SettingError, match="experts are compared on data"):
+    with pytest.raises(SettingError, match="0 calibration samples were asked for"):
         prune(tiny.moe(), UNCURL(samples=0), task)
     with pytest.raises(BudgetError, match="each token is sent to 2"):
         prune(tiny.moe(), UNCURL(sparsity=0.75, router=MeanRows()), task)

@@ -117,11 +117,12 @@ def command(
     from secateur.cli.measuring import look_from
     from secateur.cli.opening import model_from, set_threads, task_from
     from secateur.errors import GraphError
-    from secateur.outcome import fingerprint
+    from secateur.outcome import fingerprint, refuse_place
     from secateur.plan import check
     from secateur.task import Seedless
 
     speaker = terminal(spoken)
+    refuse_place(out)
     set_threads(threads)
     if epochs is not None:
         from secateur.cli.training import LEVELS, SEEDS, Job

@@ -130,9 +130,13 @@ def _command(
 ) -> int:
     """What every process does; the first one alone speaks, measures and writes."""
     from secateur.cli.opening import model_from, recipe_from, scalars, served_recipe, set_threads, task_from
+    from secateur.outcome import refuse_place
 
     _refuse_journal(ours, resume)
     _refuse_folder(target, overwrite)
+    refuse_place(target, folder=target.suffix.lower() != ".onnx")
+    if resume is not None:
+        _refuse_resume(resume)
     set_threads(threads)
     recipe = recipe_from(method, ctx.meta[SETTINGS], overrides, then)
     recipe.method.check()
@@ -217,6 +221,16 @@ def _refuse_journal(ours: "Processes", resume: str | None) -> None:
             "only a run of one process can be taken up again",
             "Leave --resume out, or start without torchrun.",
         )
+
+
+def _refuse_resume(place: str) -> None:
+    """Raise ResumeError or ModelError for a folder that finished blocks cannot be kept in."""
+    from secateur.errors import ResumeError
+    from secateur.outcome import refuse_place
+
+    if Path(place).is_file():
+        raise ResumeError(f"finished blocks were to be kept in {place}", "it is a file", "Give --resume a folder.")
+    refuse_place(place, folder=True)
 
 
 def _named(task: str) -> str:

@@ -27,10 +27,12 @@ def command(runs: tuple[str, ...], out: str, title: str, strict: bool, **spoken:
 
     Each is a folder that prune saved, a folder of records, or a record (secateur.json).
     """
+    from secateur.outcome import refuse_place
     from secateur.report import compare_table, headline, write
     from secateur.report.lessons import findings
 
     speaker = terminal(spoken)
+    refuse_place(out)
     records = records_in(runs)
     Path(out).resolve().parent.mkdir(parents=True, exist_ok=True)
     write(records, out, title, claims_of(records))

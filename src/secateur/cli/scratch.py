@@ -60,12 +60,14 @@ def command(
     from secateur.cli.training import steps_of
     from secateur.models import load_edits
     from secateur.models.folder import RECORD
-    from secateur.outcome import Record
+    from secateur.outcome import Record, refuse_place, write_text
     from secateur.studies.rethinking import Recipe, audit, held, work_of
 
     speaker, found = terminal(spoken), list[Any]()
     set_threads(threads)
     refuse_unpruned(model)
+    if out is not None:
+        refuse_place(out)
     budgets = budgets_named(arms)
     recipe_of = Recipe(1, fine_tune=0.25 if fine_tune is None else fine_tune / max(epochs, 1e-9))
     refuse_epochs(epochs)
@@ -105,8 +107,7 @@ def command(
     if out is not None:
         import json
 
-        from secateur.outcome import write_text
-
+        Path(out).absolute().parent.mkdir(parents=True, exist_ok=True)
         write_text(out, json.dumps(told, indent=1, sort_keys=True) + "\n")
     speaker.emit(told)
     if not speaker.as_json:

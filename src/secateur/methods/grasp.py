@@ -14,7 +14,7 @@ from secateur.axes import Allocation, Global
 from secateur.axes.at_init import check_training, trained_from_start
 from secateur.axes.probes import Grasp as Probe
 from secateur.cut import DEFAULT_EXCLUDE, weights
-from secateur.method import Card, Method
+from secateur.method import Card, Method, check_count
 from secateur.outcome import Outcome
 from secateur.task import Task
 
@@ -55,6 +55,7 @@ class Grasp(Method):
     def check(self) -> None:
         """Raise SettingError for a sparsity or training that cannot be."""
         self.budget()
+        check_count(self.per_class, "examples of each class")
         check_training(self.steps, self.rate_floor)
 
     def run(self, model: nn.Module, task: Task) -> Outcome:

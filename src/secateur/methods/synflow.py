@@ -15,7 +15,7 @@ from secateur.axes import Allocation, Global
 from secateur.axes.at_init import check_training, trained_from_start
 from secateur.axes.probes import Synflow as Probe
 from secateur.cut import DEFAULT_EXCLUDE, weights
-from secateur.method import Card, Method
+from secateur.method import Card, Method, check_count
 from secateur.outcome import Outcome
 from secateur.task import Task
 
@@ -54,6 +54,7 @@ class Synflow(Method):
     def check(self) -> None:
         """Raise SettingError for a sparsity or training that cannot be."""
         self.budget()
+        check_count(self.rounds, "rounds of scoring and cutting")
         check_training(self.steps, self.rate_floor)
 
     def training_steps(self) -> int:

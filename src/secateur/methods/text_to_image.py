@@ -38,7 +38,7 @@ from secateur.cut import weights
 from secateur.edit import Edit
 from secateur.errors import SettingError, SiteError, did_you_mean
 from secateur.evidence import INPUTS
-from secateur.method import Budget, Card, Method, check_sparsity
+from secateur.method import Budget, Card, Method, check_count, check_sparsity
 from secateur.outcome import Outcome, Pictures
 from secateur.site import Site, tensors
 from secateur.task import Batch, Task
@@ -240,6 +240,8 @@ class TextToImage(Method):
 
     def check(self) -> None:
         """See Method. Raises SettingError for a component that cannot be read or searched, or is named twice."""
+        check_count(self.samples, "calibration samples")
+        check_count(self.show, "pictures in a row", least=0)
         for scope in self.scopes():
             if self.search is not None and (isinstance(scope.pattern, Band) or scope.pattern.fixed is not None):
                 raise SettingError(

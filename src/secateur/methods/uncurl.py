@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from secateur.axes import kept_of
 from secateur.edit import Edit, Merge, Replace, Update, apply_
-from secateur.errors import GraphError, SettingError
+from secateur.errors import GraphError
 from secateur.evidence import Evidence, calm
 from secateur.graph.experts import Mixture, check_left, cluster_router, mixtures, routing
 from secateur.method import Budget, Card, Method
@@ -302,12 +302,6 @@ class UNCURL(Method):
     def budget(self) -> Budget:
         """A fraction of the experts."""
         return Budget(self.sparsity, of="units")
-
-    def check(self) -> None:
-        """See Method."""
-        super().check()
-        if self.samples < 1:
-            raise SettingError(f"samples={self.samples} was given", "experts are compared on data", "Give 128.")
 
     def sites_in(self, model: nn.Module) -> list[Site]:
         """The experts of each layer, for plans."""
