@@ -11,7 +11,8 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from secateur import axes, plan, recipe
-from secateur.cli import BAD_INPUT, INTERRUPTED, MISSED, main
+from secateur.cli import BAD_INPUT, INTERRUPTED, MISSED, main, opening
+from secateur.cli import plan as planning
 from secateur.cli import terminal as spoken
 from secateur.errors import BudgetError, PatternError, SettingError
 from secateur.method import load, names, settings, tiny
@@ -215,6 +216,22 @@ def test_explain_knows_every_part_a_setting_names_and_none_that_is_private():
         assert "secateur list" in told
         assert "_bypass" not in told
     assert "Did you mean wanda?" in said(run("explain", "WANDA", code=BAD_INPUT))
+
+
+def test_a_plan_names_blocks_that_are_sites_and_keeps_what_a_recipe_says_of_its_task(tmp_path, monkeypatch):
+    rows = [plan.Row(f"layer{i}.0", "channel", f"layer{i}.0", (16,), 16, 12, 100, 25) for i in (1, 2)]
+    assert [row["site"] for row in planning.shortened(rows)] == ["2 like layer1.0"]
+    given = []
+    monkeypatch.setattr(opening, "task_from", lambda opened, name, settings, seed: given.append(settings) or stop())
+    path = tmp_path / "r.yaml"
+    path.write_text("model: tiny:mlp\ntask: {name: digits, batch: 64}\nsteps:\n- method: magnitude\n")
+    for more in ((), ("--task", "digits"), ("--task", "reber")):
+        run("plan", path, *more, "--task.size", "3", code=BAD_INPUT)
+    assert given == [{"batch": 64, "size": 3}, {"batch": 64, "size": 3}, {"size": 3}]
+
+
+def stop():
+    raise SettingError("a task was asked for", "that is enough", "Go on.")
 
 
 def test_fields_of_a_part_are_read_by_their_types():

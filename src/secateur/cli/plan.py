@@ -43,7 +43,7 @@ def command(
     """
     from dataclasses import replace
 
-    from secateur.cli.opening import model_from, recipe_from, served_recipe, set_threads, task_from
+    from secateur.cli.opening import model_from, recipe_from, scalars, served_recipe, set_threads, task_from
     from secateur.plan import plan
 
     speaker = terminal(spoken)
@@ -53,7 +53,7 @@ def command(
     with speaker.busy(f"opening {model}"):
         opened = model_from(model, dtype=dtype or recipe.dtype, device=device or recipe.device, online=online)
         recipe, given_up = served_recipe(recipe, serve, opened.model)
-        settings = {**(recipe.task_settings if task is None else {}), **ctx.meta[TASK]}
+        settings = {**(recipe.task_settings if task in (None, recipe.task) else {}), **scalars(ctx.meta[TASK])}
         chosen = task_from(opened, task or recipe.task, settings, seed if seed is not None else recipe.seed or 0)
     with speaker.busy("looking at every site, and trying one block on a copy"):
         found = plan(recipe.method, opened.model, chosen, trial=not no_trial)
@@ -154,7 +154,9 @@ def shortened(rows: Any) -> list[dict[str, Any]]:
     found = []
     for same in alike.values():
         first = same[0]
-        name = first.site if len(same) == 1 else f"{len(same)} x {first.site.removeprefix(first.block).lstrip('.')}"
+        own = first.site.removeprefix(first.block).lstrip(".")
+        name = f"{len(same)} x {own}" if own else f"{len(same)} like {first.site}"  # a block may be a site itself
+        name = first.site if len(same) == 1 else name
         found.append(
             {
                 "site": name,
