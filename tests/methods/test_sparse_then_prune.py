@@ -29,7 +29,7 @@ from secateur.methods.sparse_then_prune import (
     smallest,
     sweep,
 )
-from secateur.task import Batch
+from secateur.task import Around, Batch
 from secateur.tasks.learners import Sgd
 from secateur.train import History, Loop, Snapshot, attach, fit
 
@@ -363,3 +363,15 @@ def test_what_the_command_line_saves_is_loaded_by_stock_transformers(tmp_path):
 def test_settings_that_cannot_work_are_refused_before_any_data_is_read(given, says):
     with pytest.raises(SettingError, match=says):
         prune(tiny.vision_transformer(), SparseThenPrune(**given), task=None)
+
+
+def test_a_run_that_ends_early_leaves_no_hooks() -> None:
+    model, task = tiny.decoder(), tiny.make_task("decoder")
+
+    class Ends(Around):
+        def loss(self, model, batch):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prune(model, SparseThenPrune(steps=2), Ends(task), inplace=True)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

@@ -218,6 +218,10 @@ class AttentionPenalty(Rule):
 
     def finish(self, loop: Loop) -> None:
         """Look no more."""
+        self.unhook()
+
+    def unhook(self) -> None:
+        """Take the hooks off the model, as must be done when training ends early too."""
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._seen = [], []
@@ -339,11 +343,15 @@ class SparseThenPrune(Method):
         before = _entropy(model, task.example)  # raises for a model without attention, before it is trained
         sites = self.sites(model)
         rules: list[Rule] = [LearningRate(Cosine(), self.warmup)]
+        penalty = AttentionPenalty(self.strength, self.layers)
         if self.strength:
-            rules.append(AttentionPenalty(self.strength, self.layers))
+            rules.append(penalty)
         if self.validate:
             rules += [Validate(self.validate), Best()]
-        history = fit(model, task, self.steps, rules)
+        try:
+            history = fit(model, task, self.steps, rules)
+        finally:
+            penalty.unhook()
         after, step = _entropy(model, task.example), len(history.losses)
         history.log("attention entropy", 0, before)
         history.log("attention entropy", step, after)
