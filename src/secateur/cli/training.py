@@ -142,7 +142,6 @@ def _work(model: "nn.Module", task: "Task") -> dict[str, float]:
     import torch
 
     from secateur.outcome import flop_counter
-
     from secateur.task import modes_of, restore_modes_
 
     modes, example = modes_of(model), task.example
