@@ -75,7 +75,7 @@ def test_settings_of_parts_take_the_words_that_other_settings_take() -> None:
 
 @pytest.mark.parametrize("method", [Wanda(samples=-1), Chain((Wanda(sparsity=0.4), Wanda(samples=-1)))])
 def test_fewer_examples_than_none_are_refused(method: Method) -> None:
-    with pytest.raises(SettingError, match="samples=-1 was given, but a count cannot be negative"):
+    with pytest.raises(SettingError, match=r"-1 calibration samples were asked for"):
         prune(decoder(), method, make_task("decoder"))
 
 

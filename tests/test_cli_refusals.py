@@ -42,7 +42,7 @@ def test_what_cannot_be_written_is_refused_first_and_leaves_nothing(tmp_path):
     told = said(run("compare", "tiny:mlp", "--methods", "wanda", "--out", f"{tmp_path}/folder", code=BAD_INPUT))
     assert "a folder of that name is there" in told
     told = said(run("densify", f"{tmp_path}/nothing", code=BAD_INPUT))
-    assert "there is no file" in told
+    assert "there is no such file" in told
     with pytest.raises(ModelError, match="the system refused"):
         write_text(tmp_path / "folder", "text")
     assert sorted(tmp_path.iterdir()) == there

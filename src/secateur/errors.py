@@ -95,6 +95,9 @@ def nearest(name: str, names: Iterable[str]) -> str:
     >>> nearest("Wanda", ["wanda", "magnitude"])
     'Did you mean wanda? '
     """
-    plain = {known.lower(): known for known in sorted(set(names), reverse=True)}
-    near = get_close_matches(name.lower(), sorted(plain), n=1)
-    return f"Did you mean {plain[near[0]]}? " if near else ""
+    known = sorted(set(names))
+    near = get_close_matches(name, known, n=1)
+    if not near:
+        plain = {each.lower(): each for each in reversed(known)}
+        near = [plain[each] for each in get_close_matches(name.lower(), sorted(plain), n=1)]
+    return f"Did you mean {near[0]}? " if near else ""

@@ -304,7 +304,6 @@ def prune(
     BudgetError when a target was not met.
     """
     method.check()
-    _check_samples(method)
     model = uncompiled(model)
     refuse_nan(model)
     start = time.perf_counter()
@@ -356,14 +355,6 @@ def prune(
         versions=about_versions(),
     )
     return outcome
-
-
-def _check_samples(method: Method) -> None:
-    """Raise SettingError for a count of examples below zero, which a task would take for all but so many."""
-    for each in method.methods if isinstance(method, Chain) else (method,):
-        samples = getattr(each, "samples", 0)
-        if isinstance(samples, int) and samples < 0:
-            raise SettingError(f"samples={samples} was given", "a count cannot be negative", "Give 128, say.")
 
 
 def _forget_gradients_(model: nn.Module) -> None:
