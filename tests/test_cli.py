@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from command_line import run, said
 from safetensors.torch import load_file
 
 from secateur import axes, plan, recipe
@@ -21,18 +22,6 @@ from secateur.methods.wanda import Wanda
 
 TEXT = ("tiny:decoder", "wanda", "--task", "tiny:toy_text", "--samples", "8")
 VECTORS = ("tiny:mlp", "magnitude", "--task", "tiny:toy_vectors")
-
-
-def run(*args, code=0):
-    """What a command line came to, with the exit code it must have."""
-    found = CliRunner().invoke(main, [str(a) for a in args], terminal_width=200)
-    assert found.exit_code == code, f"{found.exit_code}: {found.stderr}{found.stdout}{found.exception!r}"
-    return found
-
-
-def said(found):
-    """Standard error as one line."""
-    return " ".join(found.stderr.split())
 
 
 def weights_of(folder):

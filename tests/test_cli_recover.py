@@ -5,26 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
+from command_line import run, said
 from safetensors.torch import load_file, save_file
 
-from secateur.cli import BAD_INPUT, main
+from secateur.cli import BAD_INPUT
 from secateur.cli.recover import check_zeros
 from secateur.errors import BudgetError
 from secateur.models import load, load_edits
 from secateur.outcome import Record
 
 QUICK = ("--steps", "3", "--rate", "5e-3", "--task", "tiny:toy_text", "--no-eval", "--quiet")
-
-
-def run(*args, code=0):
-    found = CliRunner().invoke(main, [str(a) for a in args], terminal_width=200)
-    assert found.exit_code == code, f"{found.exit_code}: {found.stderr}{found.stdout}{found.exception!r}"
-    return found
-
-
-def said(found):
-    return " ".join(found.stderr.split())
 
 
 def tensors(folder):

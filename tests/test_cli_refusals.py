@@ -1,24 +1,12 @@
 """What the command line refuses before it opens a model or reads data, and that nothing is left of it."""
 
 import pytest
-from click.testing import CliRunner
+from command_line import run, said
 
-from secateur.cli import BAD_INPUT, main
+from secateur.cli import BAD_INPUT
 from secateur.errors import ModelError, SettingError
 from secateur.method import load
 from secateur.outcome import write_text
-
-
-def run(*args, code=0):
-    """What a command line came to, with the exit code it must have."""
-    found = CliRunner().invoke(main, [str(a) for a in args], terminal_width=200)
-    assert found.exit_code == code, f"{found.exit_code}: {found.stderr}{found.stdout}{found.exception!r}"
-    return found
-
-
-def said(found):
-    """Standard error as one line."""
-    return " ".join(found.stderr.split())
 
 
 @pytest.mark.parametrize("name", ["wanda", "sparsegpt", "gblm", "dsnot", "oneshot", "ecoflap", "snip"])

@@ -6,9 +6,9 @@ import signal
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from command_line import run, said
 
-from secateur.cli import BAD_INPUT, INTERRUPTED, main
+from secateur.cli import BAD_INPUT, INTERRUPTED
 from secateur.cli.compare import ALWAYS, asked
 from secateur.method import load
 from secateur.outcome import Record
@@ -16,16 +16,6 @@ from secateur.tasks import zero_shot
 
 VECTORS = ("compare", "tiny:mlp", "--task", "tiny:toy_vectors", "--no-timing")
 TEXT = ("compare", "tiny:decoder", "--task", "tiny:toy_text", "--set", "samples=8", "--damage", "8")
-
-
-def run(*args, code=0):
-    found = CliRunner().invoke(main, [str(a) for a in args], terminal_width=200)
-    assert found.exit_code == code, f"{found.exit_code}: {found.stderr}{found.stdout}{found.exception!r}"
-    return found
-
-
-def said(found):
-    return " ".join(found.stderr.split())
 
 
 def records_of(page):

@@ -5,10 +5,10 @@ import json
 import pytest
 import tiny
 import torch
-from click.testing import CliRunner
+from command_line import run, said
 
 from secateur.axes import Erk
-from secateur.cli import BAD_INPUT, main, training
+from secateur.cli import BAD_INPUT, training
 from secateur.cli.dense import Dense, redrawn_
 from secateur.cut import weights
 from secateur.errors import SettingError
@@ -21,16 +21,6 @@ from secateur.report.compare import points
 from secateur.tasks.grammar import reber
 
 GRID = ("compare", "tiny:mlp", "--task", "tiny:toy_vectors", "--epochs", "0.5")
-
-
-def run(*args, code=0):
-    found = CliRunner().invoke(main, [str(a) for a in args], terminal_width=200)
-    assert found.exit_code == code, f"{found.exit_code}: {found.stderr}{found.stdout}{found.exception!r}"
-    return found
-
-
-def said(found):
-    return " ".join(found.stderr.split())
 
 
 def records_of(page):

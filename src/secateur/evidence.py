@@ -32,7 +32,7 @@ from torch.overrides import TorchFunctionMode
 from secateur.errors import EvidenceError, SettingError, did_you_mean
 from secateur.kernels.products import BLOCK, add_product
 from secateur.site import Part, Site, Tensors, tensors
-from secateur.task import Batch, logits_of
+from secateur.task import Batch, logits_of, modes_of, restore_modes_
 
 INPUTS = frozenset({"input", "input_square", "input_scatter", "gram"})
 GRADS = frozenset({"grad", "grad_abs", "grad_square", "grad_count"})
@@ -432,7 +432,7 @@ _ADD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 @contextmanager
 def calm(model: nn.Module) -> Iterator[nn.Module]:
     """The model in eval mode, keeping no cache, with experts run one by one; as it was, afterwards."""
-    was_training = {m: m.training for m in model.modules()}
+    modes = modes_of(model)
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values()
     kept = [(c, k, getattr(c, k)) for c in configs for k in ("use_cache", "_experts_implementation") if hasattr(c, k)]
     model.eval()
@@ -443,8 +443,7 @@ def calm(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for config, key, value in kept:
             setattr(config, key, value)
-        for module, training in was_training.items():
-            module.training = training
+        restore_modes_(model, modes)
 
 
 @torch.no_grad()

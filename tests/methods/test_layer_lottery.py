@@ -247,7 +247,7 @@ def test_a_cache_of_keys_and_values_is_not_in_the_way_of_blocks():
 
 def test_scores_that_cannot_be_made_are_refused():
     for score in (Signed, Divergence, Unlikeness, FeatureRank, Activity, Projection):
-        with pytest.raises(SettingError, match="samples=0 was given to a score of blocks"):
+        with pytest.raises(SettingError, match="0 samples were asked for, but it takes 1 at least"):
             score(samples=0)
     pytest.importorskip("sklearn")
     with pytest.raises(SettingError, match="its examples have no label each"):

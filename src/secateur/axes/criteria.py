@@ -252,5 +252,8 @@ class Gblm:
     def score(self, site: Site, tensors: Tensors, seen: Evidence) -> Tensor:
         """See gblm_score. Raises EvidenceError where nothing flowed in or no gradient came back."""
         loudness, steepness = self.terms(site, seen)
-        weight = site.parts[0].read(tensors).float()
-        return gblm_score(weight, loudness.float(), (self.weight(loudness, steepness) * steepness).float())
+        return self.mixed(site, tensors, loudness, steepness, self.weight(loudness, steepness))
+
+    def mixed(self, site: Site, tensors: Tensors, loudness: Tensor, steepness: Tensor, alpha: float) -> Tensor:
+        """The score of these terms with an alpha."""
+        return gblm_score(site.parts[0].read(tensors).float(), loudness.float(), (alpha * steepness).float())

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from secateur.edit import Edit, Update
-from secateur.task import Batch, Task
+from secateur.task import Batch, Task, modes_of, restore_modes_
 
 
 @torch.no_grad()
@@ -20,7 +20,7 @@ def recalibrate_(model: nn.Module, batches: Iterable[Batch]) -> list[Edit]:
     norms = {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
     if not norms:
         return []
-    training = {m: m.training for m in model.modules()}
+    modes = modes_of(model)
     momenta = {m: m.momentum for m in norms.values()}
     model.eval()
     try:
@@ -33,8 +33,7 @@ def recalibrate_(model: nn.Module, batches: Iterable[Batch]) -> list[Edit]:
     finally:
         for module, momentum in momenta.items():
             module.momentum = momentum
-        for each, was in training.items():
-            each.training = was
+        restore_modes_(model, modes)
     return [Update(f"{n}.{k}" if n else k, b.clone()) for n, m in norms.items() for k, b in m.named_buffers()]
 
 

@@ -28,7 +28,7 @@ from secateur.errors import ModelError, SettingError, SiteError, TaskError
 from secateur.evidence import calm
 from secateur.outcome import Outcome
 from secateur.site import Part, Site, tensors
-from secateur.task import Batch, Task
+from secateur.task import Batch, Task, modes_of, restore_modes_
 from secateur.train import History, fit
 from secateur.walk import stacks, walk
 
@@ -206,7 +206,7 @@ class _Rebuild:
         """The mean squared difference. Without dropout, which the dense block's answer is without as well."""
         call: Any = batch.inputs
         args, kwargs = call
-        modes = {module: module.training for module in model.modules()}
+        modes = modes_of(model)
         model.eval()
         for module in modes:
             if isinstance(module, _BatchNorm):  # pruning shifts what reaches it: its statistics are to follow
@@ -214,8 +214,7 @@ class _Rebuild:
         try:
             answer = model(*args, **kwargs)
         finally:
-            for module, training in modes.items():
-                module.training = training
+            restore_modes_(model, modes)
         found = next(leaf for leaf in tree_flatten(answer)[0] if isinstance(leaf, Tensor))
         if found.shape != batch.target.shape:
             raise ModelError(

@@ -21,7 +21,7 @@ from secateur.edit import Edit, Mask, Update, apply_
 from secateur.errors import SettingError, SiteError
 from secateur.graph import Coupling, removals
 from secateur.site import Part, Site, Tensors, tensors
-from secateur.task import Batch
+from secateur.task import Batch, modes_of, restore_modes_
 from secateur.train import seeded
 
 NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm)
@@ -79,14 +79,13 @@ def norms_after(model: nn.Module, example: Batch) -> dict[str, str]:
 
 @torch.no_grad()
 def _look(model: nn.Module, example: Batch) -> None:
-    training = {m: m.training for m in model.modules()}
+    modes = modes_of(model)
     model.eval()
     try:
         with seeded(model, 0):
             example.through(model)
     finally:
-        for module, was in training.items():
-            module.training = was
+        restore_modes_(model, modes)
 
 
 def scaled(model: nn.Module, example: Batch, coupling: Coupling) -> tuple[list[Scaled], list[str]]:

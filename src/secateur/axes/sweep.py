@@ -7,7 +7,7 @@ from types import MappingProxyType
 from torch import Tensor, nn
 
 from secateur.axes import text_of
-from secateur.axes.allocations import Allocation, Measuring, Uniform
+from secateur.axes.allocations import Allocation, Measuring, Scores, Uniform
 from secateur.axes.criteria import Criterion
 from secateur.axes.patterns import Pattern
 from secateur.axes.solvers import Solver
@@ -110,22 +110,22 @@ def spread(
     allocations that follow the loss. With a `pattern` what an uneven allocation says is `fitted` to it. Raises
     SettingError for an allocation that follows the loss when there is no task or no data.
     """
-    keep = _counts(model, sites, allocation, budget, criterion, batches, whole, task)
+    keep = allocation.spread(sites, budget, _scores(model, sites, allocation, criterion, batches, whole, task))
     if pattern is None or allocation == Uniform():  # which says what each matrix keeps, not what all keep together
         return keep
     return fitted(sites, keep, pattern)
 
 
-def _counts(
+def _scores(
     model: nn.Module,
     sites: Sequence[Site],
     allocation: Allocation,
-    budget: Budget,
     criterion: Criterion,
     batches: Sequence[Batch],
     whole: Mapping[str, Evidence],
     task: Task | None,
-) -> dict[str, int]:
+) -> Scores | None:
+    """What an allocation looks at; None for one that looks at nothing."""
     if isinstance(allocation, Measuring):
         if task is None or not batches:
             raise SettingError(
@@ -133,14 +133,14 @@ def _counts(
                 "it follows the loss over calibration data, and this method has none",
                 "Use oneshot, with the criterion of your choice, or give samples.",
             )
-        return allocation.spread(sites, budget, allocation.scores_of(model, sites, batches, task))
+        return allocation.scores_of(model, sites, batches, task)
     if not allocation.needs_scores:
-        return allocation.spread(sites, budget)
+        return None
     inputs = criterion.needs & INPUTS
     seen = dict(observe(model, sites, batches, inputs)) if inputs else {}
     for name, more in whole.items():
         seen[name] = seen.get(name, Evidence()).beside(more)
-    return allocation.spread(sites, budget, Scored({s.name: s for s in sites}, tensors(model), criterion, seen))
+    return Scored({s.name: s for s in sites}, tensors(model), criterion, seen)
 
 
 def spendable(allocation: Allocation, pattern: Pattern) -> tuple[Allocation, list[str]]:

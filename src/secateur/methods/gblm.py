@@ -16,7 +16,6 @@ from secateur.axes.criteria import gradient_norm, measured, wanda_score
 from secateur.axes.patterns import check_pattern
 from secateur.axes.sweep import gradients, spendable, spread, sweep
 from secateur.cut import DEFAULT_EXCLUDE, weights
-from secateur.edit import Edit
 from secateur.evidence import Evidence
 from secateur.method import Budget, Card, Method
 from secateur.outcome import Outcome
@@ -40,22 +39,21 @@ class InverseGradient:
 
 @dataclass(frozen=True, eq=False)
 class _Told:
-    """Decides by rank, and notes the alpha of each site: it belongs to the calibration set, and no setting says it."""
+    """A mix that notes the alpha of each site: it belongs to the calibration set, and no setting says it."""
 
-    rank: Rank
+    mix: Gblm
     alphas: list[float] = field(default_factory=list)
 
     @property
     def needs(self) -> frozenset[str]:
-        """See Solver."""
-        return self.rank.needs
+        """See Criterion."""
+        return self.mix.needs
 
-    def solve(self, site: Site, tensors: Tensors, seen: Evidence, keep: int) -> list[Edit]:
-        """See Solver."""
-        criterion = self.rank.criterion
-        if isinstance(criterion, Gblm) and criterion.alpha is None:
-            self.alphas.append(criterion.weight(*criterion.terms(site, seen)))
-        return self.rank.solve(site, tensors, seen, keep)
+    def score(self, site: Site, tensors: Tensors, seen: Evidence) -> Tensor:
+        """See Criterion."""
+        terms = self.mix.terms(site, seen)
+        self.alphas.append(self.mix.weight(*terms))
+        return self.mix.mixed(site, tensors, *terms, self.alphas[-1])
 
     def notes(self) -> list[str]:
         """The alphas, where they were set at each site."""
@@ -109,7 +107,10 @@ class GBLMPruner(Method):
 
     def run(self, model: nn.Module, task: Task) -> Outcome:
         """See Method. Raises EvidenceError, naming the layer, where no gradient comes back."""
-        sites, solver = weights(model, self.include, self.exclude), _Told(Rank(self.criterion, self.pattern))
+        sites, told = weights(model, self.include, self.exclude), None
+        if isinstance(self.criterion, Gblm) and self.criterion.alpha is None:
+            told = _Told(self.criterion)
+        solver = Rank(told or self.criterion, self.pattern)
         batches = list(task.batches("calibration", self.samples))
         whole = gradients(model, sites, batches, solver.needs, task.loss)
         allocation, notes = spendable(self.allocation, self.pattern)
@@ -117,4 +118,4 @@ class GBLMPruner(Method):
             model, sites, allocation, Budget(self.sparsity), self.criterion, batches, whole, task, pattern=self.pattern
         )
         edits = sweep(model, sites, solver, keep, batches, self.feed, whole)
-        return Outcome(model, edits, notes=notes + solver.notes())
+        return Outcome(model, edits, notes=notes + (told.notes() if told else []))

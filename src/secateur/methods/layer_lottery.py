@@ -22,19 +22,13 @@ from secateur.axes.rewinding import Course, Rewind, reinitialize_, train_whole
 from secateur.cut import passing
 from secateur.edit import Edit, Mask, Replace, apply_
 from secateur.errors import BudgetError, ModelError, SettingError
-from secateur.method import Budget, Card, Method, check_sparsity
+from secateur.method import Budget, Card, Method, check_count, check_sparsity
 from secateur.outcome import Outcome
 from secateur.site import Part, Site
 from secateur.task import Task, generator, quality
 from secateur.train import History, Snapshot
 
 # What makes a block worth keeping
-
-
-def _check_counts(**counts: int) -> None:
-    for name, count in counts.items():
-        if count < 1:
-            raise SettingError(f"{name}={count} was given to a score of blocks", "one is the least", "Give 1 or more.")
 
 
 @dataclass(frozen=True)
@@ -48,7 +42,7 @@ class Signed:
     samples: int = 128  # examples in all
 
     def __post_init__(self) -> None:
-        _check_counts(samples=self.samples)
+        check_count(self.samples, "samples")
 
     def read(self, model: nn.Module, sites: Sequence[Site], task: Task, sparsity: float) -> Reading:
         """See Probe."""
@@ -138,7 +132,7 @@ class Divergence:
     samples: int = 256
 
     def __post_init__(self) -> None:
-        _check_counts(samples=self.samples)
+        check_count(self.samples, "samples")
 
     def score(self, model: nn.Module, blocks: Sequence[Ran], task: Task) -> list[float]:
         """See BlockScore."""
@@ -160,7 +154,7 @@ class Unlikeness:
     samples: int = 256
 
     def __post_init__(self) -> None:
-        _check_counts(samples=self.samples)
+        check_count(self.samples, "samples")
 
     def score(self, model: nn.Module, blocks: Sequence[Ran], task: Task) -> list[float]:
         """See BlockScore."""
@@ -201,7 +195,7 @@ class FeatureRank:
     samples: int = 64
 
     def __post_init__(self) -> None:
-        _check_counts(samples=self.samples)
+        check_count(self.samples, "samples")
 
     def score(self, model: nn.Module, blocks: Sequence[Ran], task: Task) -> list[float]:
         """See BlockScore."""
@@ -222,7 +216,7 @@ class Activity:
     samples: int = 64
 
     def __post_init__(self) -> None:
-        _check_counts(samples=self.samples)
+        check_count(self.samples, "samples")
 
     def score(self, model: nn.Module, blocks: Sequence[Ran], task: Task) -> list[float]:
         """See BlockScore."""
@@ -241,7 +235,8 @@ class Projection:
     components: int = 2
 
     def __post_init__(self) -> None:
-        _check_counts(samples=self.samples, components=self.components)
+        check_count(self.samples, "samples")
+        check_count(self.components, "components")
 
     def score(self, model: nn.Module, blocks: Sequence[Ran], task: Task) -> list[float]:
         """See BlockScore. Raises SettingError where scikit-learn is not installed, or examples have no label each."""

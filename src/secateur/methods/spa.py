@@ -57,7 +57,10 @@ class Noise:
     batch: int = 64  # examples that go through together
 
     def __post_init__(self) -> None:
-        _check_batch(self.batch)
+        if self.batch < 1:
+            raise SettingError(
+                f"noise in batches of {self.batch} was asked for", "one example is the least", "Give 64."
+            )
 
     def batches(self, task: Task, samples: int) -> list[Batch]:
         """See Inputs."""
@@ -65,22 +68,12 @@ class Noise:
 
 
 @dataclass(frozen=True)
-class UniformNoise:
+class UniformNoise(Noise):
     """No data: numbers in [0, 1), each as likely as any other, or any token, in the shapes of the task's example."""
-
-    batch: int = 64  # examples that go through together
-
-    def __post_init__(self) -> None:
-        _check_batch(self.batch)
 
     def batches(self, task: Task, samples: int) -> list[Batch]:
         """See Inputs."""
         return _made(task, samples, self.batch, torch.rand)
-
-
-def _check_batch(batch: int) -> None:
-    if batch < 1:
-        raise SettingError(f"noise in batches of {batch} was asked for", "one example is the least", "Give 64.")
 
 
 def _made(task: Task, samples: int, batch: int, numbers: Callable[..., Tensor]) -> list[Batch]:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from secateur.errors import TaskError, did_you_mean
-from secateur.task import Batch, Task, generator, logits_of
+from secateur.task import Batch, Task, generator, logits_of, modes_of, restore_modes_
 from secateur.tasks.learners import Learner, Sgd
 
 
@@ -169,11 +169,10 @@ def device_of(model: nn.Module) -> torch.device:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; every module's own mode comes back after."""
-    modes = [(module, module.training) for module in model.modules()]
+    modes = modes_of(model)
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        for module, training in modes:
-            module.training = training
+        restore_modes_(model, modes)

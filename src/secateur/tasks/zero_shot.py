@@ -20,6 +20,7 @@ from typing import Any
 from torch import nn
 
 from secateur.errors import ModelError, TaskError, did_you_mean
+from secateur.task import modes_of, restore_modes_
 from secateur.tasks import pack
 
 PACKED = "multiple_choice.jsonl.gz"
@@ -217,14 +218,13 @@ def as_it_is(model: nn.Module) -> Iterator[None]:
 
     After a cut the two may differ, and would be overwritten. Evaluation mode, which it sets, is undone as well.
     """
-    modes = [(module, module.training) for module in model.modules()]
+    modes = modes_of(model)
     vars(model)["tie_weights"] = lambda *_, **__: None
     try:
         yield
     finally:
         del vars(model)["tie_weights"]
-        for module, training in modes:
-            module.training = training
+        restore_modes_(model, modes)
 
 
 @contextmanager
