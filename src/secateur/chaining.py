@@ -15,8 +15,9 @@ from torch.nn.utils.prune import BasePruningMethod
 from secateur.formats.chain import ConvChain, Link
 from secateur.formats.conv import ANY, SparseConv2d
 from secateur.formats.linear import SparseLinear
-from secateur.formats.linear_chain import Gate, LinearChain, Product
+from secateur.formats.linear_chain import LinearChain
 from secateur.formats.planned import RELU
+from secateur.formats.program import Gate, Product
 
 _BOUNDS: dict[Any, tuple[float, float]] = {
     **dict.fromkeys((F.relu, torch.relu, torch.relu_, "relu", "relu_", nn.ReLU), RELU),

@@ -14,8 +14,9 @@ from secateur.formats import Bitmap, DepthTaps, GroupCols, Sell8, Sell16
 from secateur.formats.chain import ConvChain, Link
 from secateur.formats.conv import SparseConv2d
 from secateur.formats.linear import SparseLinear, SparsePointwise
-from secateur.formats.linear_chain import LinearChain, Product
+from secateur.formats.linear_chain import LinearChain
 from secateur.formats.packed import Packed
+from secateur.formats.program import Product
 
 FORMATS = [Bitmap(), Sell16(), Sell8()]
 each = pytest.mark.parametrize("format", FORMATS, ids=lambda f: f.name)

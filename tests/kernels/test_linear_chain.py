@@ -14,19 +14,10 @@ from secateur.chaining import chained, chained_within
 from secateur.errors import FormatError
 from secateur.formats import NM, Bitmap, BitmapInt8, Block, GroupCols, KBlocked, Sell8, Sell16, SellBlocked
 from secateur.formats.linear import SparseLinear
-from secateur.formats.linear_chain import (
-    HELD,
-    LITTLE,
-    SILU,
-    SPAN,
-    Activate,
-    Gate,
-    LinearChain,
-    Product,
-    packed_chain,
-)
+from secateur.formats.linear_chain import LinearChain, packed_chain
 from secateur.formats.packed import VALUES
 from secateur.formats.planned import RELU
+from secateur.formats.program import HELD, LITTLE, SILU, SPAN, Activate, Gate, Product
 from secateur.formats.state import made_of
 
 STRANGE = torch.tensor([float("nan"), float("inf"), -float("inf"), 100.0, -100.0, 88.5, -88.5, 1e-20, -0.0, 3e38])

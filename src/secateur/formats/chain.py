@@ -117,6 +117,7 @@ class _Plan(Plan):
         threads, self.head = key[0], chain.head if key[1] else None
         layers: list[SparseConv2d] = list(chain.layers)  # type: ignore[arg-type]  # a ModuleList says Module
         held = [layer.packed for layer in layers]
+        self.within(chain.layers._modules)
         for layer, packed in zip(layers, held, strict=True):
             packed.unchanged()
             self.watch(layer._buffers, list(packed.tensors))

@@ -1,46 +1,21 @@
 """Packed linear layers that follow one another, with the bounds and gates between them, run in one call."""
 
-import ctypes
-import math
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from secateur import kernels
 from secateur.formats import FORMATS
 from secateur.formats.conv import ANY
 from secateur.formats.linear import SparseLinear
-from secateur.formats.packed import VALUES
-from secateur.formats.planned import Plan, Planned, bounded
+from secateur.formats.planned import Planned, bounded
+from secateur.formats.program import Gate, Product, Program
 from secateur.formats.state import MOST, made_of
 
-ALIGNED = 64
-"""Bytes between values in memory are a multiple of it."""
-LITTLE = 2**16
-"""Bytes of values between the steps that a plan keeps; more is taken for each call."""
-HELD, SILU, SPAN = 0, 1, 8192  # of kernels/activate.h
 PRODUCT, GATE = 0, 1  # steps, as an operator takes them
-
-
-@dataclass(frozen=True)
-class Product:
-    """The next layer of a chain. Values are numbered: the inputs of the chain, then what each step gives."""
-
-    source: int  # what it multiplies
-    between: tuple[float, float] = ANY  # what the outcome is held between: (0, inf) is ReLU
-
-
-@dataclass(frozen=True)
-class Gate:
-    """SiLU of a value, times another: the gate of SwiGLU."""
-
-    source: int
-    times: int | None = None  # nothing, where SiLU is all
 
 
 class LinearChain(Planned["_Plan"]):
@@ -206,121 +181,26 @@ def _(
     return [inputs[0].new_empty(shapes[i]) for i in outputs]
 
 
-class Matmul(ctypes.Structure):
-    """`Matmul` of kernels/kernels.h."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("weight", "x", "y", "bias")),
-        ("rows", ctypes.c_int64),
-    )
-
-
-class Activate(ctypes.Structure):
-    """`Activate` of kernels/activate.h."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "times", "y")),
-        *((name, ctypes.c_int64) for name in ("count", "kind")),
-        *((name, ctypes.c_float) for name in ("low", "high")),
-    )
-
-
-class _Plan(Plan):
+class _Plan(Program):
     """The structs of all steps for inputs of some shape, and the memory between them, if that is little."""
 
     def __init__(self, chain: LinearChain, key: tuple[Any, ...], inputs: Sequence[Tensor]) -> None:
-        super().__init__(key)
+        super().__init__(key, inputs[0].dtype, key[0])
+        self.within(chain.layers._modules)
         layers: list[SparseLinear] = list(chain.layers)  # type: ignore[arg-type]  # a ModuleList says Module
-        held = [layer.packed for layer in layers]
-        dtype, self._threads = held[0].dtype, key[0]
-        for layer, packed in zip(layers, held, strict=True):
-            packed.unchanged()
-            self.watch(layer._buffers, list(packed.tensors))
-            self.point(layer._parameters, ["bias"])
-        self._activate = f"activate_{VALUES[dtype]}"
-        self.need([*(packed.prepared.kernel for packed in held), self._activate])
-        self.possible &= {*(x.dtype for x in inputs), *(packed.dtype for packed in held)} == {dtype}
-        self._shapes = [tuple(x.shape) for x in inputs]  # of each value
-        self._places: list[list[int]] = [[] for _ in inputs]  # and where its pointer goes
-        self._calls: list[tuple[kernels.Kernel, Matmul | Activate, int]] = []
-        following = iter(layers)
-        for step in chain.steps:
-            self.possible = self.possible and (
-                self._add_product(step, next(following)) if isinstance(step, Product) else self._add_gate(step)
-            )
-        if self.possible:
-            self._lay_out(inputs, chain.outputs, dtype)
+        for layer in layers:
+            self.take(layer)
+        self.possible &= {x.dtype for x in inputs} == {self.dtype}
+        if not self.possible:
+            return
+        given = [self.value(tuple(x.shape)) for x in inputs]
+        values = self.add_steps(chain.steps, layers, given)
+        if values is not None:
+            self._shapes = [self.shapes[values[i]] for i in chain.outputs]
+            self.lay_out([*given, *(values[i] for i in chain.outputs)])
 
     def run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """All steps, in order."""
-        found = tuple([inputs[0].new_empty(shape) for shape in self._given])
-        pointers = [t.data_ptr() for t in (*inputs, *found)]
-        if self._between:
-            room = inputs[0].new_empty(self._room)  # held until the end of this
-            pointers += [room.data_ptr() + at for at in self._between]
-        self._steps.run(pointers, self._threads)
+        found = tuple([inputs[0].new_empty(shape) for shape in self._shapes])
+        self.start([t.data_ptr() for t in (*inputs, *found)], inputs[0])
         return found
-
-    def _add_product(self, step: Product, layer: SparseLinear) -> bool:
-        """Whether it can be done here: not where torch's product with the weight written out is faster."""
-        packed, bias, shape = layer.packed, layer.bias, self._shapes[step.source]
-        numbers, made = math.prod(shape), len(self._shapes)
-        beside = bias is None or (
-            bias.dtype is packed.dtype and bias.shape == packed.shape[:1] and bias.is_contiguous() and not bias.is_neg()
-        )
-        if not beside or shape[-1:] != packed.shape[1:] or not numbers or packed.writes(numbers) is not None:
-            return False
-        call = Matmul(bias=None if bias is None else bias.data_ptr(), rows=numbers // packed.shape[1])
-        call.weight = ctypes.addressof(packed.prepared.weight)
-        self._add_value((*shape[:-1], packed.shape[0]))
-        self._add_call(packed.prepared.kernel, call, packed.prepared.items, x=step.source, y=made)
-        if step.between != ANY:
-            self._add_activate(HELD, step.between, x=made, y=made)
-        return True
-
-    def _add_gate(self, step: Gate) -> bool:
-        """Whether it can be done here: of values of one shape."""
-        shape, made = self._shapes[step.source], len(self._shapes)
-        if step.times is not None and self._shapes[step.times] != shape:
-            return False
-        self._add_value(shape)
-        self._add_activate(SILU, ANY, x=step.source, y=made, **({} if step.times is None else {"times": step.times}))
-        return True
-
-    def _add_value(self, shape: tuple[int, ...]) -> None:
-        self._shapes.append(shape)
-        self._places.append([])
-
-    def _add_activate(self, kind: int, between: tuple[float, float], **values: int) -> None:
-        count = math.prod(self._shapes[values["y"]])
-        call = Activate(count=count, kind=kind, low=between[0], high=between[1])
-        self._add_call(self._activate, call, -(-count // SPAN), **values)
-
-    def _add_call(self, name: str, call: Matmul | Activate, items: int, **values: int) -> None:
-        """A kernel, with the values that fields of its struct point to."""
-        kernel = self.kernels[name]
-        assert kernel is not None, "asked when the plan was made"
-        self._calls.append((kernel, call, items))
-        for field, value in values.items():
-            self._places[value].append(ctypes.addressof(call) + int(getattr(type(call), field).offset))
-
-    def _lay_out(self, inputs: Sequence[Tensor], outputs: Sequence[int], dtype: torch.dtype) -> None:
-        """Where values lie that are not given back."""
-        self._given = [self._shapes[i] for i in outputs]
-        order, between = [*range(len(inputs)), *outputs], list[int]()
-        size = 0
-        for value in range(len(inputs), len(self._shapes)):
-            if value not in outputs:
-                order.append(value)
-                between.append(size)
-                size += -(-math.prod(self._shapes[value]) * dtype.itemsize // ALIGNED) * ALIGNED
-        self._room, self._between = size // dtype.itemsize, between
-        places = [(place, which) for which, value in enumerate(order) for place in self._places[value]]
-        if size <= LITTLE:
-            self._memory, self._between = inputs[0].new_empty(self._room), []
-            first = len(inputs) + len(outputs)
-            for place, which in places:
-                if which >= first:
-                    ctypes.c_void_p.from_address(place).value = self._memory.data_ptr() + between[which - first]
-            places = [(place, which) for place, which in places if which < first]
-        self._steps = kernels.Steps(self._calls, places)

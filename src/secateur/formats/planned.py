@@ -26,6 +26,7 @@ class Plan(ABC):
         self.possible = True
         self.kernels: dict[str, kernels.Kernel | None] = {}
         self._watched: list[tuple[Mapping[str, Tensor | None], str, Tensor, int | None]] = []
+        self._modules: list[tuple[Mapping[str, nn.Module | None], str, nn.Module | None]] = []
         self._pointed: list[tuple[Mapping[str, Tensor | None], str, Tensor | None, int]] = []
 
     def watch(self, buffers: Mapping[str, Tensor | None], names: Sequence[str]) -> None:
@@ -35,6 +36,10 @@ class Plan(ABC):
             assert tensor is not None, "a buffer of a packed layer"
             # Tensors of inference mode count no versions, and cannot be changed outside it.
             self._watched.append((buffers, name, tensor, None if tensor.is_inference() else tensor._version))
+
+    def within(self, modules: Mapping[str, nn.Module | None]) -> None:
+        """Modules that another one has."""
+        self._modules += [(modules, name, module) for name, module in modules.items()]
 
     def point(self, parameters: Mapping[str, Tensor | None], names: Sequence[str]) -> None:
         """Parameters, if there are any of these names, that what runs points to, whatever their numbers become."""
@@ -55,6 +60,8 @@ class Plan(ABC):
         for held, name, there, pointer in self._pointed:
             if held.get(name) is not there or (there is not None and there.data_ptr() != pointer):
                 return False
+        if any(held.get(name) is not module for held, name, module in self._modules):
+            return False
         return all(kernels.find(name) is kernel for name, kernel in self.kernels.items())
 
     @abstractmethod
