@@ -14,6 +14,7 @@ from torch.nn.utils.prune import BasePruningMethod
 
 from secateur.formats.chain import ConvChain, Link
 from secateur.formats.conv import ANY, SparseConv2d
+from secateur.formats.decoder import Decoder, parts_of
 from secateur.formats.linear import SparseLinear
 from secateur.formats.linear_chain import LinearChain
 from secateur.formats.planned import RELU
@@ -66,6 +67,25 @@ def chained_within(model: nn.Module) -> nn.Module:
         if traced is not None and traced[1] and _is_all(traced[0]):
             instead[module] = _alone(*traced, module)
     return sharing(model, instead) if instead else model
+
+
+def decoding(model: nn.Module) -> nn.Module:
+    """A model in which the blocks of a decoder are one module, which runs them in one call; it shares all with it.
+
+    The model itself where it has none, or not all linear layers of them are packed (`formats.decoder`).
+    """
+    if not any(_are_blocks(module) for module in model.modules()):
+        return model
+    made = sharing(model, {})  # not in the model itself: its blocks have to read the configuration of the copy
+    for module in list(made.modules()):
+        for name, child in list(module.named_children()):
+            if _are_blocks(child):
+                setattr(module, name, nn.ModuleList([Decoder(list(child)).train(child.training)]))
+    return made
+
+
+def _are_blocks(module: nn.Module) -> bool:
+    return type(module) is nn.ModuleList and len(module) > 0 and all(parts_of(block) is not None for block in module)
 
 
 def sharing(model: nn.Module, instead: Mapping[Any, nn.Module]) -> nn.Module:

@@ -195,7 +195,7 @@ class _Plan(Program):
             return
         given = [self.value(tuple(x.shape)) for x in inputs]
         values = self.add_steps(chain.steps, layers, given)
-        if values is not None:
+        if self.possible:
             self._shapes = [self.shapes[values[i]] for i in chain.outputs]
             self.lay_out([*given, *(values[i] for i in chain.outputs)])
 

@@ -4,7 +4,6 @@ A small layer takes microseconds, and so does a call of it from Python, ten time
 gone through the caches: what a network would spend between its layers is spent once for all of them here.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -17,11 +16,11 @@ from secateur.formats.conv import ANY, SHAPES
 RELU = (0.0, float("inf"))
 
 
-class Plan(ABC):
+class Plan:
     """What runs inputs of some shapes in one call, as long as the tensors it was made for are as they were."""
 
     def __init__(self, key: tuple[Any, ...]) -> None:
-        """A plan for what has the same key; `possible` says whether there is one."""
+        """A plan for what has the same key; `possible` says whether there is one. Two threads must not run it at once."""
         self.key = key
         self.possible = True
         self.kernels: dict[str, kernels.Kernel | None] = {}
@@ -63,10 +62,6 @@ class Plan(ABC):
         if any(held.get(name) is not module for held, name, module in self._modules):
             return False
         return all(kernels.find(name) is kernel for name, kernel in self.kernels.items())
-
-    @abstractmethod
-    def run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """What is given back for inputs. Two threads must not do so at once."""
 
 
 P = TypeVar("P", bound=Plan)

@@ -86,66 +86,59 @@ class Program(Plan):
         self._spans.append((-1, -1))
         return len(self.shapes) - 1
 
-    def step(self, name: str, call: ctypes.Structure, items: int, **values: int) -> bool:
-        """A kernel, with the values that fields of its struct point to. Returns whether there is one."""
+    def step(self, name: str, call: ctypes.Structure, items: int, **values: int) -> None:
+        """A kernel, with the values that fields of its struct point to; not possible where there is none."""
         self.need([name])
         kernel = self.kernels[name]
         if kernel is None:
-            return False
+            return
         now = len(self._calls)
         self._calls.append((kernel, call, items))
         for field, value in values.items():
             self._places[value].append(ctypes.addressof(call) + int(getattr(type(call), field).offset))
             first = self._spans[value][0]
             self._spans[value] = (now if first < 0 else first), now
-        return True
 
     def add_steps(
         self, steps: Sequence[Product | Gate], layers: Sequence[SparseLinear], given: Sequence[int]
-    ) -> list[int] | None:
-        """The steps of a chain on values that it is given; its values by number, or None where one cannot be done."""
+    ) -> list[int]:
+        """The steps of a chain on values that it is given; its values by number."""
         values, following = [*given], iter(layers)
         for step in steps:
-            made: int | None
             if isinstance(step, Product):
-                made = self.add_product(next(following), values[step.source], step.between)
+                values.append(self.add_product(next(following), values[step.source], step.between))
             else:
-                made = self._add_gate(values[step.source], None if step.times is None else values[step.times])
-            if made is None:
-                self.possible = False
-                return None
-            values.append(made)
-        return values if self.possible else None
+                values.append(self._add_gate(values[step.source], None if step.times is None else values[step.times]))
+        return values
 
-    def add_product(self, layer: SparseLinear, source: int, between: tuple[float, float] = ANY) -> int | None:
-        """What a layer makes of a value; None where torch's product with the weight written out has to be asked."""
+    def add_product(self, layer: SparseLinear, source: int, between: tuple[float, float] = ANY) -> int:
+        """What a layer makes of a value: not possible where torch's product with the weight written out is faster."""
         packed, bias, shape = layer.packed, layer.bias, self.shapes[source]
         numbers = math.prod(shape)
         beside = bias is None or (
             bias.dtype is packed.dtype and bias.shape == packed.shape[:1] and bias.is_contiguous() and not bias.is_neg()
         )
-        if not beside or shape[-1:] != packed.shape[1:] or not numbers or packed.writes(numbers) is not None:
-            return None
+        fits = shape[-1:] == packed.shape[1:] and numbers > 0
+        self.possible = self.possible and beside and fits and packed.writes(numbers) is None
         call = Matmul(bias=None if bias is None else bias.data_ptr(), rows=numbers // packed.shape[1])
         call.weight = ctypes.addressof(packed.prepared.weight)
         made = self.value((*shape[:-1], packed.shape[0]))
-        there = self.step(packed.prepared.kernel, call, packed.prepared.items, x=source, y=made)
-        if there and between != ANY:
-            there = self._add_activate(HELD, between, x=made, y=made)
-        return made if there else None
+        self.step(packed.prepared.kernel, call, packed.prepared.items, x=source, y=made)
+        if between != ANY:
+            self._add_activate(HELD, between, x=made, y=made)
+        return made
 
-    def _add_gate(self, source: int, times: int | None) -> int | None:
+    def _add_gate(self, source: int, times: int | None) -> int:
         """SiLU, times another value: of one shape."""
-        if times is not None and self.shapes[times] != self.shapes[source]:
-            return None
         made = self.value(self.shapes[source])
-        beside = {} if times is None else {"times": times}
-        return made if self._add_activate(SILU, ANY, x=source, y=made, **beside) else None
+        self.possible &= times is None or self.shapes[times] == self.shapes[source]
+        self._add_activate(SILU, ANY, x=source, y=made, **({} if times is None else {"times": times}))
+        return made
 
-    def _add_activate(self, kind: int, between: tuple[float, float], **values: int) -> bool:
+    def _add_activate(self, kind: int, between: tuple[float, float], **values: int) -> None:
         count = math.prod(self.shapes[values["y"]])
         call = Activate(count=count, kind=kind, low=between[0], high=between[1])
-        return self.step(f"activate_{VALUES[self.dtype]}", call, -(-count // SPAN), **values)
+        self.step(f"activate_{VALUES[self.dtype]}", call, -(-count // SPAN), **values)
 
     def lay_out(self, given: Sequence[int]) -> None:
         """Where values lie that the caller does not give, in the order of these: two share a place that never meet."""

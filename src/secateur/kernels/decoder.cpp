@@ -64,6 +64,7 @@ void attend(const void* pointer, int64_t begin, int64_t end) {
     const T* const values = static_cast<const T*>(call.values) + text * call.values_text + head * call.values_head;
     const T* const new_key = static_cast<const T*>(call.new_keys) + item * width;
     const T* const new_value = static_cast<const T*>(call.new_values) + item * width;
+    const float* const bias = call.bias ? call.bias + text * (tokens + 1) : nullptr;
     for (int64_t member = 0; member < call.group; member++) {
       const T* const query = static_cast<const T*>(call.query) + (item * call.group + member) * width;
       T* const out = static_cast<T*>(call.out) + (item * call.group + member) * width;
@@ -72,14 +73,15 @@ void attend(const void* pointer, int64_t begin, int64_t end) {
         const T* const key = token < tokens ? keys + token * width : new_key;
         double score = 0;
         for (int64_t i = 0; i < width; i++) score += double(widen(query[i])) * widen(key[i]);
-        weight[token] = score * call.scaling;
+        weight[token] = score * call.scaling + (bias ? bias[token] : 0);
         if (!(weight[token] <= most)) most = weight[token];
       }
+      if (most == -INFINITY) most = 0;  // a token that may see nothing gets nothing
       for (int64_t token = 0; token <= tokens; token++) whole += weight[token] = exp(weight[token] - most);
       for (int64_t i = 0; i < width; i++) {
         double sum = weight[tokens] * widen(new_value[i]);
         for (int64_t token = 0; token < tokens; token++) sum += weight[token] * widen(values[token * width + i]);
-        narrow(float(sum / whole), out + i);
+        narrow(whole == 0 ? 0 : float(sum / whole), out + i);
       }
     }
   }

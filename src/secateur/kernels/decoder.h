@@ -30,6 +30,7 @@ struct Attend {
   const void* values;      // likewise
   const void* new_keys;    // [texts, heads, width]
   const void* new_values;  // likewise
+  const float* bias;       // [texts, tokens + 1], added to the scores, or null
   void* out;               // [texts, heads, group, width]
   int64_t tokens, keys_text, keys_head, values_text, values_head;
   int64_t heads, group, width;

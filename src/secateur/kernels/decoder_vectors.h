@@ -146,14 +146,17 @@ struct Head {
   // Scores to weights, of which the sum is given back.
   float soften(float* weight) {
     const int64_t count = tokens + 1;
+    const float* const bias = call.bias ? call.bias + item / call.heads * count : nullptr;
     Vector most = all(-__builtin_inff());
     for (int64_t token = count; token < apart; token++) weight[token] = -__builtin_inff();
     for (int64_t token = 0; token < count; token += LANES) {
-      const Vector some = load(weight + token);
+      Vector some = load(weight + token);
+      if (bias) store(weight + token, some += load_first(bias + token, count - token));
       most = some > most ? some : most;
     }
     float top = most[0];
     for (int lane = 1; lane < LANES; lane++) top = most[lane] > top ? most[lane] : top;
+    if (top == -__builtin_inff()) top = 0;  // a token that may see nothing gets nothing
     Vector whole = {};
     for (int64_t token = 0; token < count; token += LANES) {
       const Vector some = exponential(load(weight + token) - top);
@@ -183,7 +186,7 @@ struct Head {
     for (int g = 0; g < G; g++)
       for (int p = 0; p < P; p++) {
         const int64_t at = first + p * LANES;
-        store_first(to + g * width + at, sums[g][p] / wholes[g], width - at);
+        store_first(to + g * width + at, wholes[g] == 0 ? Vector{} : sums[g][p] / wholes[g], width - at);
       }
   }
 

@@ -1,0 +1,334 @@
+"""Blocks of a language model that run in one call, for one new token of each text.
+
+A packed layer of a small model takes twenty microseconds, and what torch and Python do between the layers of a block
+takes as long as all of them: here norms, rotations, attention and sums are steps between products, of all blocks at
+once. The blocks are those of transformers (Llama, Mistral, Qwen 2 and 3) and stay what they are: whatever else they are
+asked, such as a prompt, they do themselves.
+"""
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.formats.linear import SparseLinear
+from secateur.formats.linear_chain import LinearChain
+from secateur.formats.packed import VALUES
+from secateur.formats.planned import Planned
+from secateur.formats.program import Program
+
+NAMES = "Llama", "Mistral", "Qwen2", "Qwen3"
+KNOWN = {f"transformers.models.{name.lower()}.modeling_{name.lower()}": name for name in NAMES}
+"""By the module of their code, the name with which its classes begin."""
+ATTENTION = ("sdpa", "eager")
+"""What transformers calls the ways to compute attention that differ in nothing but the order of sums."""
+PAST = ("keys", "values", "tokens", "keys_text", "keys_head", "values_text", "values_head")
+"""What an attention reads of a cache, as its struct has it."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a block is made of."""
+
+    first: nn.Module  # the norms
+    second: nn.Module
+    heads: tuple[nn.Module, nn.Module] | None  # of queries and keys
+    linear: tuple[SparseLinear, SparseLinear, SparseLinear, SparseLinear]  # of queries, keys, values and what they find
+    gated: LinearChain
+    width: int  # of a head
+    group: int  # heads of queries for each of keys
+    scaling: float
+    place: int  # in a cache
+
+    @property
+    def norms(self) -> list[nn.Module]:
+        """All that it has."""
+        return [self.first, self.second, *(self.heads or ())]
+
+
+def parts_of(block: nn.Module) -> Parts | None:
+    """The parts of a block whose linear layers are all packed; None for any other."""
+    name = KNOWN.get(type(block).__module__)
+    if name is None or type(block).__qualname__ != f"{name}DecoderLayer":
+        return None
+    found: Any = block
+    attention, gated = found.self_attn, found.mlp
+    linear = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
+    if type(gated) is not LinearChain or (gated.inputs, len(gated.outputs)) != (1, 1):
+        return None
+    if any(type(layer) is not SparseLinear for layer in linear):
+        return None
+    parts = Parts(
+        first=found.input_layernorm,
+        second=found.post_attention_layernorm,
+        heads=(attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None,
+        linear=linear,
+        gated=gated,
+        width=attention.head_dim,
+        group=attention.num_key_value_groups,
+        scaling=attention.scaling,
+        place=attention.layer_idx,
+    )
+    kinds = {(type(attention), f"{name}Attention"), *((type(norm), f"{name}RMSNorm") for norm in parts.norms)}
+    if any((kind.__module__, kind.__qualname__) != (type(block).__module__, said) for kind, said in kinds):
+        return None
+    outputs = [layer.packed.shape[0] for layer in linear[:3]]
+    fits = outputs == [parts.group * outputs[1], outputs[1], outputs[1]] and not outputs[1] % parts.width
+    return parts if fits and not parts.width % 2 else None
+
+
+class Decoder(Planned["_Plan"]):
+    """Blocks of a language model, called as one of them is: for inference, on the CPU."""
+
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        """Blocks in their order."""
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **more: Any,
+    ) -> Tensor:
+        """Hidden states [texts, tokens, width] behind the last block; what the cache holds grows as each block says.
+
+        Raises FormatError as the layers do.
+        """
+        if not torch.compiler.is_compiling() and not any(value not in (None, False) for value in more.values()):
+            found = self._at_once(hidden_states, attention_mask, past_key_values, position_embeddings)
+            if found is not None:
+                return found
+        for block in self.blocks:
+            hidden_states = block(
+                hidden_states,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_embeddings=position_embeddings,
+                **more,
+            )
+        return hidden_states
+
+    def extra_repr(self) -> str:
+        """How many there are."""
+        return f"{len(self.blocks)} in one call"
+
+    def _at_once(self, x: Tensor, mask: Tensor | None, cache: Any, angles: Any) -> Tensor | None:
+        """What one call gives, or None where the blocks have to be asked."""
+        learns = torch.is_grad_enabled()
+        if x.dim() != 3 or x.shape[1] != 1 or not x.numel() or self.training or (learns and x.requires_grad):
+            return None
+        if not isinstance(angles, tuple) or len(angles) != 2:
+            return None
+        given = (x, *angles)
+        if any(t.dtype is not x.dtype or not t.is_cpu or not t.is_contiguous() or t.is_neg() for t in given):
+            return None
+        shapes = tuple(tuple(t.shape) for t in given)
+        if shapes[1] != shapes[2] or len(shapes[1]) != 3 or shapes[1][0] not in (1, len(x)) or shapes[1][1] != 1:
+            return None
+        key = (torch.get_num_threads(), x.dtype, mask is not None, *shapes)
+        plan = self.taken(key, lambda: _Plan(self, key, shapes))
+        if plan is None:
+            return None
+        try:
+            return None if any(plan.hooks) or (learns and plan.learns()) else plan.attended(given, mask, cache)
+        finally:
+            self.keep(plan)
+
+
+class Normalize(ctypes.Structure):
+    """`Normalize` of kernels/decoder.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "more", "sum", "weight", "y")),
+        *((name, ctypes.c_int64) for name in ("rows", "width")),
+        ("epsilon", ctypes.c_float),
+    )
+
+
+class Rotate(ctypes.Structure):
+    """`Rotate` of kernels/decoder.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "cos", "sin")),
+        *((name, ctypes.c_int64) for name in ("heads", "width", "apart")),
+    )
+
+
+class Attend(ctypes.Structure):
+    """`Attend` of kernels/decoder.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("query", "keys", "values", "new_keys", "new_values", "bias", "out")),
+        *((name, ctypes.c_int64) for name in (*PAST[2:], "heads", "group", "width")),
+        ("scaling", ctypes.c_float),
+    )
+
+
+class _Plan(Program):
+    """The structs of all steps of all blocks for one token of so many texts."""
+
+    def __init__(self, decoder: Decoder, key: tuple[Any, ...], shapes: Sequence[tuple[int, ...]]) -> None:
+        super().__init__(key, key[1], key[0])
+        self.texts, self._masked = shapes[0][0], bool(key[2])
+        self.within(decoder.blocks._modules)
+        for module in decoder.blocks.modules():
+            self.within(module._modules)
+        of_all = [module for module in decoder.modules() if module is not decoder]
+        self.hooks = [each for at in of_all for each in (at._forward_hooks, at._forward_pre_hooks)]
+        self._parameters = list(decoder.parameters())
+        found = [parts_of(block) for block in decoder.blocks]
+        self.parts = [parts for parts in found if parts is not None]
+        attentions: list[Any] = [getattr(block, "self_attn", None) for block in decoder.blocks]
+        self._config: Any = getattr(attentions[0], "config", None) if attentions else None
+        alike = bool(found) and len(found) == len(self.parts) and all(at.config is self._config for at in attentions)
+        self.possible &= alike and len({parts.place for parts in self.parts}) == len(self.parts)
+        if self.possible:
+            self._add_all(shapes)
+
+    def learns(self) -> bool:
+        """Whether a parameter asks for its gradient."""
+        return any(p.requires_grad for p in self._parameters)
+
+    def attended(self, given: Sequence[Tensor], mask: Tensor | None, cache: Any) -> Tensor | None:
+        """All blocks, in order; None where their attention is another, or cannot be computed from such a cache."""
+        if self._config._attn_implementation not in ATTENTION:
+            return None
+        past = [(0,) * len(PAST)] * len(self.parts) if cache is None else self._past(cache)
+        if past is None:
+            return None
+        bias = None if mask is None else self._bias(mask, {each[2] for each in past})
+        if mask is not None and bias is None:
+            return None
+        x = given[0]
+        found = x.new_empty(x.shape)
+        fresh = x.new_empty(self._fresh)
+        apart = fresh.stride(0) * fresh.element_size()
+        pointers = [t.data_ptr() for t in (*given, found)]
+        pointers += [] if bias is None else [bias.data_ptr()]
+        pointers += range(fresh.data_ptr(), fresh.data_ptr() + apart * len(fresh), apart)
+        pointers += [number for each in past for number in each]
+        self.start(pointers, x)
+        if cache is not None:
+            mine = fresh.unbind()
+            for parts, key, value in zip(self.parts, mine[::2], mine[1::2], strict=True):
+                cache.update(key, value, parts.place)
+        return found
+
+    def _past(self, cache: Any) -> list[tuple[int, ...]] | None:
+        """Of each block what `PAST` says of a cache that only grows; None for any other."""
+        if not _is(cache, "DynamicCache") or cache.offloading:
+            return None
+        found: list[tuple[int, ...]] = []
+        for parts in self.parts:
+            layer = cache.layers[parts.place] if parts.place < len(cache.layers) else None
+            if layer is not None and not _is(layer, "DynamicLayer"):
+                return None
+            if layer is None or not layer.is_initialized or not layer.keys.numel():
+                found.append((0,) * len(PAST))
+                continue
+            keys, values, heads = layer.keys, layer.values, parts.linear[1].packed.shape[0] // parts.width
+            tokens = keys.shape[-2]
+            for t in (keys, values):
+                if t.dtype is not self.dtype or t.shape != (self.texts, heads, tokens, parts.width) or not t.is_cpu:
+                    return None
+                if t.stride(3) != 1 or (tokens > 1 and t.stride(2) != parts.width) or t.is_neg():
+                    return None
+                if torch.is_grad_enabled() and t.requires_grad:
+                    return None
+            found.append((keys.data_ptr(), values.data_ptr(), tokens, *keys.stride()[:2], *values.stride()[:2]))
+        return found
+
+    def _bias(self, mask: Tensor, tokens: set[int]) -> Tensor | None:
+        """What is added to the scores of each text, [texts, tokens and the new one]; None for another mask."""
+        if len(tokens) > 1 or not isinstance(mask, Tensor) or mask.shape[1:] != (1, 1, 1 + tokens.pop()):
+            return None
+        if len(mask) not in (1, self.texts) or not mask.is_cpu:
+            return None
+        row = mask[:, 0, 0]
+        if row.dtype is torch.bool:
+            row = torch.zeros(row.shape).masked_fill_(~row, float("-inf"))
+        return row.float().expand(self.texts, -1).contiguous() if row.is_floating_point() else None
+
+    def _add_all(self, shapes: Sequence[tuple[int, ...]]) -> None:
+        """The steps of all blocks, and what is between them."""
+        x, *angles = (self.value(shape) for shape in shapes)
+        bias = [self.value(())] if self._masked else []
+        state, more = x, None  # what goes through all blocks, and what is still to be added to it
+        fresh, past = list[int](), list[int]()
+        for parts in self.parts:
+            for layer in (*parts.linear, *parts.gated.layers):
+                assert isinstance(layer, SparseLinear)
+                self.take(layer)
+            state, normed = self._add_norm(parts.first, state, more)
+            each = [self.add_product(layer, normed) for layer in parts.linear[:3]]
+            of = [self.value(()) for _ in PAST]
+            found = self._add_attention(parts, each, angles, dict(zip((*PAST, "bias"), (*of, *bias), strict=False)))
+            state, normed = self._add_norm(parts.second, state, self.add_product(parts.linear[3], found))
+            layers: Any = parts.gated.layers
+            more = self.add_steps(parts.gated.steps, layers, [normed])[parts.gated.outputs[0]]
+            fresh += each[1:]
+            past += of
+        state, _ = self._add_norm(None, state, more)
+        first = self.parts[0]
+        self._fresh = (len(fresh), self.texts, first.linear[1].packed.shape[0] // first.width, 1, first.width)
+        self.possible &= len({self.shapes[value] for value in fresh}) == len({parts.width for parts in self.parts}) == 1
+        self.possible &= self.shapes[state] == shapes[0]
+        if self.possible:
+            self.lay_out([x, *angles, state, *bias, *fresh, *past])
+
+    def _add_norm(self, norm: nn.Module | None, state: int, more: int | None) -> tuple[int, int]:
+        """What is added to a state, and the norm of it, if there is one: the state that goes on, and the normed."""
+        shape = self.shapes[state]
+        call, values, normed = Normalize(rows=self.texts, width=shape[-1]), {"x": state}, -1
+        if more is not None:
+            self.possible &= self.shapes[more] == shape
+            values |= {"more": more, "sum": self.value(shape)}
+        if norm is not None:
+            self._weigh(call, norm)
+            normed = values["y"] = self.value(shape)
+        self.step(f"normalize_{VALUES[self.dtype]}", call, self.texts, **values)
+        return values.get("sum", state), normed
+
+    def _add_attention(
+        self, parts: Parts, each: Sequence[int], angles: Sequence[int], beside: Mapping[str, int]
+    ) -> int:
+        """From queries, keys and values, turned by angles as they lie, to what they find."""
+        heads = [self.shapes[value][-1] // parts.width for value in each]
+        called = VALUES[self.dtype]
+        for value, count, norm in zip(each[:2], heads, parts.heads or (None, None), strict=False):
+            if norm is not None:
+                normalize = Normalize(rows=self.texts * count, width=parts.width)
+                self._weigh(normalize, norm)
+                self.step(f"normalize_{called}", normalize, self.texts * count, x=value, y=value)
+            apart = parts.width if self.shapes[angles[0]][0] > 1 else 0
+            self.possible &= self.shapes[angles[0]][-1] == parts.width
+            rotate = Rotate(heads=count, width=parts.width, apart=apart)
+            self.step(f"rotate_{called}", rotate, self.texts, x=value, cos=angles[0], sin=angles[1])
+        attend = Attend(heads=heads[1], group=parts.group, width=parts.width, scaling=parts.scaling)
+        found = self.value(self.shapes[each[0]])
+        values = {"query": each[0], "new_keys": each[1], "new_values": each[2], "out": found, **beside}
+        self.step(f"attend_{called}", attend, self.texts * heads[1], **values)
+        return found
+
+    def _weigh(self, call: Normalize, norm: nn.Module) -> None:
+        """The weight of a norm, whatever its numbers become."""
+        weight: Any = norm.weight
+        plain = weight.dtype is self.dtype and weight.is_cpu and weight.is_contiguous() and not weight.is_neg()
+        self.possible &= plain and weight.shape == (call.width,)
+        self.point(norm._parameters, ["weight"])
+        call.weight, call.epsilon = weight.data_ptr(), norm.variance_epsilon
+
+
+def _is(value: Any, name: str) -> bool:
+    """Whether it is of this class of transformers, and of none that is made from it."""
+    return (type(value).__module__, type(value).__qualname__) == ("transformers.cache_utils", name)
