@@ -79,8 +79,8 @@ def decoding(model: nn.Module) -> nn.Module:
     made = sharing(model, {})  # not in the model itself: its blocks have to read the configuration of the copy
     for module in list(made.modules()):
         for name, child in list(module.named_children()):
-            if _are_blocks(child):
-                setattr(module, name, nn.ModuleList([Decoder(list(child)).train(child.training)]))
+            if isinstance(child, nn.ModuleList) and _are_blocks(child):
+                setattr(module, name, nn.ModuleList([Decoder([*child]).train(child.training)]))
     return made
 
 

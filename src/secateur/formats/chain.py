@@ -191,7 +191,7 @@ class _Plan(Plan):
             steps.append((kernel, ending, ending.pictures))
             self._shapes.append((ending.pictures, ending.outputs))
             anew.append([_at(ending, "y")])
-            self.point(self.head._parameters, list(self.head._parameters))
+            self.point(self.head._parameters)
         self._held = calls, [call for _, call, _ in steps], between  # what pointers point to
         self._steps = kernels.Steps(steps, [(at, which) for which, each in enumerate(anew) for at in each])
 

@@ -180,10 +180,10 @@ class _Plan(Program):
     def __init__(self, decoder: Decoder, key: tuple[Any, ...], shapes: Sequence[tuple[int, ...]]) -> None:
         super().__init__(key, key[1], key[0])
         self.texts, self._masked = shapes[0][0], bool(key[2])
-        self.within(decoder.blocks._modules)
-        for module in decoder.blocks.modules():
-            self.within(module._modules)
         of_all = [module for module in decoder.modules() if module is not decoder]
+        for module in of_all:
+            if module._modules:
+                self.within(module._modules)
         self.hooks = [each for at in of_all for each in (at._forward_hooks, at._forward_pre_hooks)]
         self._parameters = list(decoder.parameters())
         found = [parts_of(block) for block in decoder.blocks]
@@ -325,7 +325,7 @@ class _Plan(Program):
         weight: Any = norm.weight
         plain = weight.dtype is self.dtype and weight.is_cpu and weight.is_contiguous() and not weight.is_neg()
         self.possible &= plain and weight.shape == (call.width,)
-        self.point(norm._parameters, ["weight"])
+        self.point(norm._parameters)
         call.weight, call.epsilon = weight.data_ptr(), norm.variance_epsilon
 
 

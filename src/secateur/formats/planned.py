@@ -4,6 +4,7 @@ A small layer takes microseconds, and so does a call of it from Python, ten time
 gone through the caches: what a network would spend between its layers is spent once for all of them here.
 """
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -20,31 +21,35 @@ class Plan:
     """What runs inputs of some shapes in one call, as long as the tensors it was made for are as they were."""
 
     def __init__(self, key: tuple[Any, ...]) -> None:
-        """A plan for what has the same key; `possible` says whether there is one. Two threads must not run it at once."""
+        """A plan for what has the same key; `possible` says whether there is one. Two threads must not run one."""
         self.key = key
         self.possible = True
         self.kernels: dict[str, kernels.Kernel | None] = {}
-        self._watched: list[tuple[Mapping[str, Tensor | None], str, Tensor, int | None]] = []
-        self._modules: list[tuple[Mapping[str, nn.Module | None], str, nn.Module | None]] = []
-        self._pointed: list[tuple[Mapping[str, Tensor | None], str, Tensor | None, int]] = []
+        self._there: list[tuple[Mapping[str, Any], tuple[Any, ...]]] = []
+        self._packed: list[Tensor] = []
+        self._versions: list[int] = []
+        self._pointed: list[Tensor] = []
+        self._pointers: list[int] = []
+
+    def within(self, held: Mapping[str, Any]) -> None:
+        """What a module has, of its own or others: if it comes to have anything else, this holds no more."""
+        self._there.append((held, tuple(held.values())))
 
     def watch(self, buffers: Mapping[str, Tensor | None], names: Sequence[str]) -> None:
         """Tensors of a packed weight, by their names where a module holds them."""
-        for name in names:
-            tensor = buffers[name]
-            assert tensor is not None, "a buffer of a packed layer"
-            # Tensors of inference mode count no versions, and cannot be changed outside it.
-            self._watched.append((buffers, name, tensor, None if tensor.is_inference() else tensor._version))
+        self.within(buffers)
+        tensors = [buffers[name] for name in names]
+        # Tensors of inference mode count no versions, and cannot be changed outside it.
+        counted = [t for t in tensors if t is not None and not t.is_inference()]
+        self._packed += counted
+        self._versions += [t._version for t in counted]
 
-    def within(self, modules: Mapping[str, nn.Module | None]) -> None:
-        """Modules that another one has."""
-        self._modules += [(modules, name, module) for name, module in modules.items()]
-
-    def point(self, parameters: Mapping[str, Tensor | None], names: Sequence[str]) -> None:
-        """Parameters, if there are any of these names, that what runs points to, whatever their numbers become."""
-        for name in names:
-            tensor = parameters[name]
-            self._pointed.append((parameters, name, tensor, 0 if tensor is None else tensor.data_ptr()))
+    def point(self, parameters: Mapping[str, Tensor | None]) -> None:
+        """Parameters that what runs points to, whatever their numbers become."""
+        self.within(parameters)
+        there = [tensor for tensor in parameters.values() if tensor is not None]
+        self._pointed += there
+        self._pointers += [tensor.data_ptr() for tensor in there]
 
     def need(self, names: Sequence[str]) -> None:
         """Kernels by name; the plan is not possible without one."""
@@ -53,13 +58,13 @@ class Plan:
 
     def holds(self) -> bool:
         """Whether the tensors are those it was made for, as they were."""
-        for held, name, tensor, version in self._watched:
-            if held.get(name) is not tensor or (version is not None and tensor._version != version):
+        # A large weight has mostly just gone through the caches: each look at an object may be one at memory.
+        for held, there in self._there:
+            if len(held) != len(there) or not all(map(operator.is_, held.values(), there)):
                 return False
-        for held, name, there, pointer in self._pointed:
-            if held.get(name) is not there or (there is not None and there.data_ptr() != pointer):
-                return False
-        if any(held.get(name) is not module for held, name, module in self._modules):
+        if [tensor._version for tensor in self._packed] != self._versions:
+            return False
+        if [tensor.data_ptr() for tensor in self._pointed] != self._pointers:
             return False
         return all(kernels.find(name) is kernel for name, kernel in self.kernels.items())
 

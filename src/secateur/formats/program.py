@@ -75,7 +75,7 @@ class Program(Plan):
         packed = layer.packed
         packed.unchanged()
         self.watch(layer._buffers, list(packed.tensors))
-        self.point(layer._parameters, ["bias"])
+        self.point(layer._parameters)
         self.need([packed.prepared.kernel])
         self.possible &= packed.dtype is self.dtype
 
