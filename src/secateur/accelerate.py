@@ -30,12 +30,13 @@ from secateur.candidates import (
     why_not,
     worth_trying,
 )
-from secateur.chaining import chained, chained_within, has_hooks, sharing
+from secateur.chaining import chained, chained_within, decoding, has_hooks, sharing
 from secateur.errors import SettingError
 from secateur.formats import Format, GroupCols
 from secateur.formats import conv as convolutions
 from secateur.formats.chain import ConvChain
 from secateur.formats.conv import Form, SparseConv2d
+from secateur.formats.decoder import Decoder
 from secateur.formats.linear import SparseLinear, SparsePointwise
 from secateur.formats.packed import Packed
 from secateur.formats.pages import empty, in_large_pages, settled
@@ -110,7 +111,8 @@ def accelerate(
 
     Where the model can be traced, batch norms go into the convolutions before them, whether those are packed or not,
     and packed layers that follow one another run as one `ConvChain` or `LinearChain`, in what is then a GraphModule, or
-    the chain itself. Of other models, modules that are nothing but packed linear layers do.
+    the chain itself. Of other models, modules that are nothing but packed linear layers do, and blocks of a language
+    model whose linear layers are all packed, as one `Decoder`: all of them in one call for each new token.
 
     The example has the batch and the number of tokens that the model will be used with: one token for decoding, a
     window for reading prompts. Layers are timed one after the other, as the model calls them, so that weights come from
@@ -194,8 +196,12 @@ def _in_chains(model: nn.Module, batch: Batch) -> nn.Module:
     for way in (chained, chained_within):
         made = way(model)
         if made is not model and _answers_alike(model, made, batch):
-            return made
-    return model
+            break
+    else:
+        return model
+    decoded = decoding(made)
+    decoders = [module for module in decoded.modules() if isinstance(module, Decoder)]
+    return decoded if decoders and all(decoder.agrees() for decoder in decoders) else made
 
 
 def _answers_alike(model: nn.Module, made: nn.Module, batch: Batch) -> bool:

@@ -25,6 +25,8 @@ KNOWN = {f"transformers.models.{name.lower()}.modeling_{name.lower()}": name for
 """By the module of their code, the name with which its classes begin."""
 ATTENTION = ("sdpa", "eager")
 """What transformers calls the ways to compute attention that differ in nothing but the order of sums."""
+SAME = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 0.0}
+"""Of the largest number, by which a sum in another order may differ behind the last block: a few roundings."""
 PAST = ("keys", "values", "tokens", "keys_text", "keys_head", "values_text", "values_head")
 """What an attention reads of a cache, as its struct has it."""
 
@@ -106,17 +108,36 @@ class Decoder(Planned["_Plan"]):
             found = self._at_once(hidden_states, attention_mask, past_key_values, position_embeddings)
             if found is not None:
                 return found
+        given = {
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "use_cache": use_cache,
+            "position_embeddings": position_embeddings,
+        }
+        return self.one_by_one(hidden_states, **given, **more)
+
+    def one_by_one(self, hidden_states: Tensor, **given: Any) -> Tensor:
+        """The same, each block asked by itself."""
         for block in self.blocks:
-            hidden_states = block(
-                hidden_states,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                use_cache=use_cache,
-                position_embeddings=position_embeddings,
-                **more,
-            )
+            hidden_states = block(hidden_states, **given)
         return hidden_states
+
+    def agrees(self) -> bool:
+        """Whether both ways give the same for some numbers, as far as the order of sums lets them.
+
+        Blocks are known by what their classes are called, and another transformers may write them otherwise.
+        """
+        first = parts_of(self.blocks[0])
+        if first is None:
+            return False
+        made, packed = torch.Generator().manual_seed(0), first.linear[0].packed
+        x = torch.randn(1, 1, packed.shape[1], generator=made).to(packed.dtype)
+        angle = torch.rand(1, 1, first.width, generator=made)
+        angles = angle.cos().to(packed.dtype), angle.sin().to(packed.dtype)
+        one = self.one_by_one(x, attention_mask=None, past_key_values=None, position_embeddings=angles).double()
+        found = self._at_once(x, None, None, angles)
+        return found is not None and float((found.double() - one).abs().max() / one.abs().max()) <= SAME[packed.dtype]
 
     def extra_repr(self) -> str:
         """How many there are."""
