@@ -74,18 +74,21 @@ def decoding(model: nn.Module) -> nn.Module:
 
     The model itself where it has none, or not all linear layers of them are packed (`formats.decoder`).
     """
-    if not any(_are_blocks(module) for module in model.modules()):
+    if not any(_blocks_of(module) for module in model.modules()):
         return model
     made = sharing(model, {})  # not in the model itself: its blocks have to read the configuration of the copy
     for module in list(made.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.ModuleList) and _are_blocks(child):
-                setattr(module, name, nn.ModuleList([Decoder([*child]).train(child.training)]))
+        for name, blocks in _blocks_of(module).items():
+            setattr(module, name, nn.ModuleList([Decoder(blocks).train(module.training)]))
     return made
 
 
-def _are_blocks(module: nn.Module) -> bool:
-    return type(module) is nn.ModuleList and len(module) > 0 and all(parts_of(block) is not None for block in module)
+def _blocks_of(module: nn.Module) -> dict[str, list[nn.Module]]:
+    """The lists of a module, by name, that hold nothing but blocks of packed layers."""
+    if isinstance(module, Decoder):
+        return {}
+    lists = {name: [*child] for name, child in module.named_children() if type(child) is nn.ModuleList}
+    return {name: found for name, found in lists.items() if found and all(parts_of(block) for block in found)}
 
 
 def sharing(model: nn.Module, instead: Mapping[Any, nn.Module]) -> nn.Module:

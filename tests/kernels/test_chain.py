@@ -154,7 +154,7 @@ def few(monkeypatch, cache):
 def at_a_time(chain):
     """How many pictures went through each stretch of the only plan, and how many layers it has."""
     ((plan,),) = chain._plans.values()
-    structs = plan._held[1]
+    structs = plan._structs[1]
     return [(s.count, s.together) for s in structs if isinstance(s, stretches.Stretch)]
 
 
@@ -210,7 +210,7 @@ def test_values_of_a_stretch_take_the_room_of_the_pictures_on_their_way(monkeypa
         chain = ConvChain(packed, links, 1, [4])
         assert torch.equal(chain(x), reference(layers, links, [4], x)[0])
         ((plan,),) = chain._plans.values()
-        return sum({t.data_ptr(): t.untyped_storage().nbytes() for t in plan._held[2]}.values())
+        return sum({t.data_ptr(): t.untyped_storage().nbytes() for t in plan._structs[2]}.values())
 
     if kernels.find("conv_stretch") is not None:
         assert room(2 * 8 * 16 * 16 * 4 * 3 // 2) < room(2**30) / 8

@@ -465,6 +465,11 @@ def test_blocks_that_are_not_known_or_not_all_packed_stay():
     assert decoding(gpt2) is gpt2
 
 
+def test_what_runs_in_one_call_does_so_once():
+    _, fast = language_model()
+    assert decoding(fast) is fast
+
+
 def test_the_copy_reads_its_own_configuration():
     plain, fast = language_model()
     assert decoder_of(fast).blocks[0].self_attn.config is fast.config

@@ -192,7 +192,7 @@ class _Plan(Plan):
             self._shapes.append((ending.pictures, ending.outputs))
             anew.append([_at(ending, "y")])
             self.point(self.head._parameters)
-        self._held = calls, [call for _, call, _ in steps], between  # what pointers point to
+        self._structs = calls, [call for _, call, _ in steps], between  # what pointers point to
         self._steps = kernels.Steps(steps, [(at, which) for which, each in enumerate(anew) for at in each])
 
     def _at_once(self, chain: ConvChain, held: Sequence[Packed], inputs: Sequence[Tensor]) -> list[int]:

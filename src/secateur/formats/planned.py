@@ -6,6 +6,7 @@ gone through the caches: what a network would spend between its layers is spent 
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
@@ -25,17 +26,19 @@ class Plan:
         self.key = key
         self.possible = True
         self.kernels: dict[str, kernels.Kernel | None] = {}
-        self._there: list[tuple[Mapping[str, Any], tuple[Any, ...]]] = []
+        self._held: list[dict[str, Any]] = []  # what modules have,
+        self._there: list[Any] = []  # and all of it, one after another
         self._packed: list[Tensor] = []
         self._versions: list[int] = []
         self._pointed: list[Tensor] = []
         self._pointers: list[int] = []
 
-    def within(self, held: Mapping[str, Any]) -> None:
+    def within(self, held: dict[str, Any]) -> None:
         """What a module has, of its own or others: if it comes to have anything else, this holds no more."""
-        self._there.append((held, tuple(held.values())))
+        self._held.append(held)
+        self._there += held.values()
 
-    def watch(self, buffers: Mapping[str, Tensor | None], names: Sequence[str]) -> None:
+    def watch(self, buffers: dict[str, Tensor | None], names: Sequence[str]) -> None:
         """Tensors of a packed weight, by their names where a module holds them."""
         self.within(buffers)
         tensors = [buffers[name] for name in names]
@@ -44,7 +47,7 @@ class Plan:
         self._packed += counted
         self._versions += [t._version for t in counted]
 
-    def point(self, parameters: Mapping[str, Tensor | None]) -> None:
+    def point(self, parameters: dict[str, Any]) -> None:
         """Parameters that what runs points to, whatever their numbers become."""
         self.within(parameters)
         there = [tensor for tensor in parameters.values() if tensor is not None]
@@ -58,10 +61,11 @@ class Plan:
 
     def holds(self) -> bool:
         """Whether the tensors are those it was made for, as they were."""
-        # A large weight has mostly just gone through the caches: each look at an object may be one at memory.
-        for held, there in self._there:
-            if len(held) != len(there) or not all(map(operator.is_, held.values(), there)):
-                return False
+        # Loops in C: a large weight has mostly just gone through the caches, and each look is one at memory.
+        if sum(map(len, self._held)) != len(self._there):
+            return False
+        if not all(map(operator.is_, chain.from_iterable(map(dict.values, self._held)), self._there)):
+            return False
         if [tensor._version for tensor in self._packed] != self._versions:
             return False
         if [tensor.data_ptr() for tensor in self._pointed] != self._pointers:
