@@ -12,19 +12,13 @@ from torch.nn import functional as F
 from secateur import kernels
 from secateur.formats import NM, Bitmap, BitmapInt8, Block, DepthTaps, GroupCols, Sell8, Sell16, SellBlocked
 from secateur.formats.conv import PLACES, arranged
+from secateur.formats.decoder import Attend, Normalize, Rotate
+from secateur.formats.packed import VALUES
+from secateur.formats.program import Matmul
 
 COMPILER = "aarch64-linux-gnu-g++"
 ELSEWHERE = ("_avx2", "_avx512", "_avx512bf16", "_amx")
 PORTABLE = kernels.SOURCES / "portable" / "run.cpp"
-
-
-class Matmul(ctypes.Structure):
-    """`Matmul` of kernels/kernels.h."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("weight", "x", "y", "bias")),
-        ("rows", ctypes.c_int64),
-    )
 
 
 @pytest.fixture(scope="module")
@@ -139,4 +133,37 @@ def test_every_format_convolves(program, format, size, stride):
     bias = packed.format.bias(packed).double()
     wanted = F.conv2d(x.double(), (weight * mask).double(), bias, stride, 1, 1, groups).relu().float()
     assert torch.equal(got, wanted)
+    assert level == "neon"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_between_the_products_of_a_decoder(program, dtype):
+    close = {"rtol": 1e-5, "atol": 1e-5} if dtype is torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
+    x, more, weight = (whole_numbers(shape, seed).to(dtype) for seed, shape in enumerate([(2, 11), (2, 11), (11,)]))
+    total, y = x.new_full((2, 11), 77), x.new_full((2, 11), 77)
+    call = Normalize(*(t.data_ptr() for t in (x, more, total, weight, y)), 2, 11, 0.25)
+    got, level = answered(program, f"normalize_{VALUES[dtype]}", call, 2, (x, more, total, weight, y), y)
+    wide = (x + more).double()
+    wanted = wide / (wide.square().mean(1, keepdim=True) + 0.25).sqrt() * weight
+    torch.testing.assert_close(got, wanted.to(dtype), **close)
+    assert level == "neon"
+
+    x, cos, sin = (whole_numbers(shape, seed).to(dtype) for seed, shape in enumerate([(2, 3, 10), (2, 10), (2, 10)]))
+    call = Rotate(*(t.data_ptr() for t in (x, cos, sin)), 3, 10, 10)
+    got, level = answered(program, f"rotate_{VALUES[dtype]}", call, 2, (x, cos, sin), x)
+    across = torch.cat((-x[..., 5:], x[..., :5]), 2)
+    assert torch.equal(got, x * cos[:, None] + across * sin[:, None])
+    assert level == "neon"
+
+    query, keys, values = (whole_numbers((2, 3, n, 10), n).to(dtype) / 2 for n in (5, 7, 6))
+    fresh = [whole_numbers((2, 3, 10), seed).to(dtype) for seed in (8, 9)]
+    out, strides = query.new_full(query.shape, 77), (*keys.stride()[:2], *values.stride()[:2])
+    things = (query, keys, values, *fresh)
+    call = Attend(*(t.data_ptr() for t in things), None, out.data_ptr(), 6, *strides, 0, 3, 5, 10, 0.5)
+    got, level = answered(program, f"attend_{VALUES[dtype]}", call, 6, (*things, out), out)
+    seen = [
+        torch.cat((held[:, :, :6], new[:, :, None]), 2).double() for held, new in zip(things[1:], fresh, strict=False)
+    ]
+    wanted = (query.double() @ seen[0].mT * 0.5).softmax(3) @ seen[1]
+    torch.testing.assert_close(got, wanted.to(dtype), **close)
     assert level == "neon"

@@ -4,13 +4,14 @@ import copy
 import ctypes
 import gc
 import math
+import sys
 import threading
 
 import pytest
 import torch
 from torch import nn
 
-from secateur import kernels
+from secateur import accelerate, kernels
 from secateur.cache import sparse_cache
 from secateur.chaining import chained_within, decoding, sharing
 from secateur.errors import FormatError
@@ -97,14 +98,14 @@ def test_rotations_are_those_of_transformers(width, alone, dtype):
         torch.testing.assert_close(found, turned(x, cos, sin), **close)
 
 
-def attended(query, keys, values, new_keys, new_values, bias, scaling):
+def attended(query, keys, values, new_keys, new_values, bias, scaling, grows=0):
     """By the kernel of this level; heads of queries [texts, heads, group, width]."""
     texts, heads, group, width = query.shape
     out = torch.full_like(query, 7.0)
     pointers = [t.data_ptr() for t in (query, keys, values, new_keys, new_values)]
     strides = *keys.stride()[:2], *values.stride()[:2]
     at = None if bias is None else bias.data_ptr()
-    call = Attend(*pointers, at, out.data_ptr(), keys.shape[2], *strides, heads, group, width, scaling)
+    call = Attend(*pointers, at, out.data_ptr(), keys.shape[2], *strides, grows, heads, group, width, scaling)
     run("attend", query.dtype, call, texts * heads)
     return out
 
@@ -120,7 +121,7 @@ def plainly(query, keys, values, bias, scaling):
 @pytest.mark.parametrize("width", [2, 8, 12, 64, 80, 128])
 @pytest.mark.parametrize("group", [1, 3, 5])
 def test_attention_is_that_of_plain_torch(group, width, dtype, threads):
-    assert ctypes.sizeof(Attend) == 128
+    assert ctypes.sizeof(Attend) == 136
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -141,6 +142,18 @@ def test_attention_is_that_of_plain_torch(group, width, dtype, threads):
                     torch.testing.assert_close(attended(query, *past, *fresh, bias, 0.3), wanted, **close)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_new_token_goes_behind_the_others_where_there_is_room(dtype):
+    query, *fresh = (noise(2, 3, *shape, dtype=dtype, seed=4) for shape in ((2, 10), (10,), (10,)))
+    for _ in at_every_level():
+        keys, values = noise(2, 3, 7, 10, dtype=dtype), noise(2, 3, 6, 10, dtype=dtype)
+        before = keys.clone(), values.clone()
+        attended(query, keys[:, :, :5], values[:, :, :5], *fresh, None, 0.3, grows=1)
+        for held, new, was in zip((keys, values), fresh, before, strict=True):
+            was[:, :, 5] = new
+            assert torch.equal(held, was)
 
 
 def test_what_is_not_finite_stays_so_in_an_attention():
@@ -183,15 +196,17 @@ KINDS = {
 }
 
 
-def language_model(kind="Llama", dtype=torch.float32, seed=0, format=None, blocks=2, implementation="sdpa", **more):
+def language_model(
+    kind="Llama", dtype=torch.float32, seed=0, format=None, blocks=2, implementation="sdpa", pack=True, **more
+):
     """A small model with zeros, its linear layers packed and in chains, and the same with its blocks in one call."""
-    settings = {"vocab_size": 50, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": blocks}
+    settings = {"vocab_size": 50, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2}
     settings |= {"num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 128}
     config = getattr(transformers, f"{kind}Config")(**{**settings, **KINDS[kind], **more})
     config._attn_implementation = implementation
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     model = getattr(transformers, f"{kind}ForCausalLM")(config).to(dtype).eval().requires_grad_(False)
-    made = torch.Generator().manual_seed(seed)
+    made = torch.Generator().manual_seed(0)
     packed = {}
     for name, layer in model.named_modules():
         if "norm" in name:
@@ -200,7 +215,7 @@ def language_model(kind="Llama", dtype=torch.float32, seed=0, format=None, block
             layer.weight.mul_(4 * (torch.rand(layer.weight.shape, generator=made) > 0.5))
             if layer.bias is not None:
                 layer.bias.copy_(torch.randn(layer.bias.shape, generator=made))
-            packed[layer] = SparseLinear.of(layer, format or Bitmap())
+            packed |= {layer: SparseLinear.of(layer, format or Bitmap())} if pack else {}
     plain = chained_within(sharing(model, packed))
     return plain, decoding(plain)
 
@@ -351,6 +366,24 @@ def test_other_caches_and_attentions_are_asked_as_before(counted):
     assert counted[-3:] == [True] * 3
 
 
+def test_another_attention_is_the_one_that_computes(counted):
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    plain, fast = language_model()
+
+    def half(module, query, key, value, mask, **named):
+        found, weights = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **named)
+        return found / 2, weights
+
+    ALL_ATTENTION_FUNCTIONS.register("half", half)
+    for model in (plain, fast):
+        model.config._attn_implementation = "half"
+    ids = torch.tensor([[5]])
+    with torch.no_grad():
+        torch.testing.assert_close(fast(ids).logits, plain(ids).logits)
+    assert not any(counted)
+
+
 def test_a_window_that_slides_is_not_one_that_only_grows(counted):
     plain, fast = language_model("Mistral", sliding_window=4)
     torch.testing.assert_close(written(fast, 1, 6)[0], written(plain, 1, 6)[0], **CLOSE[torch.float32])
@@ -468,6 +501,30 @@ def test_blocks_that_are_not_known_or_not_all_packed_stay():
 def test_what_runs_in_one_call_does_so_once():
     _, fast = language_model()
     assert decoding(fast) is fast
+
+
+def test_accelerate_makes_one_of_the_blocks(monkeypatch):
+    from secateur.outcome import Timing
+
+    module = sys.modules[accelerate.__module__]
+    monkeypatch.setattr(module, "_medians", lambda turns, _: [1.0 + i for i, turn in enumerate(turns) for _ in turn])
+    monkeypatch.setattr(module, "time_pair", lambda *_: [Timing(ms, 0.0, 20, 1, 1, "bfloat16") for ms in (2.0, 1.0)])
+    dense, _ = language_model(dtype=torch.bfloat16, pack=False)
+    example = {"input_ids": torch.tensor([[5]])}
+    found = accelerate(dense, example, formats=(Bitmap(),))
+    assert len(decoder_of(found.model).blocks) == 2
+    assert found.error < 1e-2
+    monkeypatch.setattr(Decoder, "agrees", lambda _: False)
+    found = accelerate(dense, example, formats=(Bitmap(),))
+    assert not any(isinstance(module, Decoder) for module in found.model.modules())
+
+
+def test_what_does_not_agree_is_found():
+    _, fast = language_model(dtype=torch.bfloat16)
+    decoder = decoder_of(fast)
+    assert decoder.agrees()
+    decoder.blocks[1].self_attn.forward = lambda hidden_states, **_: (hidden_states, None)  # as another version may
+    assert not decoder.agrees()
 
 
 def test_the_copy_reads_its_own_configuration():

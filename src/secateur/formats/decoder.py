@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from secateur.formats.linear import SparseLinear
 from secateur.formats.linear_chain import LinearChain
 from secateur.formats.packed import VALUES
+from secateur.formats.pages import empty
 from secateur.formats.planned import Planned
 from secateur.formats.program import Program
 
@@ -27,8 +28,12 @@ ATTENTION = ("sdpa", "eager")
 """What transformers calls the ways to compute attention that differ in nothing but the order of sums."""
 SAME = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 0.0}
 """Of the largest number, by which a sum in another order may differ behind the last block: a few roundings."""
-PAST = ("keys", "values", "tokens", "keys_text", "keys_head", "values_text", "values_head")
+PAST = ("keys", "values", "tokens", "keys_text", "keys_head", "values_text", "values_head", "grows")
 """What an attention reads of a cache, as its struct has it."""
+
+
+ROOM, MORE = "_secateur_room", 64
+"""Where a layer of a cache keeps its memory, and for how many more tokens there is some at the least."""
 
 
 @dataclass(frozen=True)
@@ -212,6 +217,7 @@ class _Plan(Program):
         attentions: list[Any] = [getattr(block, "self_attn", None) for block in decoder.blocks]
         self._config: Any = getattr(attentions[0], "config", None) if attentions else None
         alike = bool(found) and len(found) == len(self.parts) and all(at.config is self._config for at in attentions)
+        alike &= not any("forward" in module.__dict__ for module in of_all)  # what was put in place of a class's own
         self.possible &= alike and len({parts.place for parts in self.parts}) == len(self.parts)
         if self.possible:
             self._add_all(shapes)
@@ -224,9 +230,10 @@ class _Plan(Program):
         """All blocks, in order; None where their attention is another, or cannot be computed from such a cache."""
         if self._config._attn_implementation not in ATTENTION:
             return None
-        past = [(0,) * len(PAST)] * len(self.parts) if cache is None else self._past(cache)
-        if past is None:
+        rooms = [None] * len(self.parts) if cache is None else self._rooms(cache)
+        if rooms is None:
             return None
+        past = [(0,) * len(PAST) if room is None else room.pointers() for room in rooms]
         bias = None if mask is None else self._bias(mask, {each[2] for each in past})
         if mask is not None and bias is None:
             return None
@@ -241,33 +248,36 @@ class _Plan(Program):
         self.start(pointers, x)
         if cache is not None:
             mine = fresh.unbind()
-            for parts, key, value in zip(self.parts, mine[::2], mine[1::2], strict=True):
-                cache.update(key, value, parts.place)
+            for parts, key, value, room in zip(self.parts, mine[::2], mine[1::2], rooms, strict=True):
+                if room is None:
+                    cache.update(key, value, parts.place)
+                else:
+                    room.grown(cache.layers[parts.place])
         return found
 
-    def _past(self, cache: Any) -> list[tuple[int, ...]] | None:
-        """Of each block what `PAST` says of a cache that only grows; None for any other."""
+    def _rooms(self, cache: Any) -> list["_Room | None"] | None:
+        """Where each block's keys and values are, with room for more, if there are any; None for another cache."""
         if not _is(cache, "DynamicCache") or cache.offloading:
             return None
-        found: list[tuple[int, ...]] = []
-        for parts in self.parts:
-            layer = cache.layers[parts.place] if parts.place < len(cache.layers) else None
-            if layer is not None and not _is(layer, "DynamicLayer"):
-                return None
+        there = [cache.layers[parts.place] if parts.place < len(cache.layers) else None for parts in self.parts]
+        if any(layer is not None and not _is(layer, "DynamicLayer") for layer in there):
+            return None
+        found: list[_Room | None] = []
+        for layer in there:
             if layer is None or not layer.is_initialized or not layer.keys.numel():
-                found.append((0,) * len(PAST))
-                continue
-            keys, values, heads = layer.keys, layer.values, parts.linear[1].packed.shape[0] // parts.width
-            tokens = keys.shape[-2]
-            for t in (keys, values):
-                if t.dtype is not self.dtype or t.shape != (self.texts, heads, tokens, parts.width) or not t.is_cpu:
-                    return None
-                if t.stride(3) != 1 or (tokens > 1 and t.stride(2) != parts.width) or t.is_neg():
-                    return None
-                if torch.is_grad_enabled() and t.requires_grad:
-                    return None
-            found.append((keys.data_ptr(), values.data_ptr(), tokens, *keys.stride()[:2], *values.stride()[:2]))
+                found.append(None)
+            elif self._takes(layer.keys) and self._takes(layer.values) and layer.keys.shape == layer.values.shape:
+                found.append(_Room.of(layer))
+            else:
+                return None
         return found
+
+    def _takes(self, held: Tensor) -> bool:
+        """Whether keys or values are such as would be added to them."""
+        texts, heads, _, *width = self._fresh[1:]
+        fits = held.dim() == 4 and (*held.shape[:2], held.shape[3]) == (texts, heads, *width)
+        plain = held.dtype is self.dtype and held.is_cpu and not held.is_neg()
+        return fits and plain and not (held.requires_grad and torch.is_grad_enabled())
 
     def _bias(self, mask: Tensor, tokens: set[int]) -> Tensor | None:
         """What is added to the scores of each text, [texts, tokens and the new one]; None for another mask."""
@@ -348,6 +358,45 @@ class _Plan(Program):
         self.possible &= plain and weight.shape == (call.width,)
         self.point(norm._parameters)
         call.weight, call.epsilon = weight.data_ptr(), norm.variance_epsilon
+
+
+@dataclass
+class _Room:
+    """Keys and values of a layer of a cache, and memory behind them, so that they are not copied for each token.
+
+    What lies behind them is written once: who holds fewer of them, such as a cache that was cut back, gets a room of
+    its own when it grows, since others may have what was there.
+    """
+
+    keys: Tensor  # [texts, heads, room, width]
+    values: Tensor
+    tokens: int
+
+    @classmethod
+    def of(cls, layer: Any) -> "_Room":
+        """The room of a layer, made where it has none, or no more."""
+        keys, values, tokens = layer.keys, layer.values, layer.keys.shape[2]
+        found: _Room | None = getattr(layer, ROOM, None)
+        if found is not None and found.tokens == tokens < found.keys.shape[2]:
+            alike = (found.keys.data_ptr(), found.values.data_ptr()) == (keys.data_ptr(), values.data_ptr())
+            if alike and found.keys.stride() == keys.stride() and found.values.stride() == values.stride():
+                return found
+        shape = (*keys.shape[:2], tokens + max(MORE, tokens // 4), keys.shape[3])
+        made = cls(empty(shape, keys), empty(shape, values), tokens)
+        made.keys.narrow(2, 0, tokens).copy_(keys)
+        made.values.narrow(2, 0, tokens).copy_(values)
+        setattr(layer, ROOM, made)
+        return made
+
+    def pointers(self) -> tuple[int, ...]:
+        """What `PAST` says of it."""
+        strides = *self.keys.stride()[:2], *self.values.stride()[:2]
+        return self.keys.data_ptr(), self.values.data_ptr(), self.tokens, *strides, 1
+
+    def grown(self, layer: Any) -> None:
+        """A token is added, as the kernel wrote it."""
+        self.tokens += 1
+        layer.keys, layer.values = self.keys.narrow(2, 0, self.tokens), self.values.narrow(2, 0, self.tokens)
 
 
 def _is(value: Any, name: str) -> bool:

@@ -84,6 +84,7 @@ void attend(const void* pointer, int64_t begin, int64_t end) {
         narrow(whole == 0 ? 0 : float(sum / whole), out + i);
       }
     }
+    append<T>(call, item);
   }
 }
 

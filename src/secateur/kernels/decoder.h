@@ -26,13 +26,27 @@ struct Rotate {
 // The attention of a token to those before it and to itself. An item is a head of keys of one text.
 struct Attend {
   const void* query;       // [texts, heads, group, width]
-  const void* keys;        // of the tokens before it: [texts, heads, tokens, width], texts and heads being so far apart
-  const void* values;      // likewise
+  void* keys;              // of the tokens before it: [texts, heads, tokens, width], texts and heads being so far apart
+  void* values;            // likewise
   const void* new_keys;    // [texts, heads, width]
   const void* new_values;  // likewise
   const float* bias;       // [texts, tokens + 1], added to the scores, or null
   void* out;               // [texts, heads, group, width]
   int64_t tokens, keys_text, keys_head, values_text, values_head;
+  int64_t grows;  // whether there is room behind them, where the new ones go
   int64_t heads, group, width;
   float scaling;
 };
+
+// The new key and value of an item behind those before them.
+template <class T>
+static inline void append(const Attend& call, int64_t item) {
+  if (!call.grows) return;
+  const int64_t text = item / call.heads, head = item % call.heads, behind = call.tokens * call.width;
+  T* const key = static_cast<T*>(call.keys) + text * call.keys_text + head * call.keys_head + behind;
+  T* const value = static_cast<T*>(call.values) + text * call.values_text + head * call.values_head + behind;
+  for (int64_t i = 0; i < call.width; i++) {
+    key[i] = static_cast<const T*>(call.new_keys)[item * call.width + i];
+    value[i] = static_cast<const T*>(call.new_values)[item * call.width + i];
+  }
+}

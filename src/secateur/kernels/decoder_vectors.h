@@ -5,7 +5,11 @@
 
 namespace {
 
-enum { AT_ONCE = 4, PARTS = 4 };  // queries that share what is loaded; and vectors of a value whose sums are in registers
+enum {
+  AT_ONCE = 4,   // queries that share what is loaded
+  PARTS = 4,     // vectors of a value whose sums are in registers
+  TOGETHER = 64  // tokens whose values are gone through for one such part after another, from the first cache
+};
 
 inline float whole_of(Vector some) {
   float sum = 0;
@@ -110,11 +114,12 @@ struct Head {
   const int64_t item, width, wide, tokens, apart;  // wide: width in whole vectors; apart: floats from weights to the next
   const T *keys, *values;
   float* const query;   // [G, wide], multiplied by the scaling
+  float* const sums;    // [G, wide]
   float* const weight;  // [G, apart]
 
   Head(const Attend& all_of_it, int64_t which, float* room)
       : call(all_of_it), item(which), width(call.width), wide((width + LANES - 1) / LANES * LANES), tokens(call.tokens),
-        apart((tokens + 2 * LANES - 1) / LANES * LANES), query(room), weight(room + G * wide) {
+        apart((tokens + 2 * LANES - 1) / LANES * LANES), query(room), sums(room + G * wide), weight(room + 2 * G * wide) {
     const int64_t text = item / call.heads, head = item % call.heads;
     keys = static_cast<const T*>(call.keys) + text * call.keys_text + head * call.keys_head;
     values = static_cast<const T*>(call.values) + text * call.values_text + head * call.values_head;
@@ -166,28 +171,41 @@ struct Head {
     return whole_of(whole);
   }
 
-  // Weighted values, of P vectors of channels from one on.
+  // Weighted values of some tokens, of P vectors of channels from one on, added to the sums.
   template <int P>
-  inline __attribute__((always_inline)) void gather(const T* fresh, T* to, int64_t first, const float* wholes) {
-    Vector sums[G][P];
-    const auto add = [&](const T* from, int64_t token) __attribute__((always_inline)) {
+  inline __attribute__((always_inline)) void gather(const T* value, int64_t token, int64_t end, int64_t first) {
+    Vector held[G][P];
 #pragma GCC unroll 4
-      for (int p = 0; p < P; p++) {
-        const Vector some = load_first(from + first + p * LANES, width - first - p * LANES);
+    for (int g = 0; g < G; g++)
 #pragma GCC unroll 4
-        for (int g = 0; g < G; g++) sums[g][p] += some * weight[g * apart + token];
-      }
+      for (int p = 0; p < P; p++) held[g][p] = load(sums + g * wide + first + p * LANES);
+    const int64_t left = width - first, next = width;
+    const float* weights[G];
+    for (int g = 0; g < G; g++) weights[g] = weight + g * apart;
+    value += first;
+    const auto go = [&](auto read) __attribute__((always_inline)) {
+      for (; token < end; token++, value += next)
+#pragma GCC unroll 4
+        for (int p = 0; p < P; p++) {
+          const Vector some = read(value + p * LANES, left - p * LANES);
+#pragma GCC unroll 4
+          for (int g = 0; g < G; g++) held[g][p] += some * weights[g][token];
+        }
     };
+    if (left >= P * LANES)
+      go([](const T* from, int64_t) __attribute__((always_inline)) { return load(from); });
+    else
+      go([](const T* from, int64_t count) __attribute__((always_inline)) { return load_first(from, count); });
+#pragma GCC unroll 4
     for (int g = 0; g < G; g++)
-      for (int p = 0; p < P; p++) sums[g][p] = Vector{};
-    const T* value = values;
-    for (int64_t token = 0; token < tokens; token++, value += width) add(value, token);
-    add(fresh, tokens);
-    for (int g = 0; g < G; g++)
-      for (int p = 0; p < P; p++) {
-        const int64_t at = first + p * LANES;
-        store_first(to + g * width + at, wholes[g] == 0 ? Vector{} : sums[g][p] / wholes[g], width - at);
-      }
+#pragma GCC unroll 4
+      for (int p = 0; p < P; p++) store(sums + g * wide + first + p * LANES, held[g][p]);
+  }
+
+  void gather(const T* value, int64_t token, int64_t end) {
+    int64_t first = 0;
+    for (; wide - first >= PARTS * LANES; first += PARTS * LANES) gather<PARTS>(value, token, end, first);
+    for (; first < wide; first += LANES) gather<1>(value, token, end, first);
   }
 
   void run(int64_t member) {
@@ -200,11 +218,16 @@ struct Head {
     scores(static_cast<const T*>(call.new_keys) + item * width, 1, tokens);
     float wholes[G];
     for (int g = 0; g < G; g++) wholes[g] = soften(weight + g * apart);
-    const T* const fresh = static_cast<const T*>(call.new_values) + item * width;
+    for (int64_t i = 0; i < G * wide; i++) sums[i] = 0;
+    for (int64_t token = 0; token < tokens; token += TOGETHER)
+      gather(values + token * width, token, least(token + TOGETHER, tokens));
+    gather(static_cast<const T*>(call.new_values) + item * width, tokens, tokens + 1);
     T* const to = static_cast<T*>(call.out) + row;
-    int64_t first = 0;
-    for (; width - first > (PARTS - 1) * LANES; first += PARTS * LANES) gather<PARTS>(fresh, to, first, wholes);
-    for (; first < width; first += LANES) gather<1>(fresh, to, first, wholes);
+    for (int g = 0; g < G; g++)
+      for (int64_t i = 0; i < width; i += LANES) {
+        const Vector found = wholes[g] == 0 ? Vector{} : load(sums + g * wide + i) / wholes[g];
+        store_first(to + g * width + i, found, width - i);
+      }
   }
 };
 
@@ -219,11 +242,13 @@ void run_some(int64_t count, const Attend& call, int64_t item, int64_t member, f
 template <class T>
 void attend(const void* pointer, int64_t begin, int64_t end) {
   const Attend& call = *static_cast<const Attend*>(pointer);
-  const int64_t floats = AT_ONCE * (call.width + call.tokens + 4 * LANES);
+  const int64_t floats = AT_ONCE * (2 * call.width + call.tokens + 4 * LANES);
   float* const room = static_cast<float*>(scratch(size_t(floats) * sizeof(float)));
-  for (int64_t item = begin; item < end; item++)
+  for (int64_t item = begin; item < end; item++) {
     for (int64_t member = 0; member < call.group; member += AT_ONCE)
       run_some<AT_ONCE, T>(call.group - member, call, item, member, room);
+    append<T>(call, item);
+  }
 }
 
 }  // namespace
