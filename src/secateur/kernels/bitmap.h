@@ -17,6 +17,14 @@ struct Bitmap {
   const int64_t* offsets;  // [panels + 1]: where the values of a panel begin
 };
 
+// Whether nothing of some panels was left out: their values are steps as they lie, and no mask has to be looked at.
+static inline bool whole(const Bitmap& weight, int depth, int panels, int64_t panel, int64_t apart) {
+  bool found = weight.inputs % depth == 0;
+  for (int p = 0; p < panels; p++, panel += apart)
+    found = found && weight.offsets[panel + 1] - weight.offsets[panel] == LANES * weight.inputs;
+  return found;
+}
+
 // Values of 8 bits, so a step is four inputs, and a scale for each output in the type of x.
 struct BitmapInt8 {
   Bitmap bitmap;

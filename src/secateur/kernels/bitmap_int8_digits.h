@@ -3,8 +3,8 @@
 // outputs by four inputs, is multiplied with the digits of its inputs by one instruction a digit. Sums are exact; what
 // they amount to is rounded once, as a float, at the end.
 //
-// Four digits hold a row whose smallest number is not further from the largest than their bits reach, eight nearly any
-// other. A row that does not fit into eight, or is not finite, goes through the variant that adds floats.
+// Three or four digits hold a row whose smallest number is not further from the largest than their bits reach, eight nearly
+// any other. A row that does not fit into eight, or is not finite, goes through the variant that adds floats.
 //
 // Everything here is static: each file keeps the copy compiled with its own flags.
 #pragma once
@@ -38,12 +38,12 @@ inline double power_of_two(int exponent) {
 struct Span {
   int highest, lowest;
 
-  // Digits that hold the row, 4 or 8, or 0 where none do.
+  // Digits that hold the row, 3, 4 or 8, or 0 where none do.
   template <class T>
   int digits(T type) const {
     if (highest == 255) return 0;
     const int bits = highest - lowest + significant(type) + 2;  // a sign, and one so that the first digit is whole
-    return bits <= 32 ? 4 : bits <= 64 ? 8 : 0;
+    return bits <= 24 ? 3 : bits <= 32 ? 4 : bits <= 64 ? 8 : 0;
   }
 
   // The power of two that a row is multiplied with to fill its digits.
@@ -69,7 +69,7 @@ Span span(const T* x, int64_t inputs) {
 struct Digits {
   int64_t row, rows;  // of x
   int64_t tiles;
-  int digits;  // 4 or 8
+  int digits;  // 3, 4 or 8
   int8_t* at;
   int shifts[HEIGHT];       // of each row
   int32_t sums[HEIGHT][8];  // of the digits of each row
@@ -86,13 +86,13 @@ struct Digits {
     const Span found = span(x, inputs);
     shifts[row] = found.shift(digits);
     // Digits from -128 to 127: half of their range is added to all of them, carries included, and taken from each.
-    const __m512i half = _mm512_set1_epi64(digits == 8 ? int64_t(0x8080808080808080) : 0x80808080);
+    const __m512i half = _mm512_set1_epi64(int64_t(0x8080808080808080 >> (64 - 8 * digits)));
     const __m512d factor = _mm512_set1_pd(power_of_two(shifts[row]));
     alignas(64) uint8_t turned[64];
     for (int i = 0; i < 64; i++) turned[i] = uint8_t(i % 8 * 8 + i / 8);
     const __m512i turn = _mm512_load_si512(turned);
     const __m512i apart = _mm512_mullo_epi64(_mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7), _mm512_set1_epi64(rows * TILE));
-    const __mmask8 held = digits == 8 ? 0xff : 0x0f;
+    const __mmask8 held = __mmask8(0xff >> (8 - digits));
     for (int64_t input = 0; input < tiles * TILE; input += 8) {
       const __mmask16 there = input < inputs ? first(inputs - input) & 0xff : 0;
       const __m512d eight = _mm512_cvtps_pd(_mm512_castps512_ps256(load(x + input, there)));
@@ -121,7 +121,12 @@ struct Stream {
     values = static_cast<const int8_t*>(weight.values) + weight.offsets[panel];
   }
 
+  template <bool WHOLE = false>
   inline __m512i next() {
+    if constexpr (WHOLE) {
+      values += LANES * DEPTH;
+      return _mm512_loadu_si512(values - LANES * DEPTH);
+    }
     const uint64_t mask = *masks++;
     const __m512i step = expanded(mask, values);
     values += __builtin_popcountll(mask);
@@ -157,9 +162,11 @@ void write(const Matmul& call, const BitmapInt8& scaled, int64_t panel, int64_t 
 
 // One row of x times some panels side by side, `apart` from one to the next. The instruction takes weights as they are above
 // -128, so 128 times the digits is taken from the sums before they begin.
-template <int PANELS, int DIGITS, class T>
+// `WHOLE`: nothing of them was left out, and their values are steps as they lie.
+template <int PANELS, int DIGITS, bool WHOLE, class T>
 void one_row(const Matmul& call, const BitmapInt8& scaled, const Digits& x, int64_t panel, int64_t apart,
              int64_t at) {
+  const bool asks = asks_ahead();
   const __m512i offset = _mm512_set1_epi8(-128);
   const int64_t steps = (scaled.bitmap.inputs + DEPTH - 1) / DEPTH, stride = x.rows * TILE;
   Stream weights[PANELS];
@@ -184,8 +191,8 @@ void one_row(const Matmul& call, const BitmapInt8& scaled, const Digits& x, int6
       }
 #pragma GCC unroll 4
       for (int p = 0; p < PANELS; p++) {
-        weights[p].prefetch();
-        const __m512i some = _mm512_xor_si512(weights[p].next(), offset);
+        if (!WHOLE || asks) weights[p].prefetch();
+        const __m512i some = _mm512_xor_si512(weights[p].template next<WHOLE>(), offset);
 #pragma GCC unroll 8
         for (int d = 0; d < DIGITS; d++) sum[p][d] = _mm512_dpbusd_epi32(sum[p][d], some, four[d]);
       }
@@ -200,20 +207,24 @@ void one_row(const Matmul& call, const BitmapInt8& scaled, const Digits& x, int6
   }
 }
 
+template <int PANELS, int DIGITS, class T>
+int64_t each_panel(const Matmul& call, const BitmapInt8& scaled, const Digits& x, int64_t begin, int64_t end, int64_t at) {
+  return abreast<PANELS>(begin, end, [&](int64_t panel, int64_t apart) {
+    if (whole(scaled.bitmap, DEPTH, PANELS, panel, apart))
+      one_row<PANELS, DIGITS, true, T>(call, scaled, x, panel, apart, at);
+    else
+      one_row<PANELS, DIGITS, false, T>(call, scaled, x, panel, apart, at);
+  });
+}
+
 template <int DIGITS, class T>
 void each_row(const Matmul& call, const BitmapInt8& scaled, const Digits& x, int64_t begin, int64_t end) {
   for (int64_t at = 0; at < x.rows; at++) {
     int64_t left = begin;
-    if constexpr (DIGITS == 4)  // of eight there are registers for the sums of two panels
-      left = abreast<STREAMS>(left, end, [&](int64_t panel, int64_t apart) {
-        one_row<STREAMS, DIGITS, T>(call, scaled, x, panel, apart, at);
-      });
-    left = abreast<2>(left, end, [&](int64_t panel, int64_t apart) {
-      one_row<2, DIGITS, T>(call, scaled, x, panel, apart, at);
-    });
-    abreast<1>(left, end, [&](int64_t panel, int64_t apart) {
-      one_row<1, DIGITS, T>(call, scaled, x, panel, apart, at);
-    });
+    if constexpr (DIGITS < 8)  // of eight there are registers for the sums of two panels
+      left = each_panel<STREAMS, DIGITS, T>(call, scaled, x, left, end, at);
+    left = each_panel<2, DIGITS, T>(call, scaled, x, left, end, at);
+    each_panel<1, DIGITS, T>(call, scaled, x, left, end, at);
   }
 }
 
@@ -259,11 +270,13 @@ void in_digits(const void* pointer, int64_t begin, int64_t end, const Many& many
     x.row = row;
     x.rows = count;
     x.tiles = (inputs + TILE - 1) / TILE;
-    x.digits = digits;
+    x.digits = count > FEW && digits == 3 ? 4 : digits;  // what many rows are multiplied by takes four or eight
     x.at = static_cast<int8_t*>(scratch(x.tiles * x.tile()));
     x.fill(static_cast<const T*>(call.x), inputs);
     if (count > FEW)
       many(call, scaled, x);
+    else if (digits == 3)
+      each_row<3, T>(call, scaled, x, begin, end);
     else if (digits == 4)
       each_row<4, T>(call, scaled, x, begin, end);
     else

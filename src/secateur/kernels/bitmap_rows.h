@@ -60,12 +60,17 @@ struct Rows {
   }
 
   // One step of each panel. Weights and values are taken by reference, and stay in registers when inlined.
-  template <int PANELS, int N, int CHAINS>
+  template <int PANELS, int N, int CHAINS, bool WHOLE>
   static inline void one(const Word* masks, int64_t next, const Kept* (&values)[PANELS], const Input* in, int64_t each,
                          __m512 (&sum)[PANELS][2][N], int chain) {
     typename By::Weights weights[PANELS];
 #pragma GCC unroll 4
     for (int p = 0; p < PANELS; p++) {
+      if constexpr (WHOLE) {
+        weights[p] = By::weights(_mm512_loadu_si512(values[p]));
+        values[p] += LANES * DEPTH;
+        continue;
+      }
       const Word mask = masks[p * next];
       weights[p] = By::weights(expanded(mask, values[p]));
       uint64_t bits = mask;  // counted in a whole register: half of one would be joined to what is in the other half
@@ -83,6 +88,14 @@ struct Rows {
   // N rows of x times some panels at once, `apart` from one to the next; of few rows a panel has two sums in turn.
   template <int PANELS, int N>
   void some(int64_t panel, int64_t apart, int64_t row) const {
+    if (whole(weight, DEPTH, PANELS, panel, apart))
+      these<PANELS, N, true>(panel, apart, row);
+    else
+      these<PANELS, N, false>(panel, apart, row);
+  }
+
+  template <int PANELS, int N, bool WHOLE>
+  void these(int64_t panel, int64_t apart, int64_t row) const {
     const bool asks = call.rows > 1 || asks_ahead();
     enum { CHAINS = N <= 2 && PANELS <= By::TWICE ? 2 : 1 };
     const int64_t steps = (weight.inputs + DEPTH - 1) / DEPTH, next = apart * steps;
@@ -101,10 +114,10 @@ struct Rows {
     for (; step + 2 <= steps; step += 2, in += 2 * ahead, masks += 2) {
 #pragma GCC unroll 4
       for (int p = 0; p < PANELS && asks; p++) prefetch(values[p], masks + p * next);
-      one<PANELS, N, CHAINS>(masks, next, values, in, each, sum, 0);
-      one<PANELS, N, CHAINS>(masks + 1, next, values, in + ahead, each, sum, 1);
+      one<PANELS, N, CHAINS, WHOLE>(masks, next, values, in, each, sum, 0);
+      one<PANELS, N, CHAINS, WHOLE>(masks + 1, next, values, in + ahead, each, sum, 1);
     }
-    if (step < steps) one<PANELS, N, CHAINS>(masks, next, values, in, each, sum, 0);
+    if (step < steps) one<PANELS, N, CHAINS, WHOLE>(masks, next, values, in, each, sum, 0);
     finish<PANELS, N, CHAINS>(sum, panel, apart, row);
   }
 
