@@ -306,9 +306,12 @@ def in_kind(name: str) -> Callable[[Any, Tensor], tuple[np.ndarray, Any]]:
 def llama(
     opened: Opened, path: Path, encoded: Callable[[Any, Tensor], tuple[np.ndarray, Any]], ids: Tensor
 ) -> tuple[Callable[[], Any], np.ndarray]:
-    """One token by llama.cpp. What was loaded stays until it was timed."""
+    """One token by llama.cpp, with weights rearranged as it does by itself, but where that ends the process (AMX).
+
+    What was loaded stays until it was timed.
+    """
     gguf._written(opened, path, encoded)
-    held = gguf._loaded(path, 64)
+    held = gguf._loaded(path, 64, rearranged=kernels.level() != "amx")
     model, context = held.__enter__()
     HELD.append(held)
     tokens = ids[0].tolist()

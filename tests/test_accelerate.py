@@ -17,7 +17,7 @@ from secateur.accelerate import Accelerated, Choice, Trial, accelerate, break_ev
 from secateur.cli import bench, main
 from secateur.cli.terminal import Terminal
 from secateur.errors import FormatError, SettingError
-from secateur.formats import Bitmap, DepthTaps, GroupCols, KBlocked
+from secateur.formats import Bitmap, BitmapInt8, DepthTaps, GroupCols, KBlocked
 from secateur.formats.chain import ConvChain
 from secateur.formats.conv import SparseConv2d
 from secateur.formats.linear import SparseLinear, SparsePointwise
@@ -99,6 +99,23 @@ def test_a_whole_weight_is_tried_as_a_bitmap_for_few_rows_of_16_bits(cost, monke
     assert few.choices[0].layer == "full" and few.choices[0].chosen == "bitmap"
     assert [t.name for t in few.choices[0].trials] == ["dense", "bitmap"]  # others would say of each weight where it is
     assert accelerate(Slow(), X.repeat(17, 1), dtype=torch.bfloat16).choices[0].chosen == "dense"
+
+
+@pytest.mark.parametrize(("zeros", "whole"), [(0.01, True), (0.2, False)])
+@pytest.mark.parametrize("format", [Bitmap(), BitmapInt8()], ids=lambda format: format.name)
+def test_of_a_weight_with_few_zeros_all_is_kept(format, zeros, whole, cost, monkeypatch):
+    cost(2.0, 1.0)
+    monkeypatch.setattr(MODULE, "time_pair", lambda *_: (timing(2.0), timing(1.0)))
+    made = torch.Generator().manual_seed(0)
+    dense = nn.Linear(64, 64).to(torch.bfloat16).requires_grad_(False)
+    dense.weight.copy_(
+        torch.where(torch.rand(64, 64, generator=made) < zeros, 0.0, torch.randn(64, 64, generator=made))
+    )
+    packed = (
+        accelerate(nn.Sequential(dense), torch.randn(1, 64), dtype=torch.bfloat16, formats=(format,)).model[0].packed
+    )
+    assert (len(packed.tensors["values"]) == 64 * 64) == whole
+    assert torch.equal(packed.dense() == 0, format.pack(dense.weight).dense() == 0)
 
 
 def test_what_loses_stays_dense(cost):

@@ -32,7 +32,7 @@ from secateur.candidates import (
 )
 from secateur.chaining import chained, chained_within, decoding, has_hooks, sharing
 from secateur.errors import SettingError
-from secateur.formats import Format, GroupCols
+from secateur.formats import Bitmap, BitmapInt8, Format, GroupCols
 from secateur.formats import conv as convolutions
 from secateur.formats.chain import ConvChain
 from secateur.formats.conv import Form, SparseConv2d
@@ -361,7 +361,10 @@ def _measured(
 
 def _packed(layer: Layer, format: Format) -> SparseLinear | SparseConv2d | SparsePointwise:
     if isinstance(layer, nn.Linear):
-        return SparseLinear.of(layer, format)
+        bits = 8 if isinstance(format, BitmapInt8) else 8 * layer.weight.element_size()
+        # With a value for each weight no mask is read, which takes less than what zeros would save.
+        full = isinstance(format, (Bitmap, BitmapInt8)) and sparsity_of(layer.weight) < 1 / bits
+        return SparseLinear.of(layer, format, torch.ones_like(layer.weight, dtype=torch.bool) if full else None)
     return SparseConv2d.of(layer, format) if isinstance(format, Form) else SparsePointwise.of(layer, format)
 
 

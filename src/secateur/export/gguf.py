@@ -350,15 +350,16 @@ def _unheard(llama: Any) -> Any:
 
 
 @contextmanager
-def _loaded(path: Path, most: int) -> Iterator[tuple[Any, Any]]:
+def _loaded(path: Path, most: int, rearranged: bool = False) -> Iterator[tuple[Any, Any]]:
     """A model and a context of so many tokens, by llama.cpp's own interface.
 
-    The weights stay as the file has them: rearranged for AMX, 8-bit ones end the process on some virtual machines.
+    Weights stay as the file has them, unless they may be rearranged: for AMX, 8-bit ones end the process on some
+    virtual machines.
     """
     llama = _llama()
     llama.llama_log_set(_unheard(llama), None)
     how = llama.llama_model_default_params()
-    how.n_gpu_layers, how.use_extra_bufts = 0, False
+    how.n_gpu_layers, how.use_extra_bufts = 0, rearranged
     model = llama.llama_model_load_from_file(str(path).encode(), how)
     if not model:
         raise ExportError(f"{path.name} was to be loaded by llama.cpp", "it refuses the file", "Report this.")
