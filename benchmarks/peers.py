@@ -344,8 +344,8 @@ def page(found: dict[str, Any]) -> str:
         f"{1e3 * LONG:.0f} ms, which count: what serves one model finds of its weights what caches hold. The first few "
         "find there what all others left, and are told apart. `off` is the largest difference of an answer from that "
         "of the model in float32, over the largest number there. What a run-time gains from zeros it gains by itself: "
-        "no settings were tried beyond its number of threads and its precision. llama.cpp reads weights as the file "
-        "has them (`use_extra_bufts` off: rearranged for AMX, 8-bit ones ended the process here).",
+        "no settings were tried beyond its number of threads and its precision. llama.cpp rearranges weights as it "
+        "does by itself (`use_extra_bufts`), but on processors with AMX, where 8-bit ones ended the process.",
         "",
         f"{found['about']} That is of the last run: "
         "what it left out is of earlier ones, with as many rounds as they had.",

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from secateur import accelerate, kernels
-from secateur.cache import sparse_cache
+from secateur.cache import OutputAware, sparse_cache
 from secateur.chaining import chained_within, decoding, sharing
-from secateur.errors import FormatError
+from secateur.errors import FormatError, ModelError
 from secateur.formats import Bitmap, BitmapInt8, SellBlocked
 from secateur.formats.decoder import Attend, Decoder, Normalize, Rotate
 from secateur.formats.linear import SparseLinear
@@ -366,6 +366,53 @@ def test_other_caches_and_attentions_are_asked_as_before(counted):
     assert counted[-3:] == [True] * 3
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("texts", [1, 2])
+def test_a_pruned_cache_is_read_in_one_call_too(texts, dtype, counted):
+    plain, fast = language_model("Qwen2", dtype, head_dim=8)
+    ids = torch.randint(1, 50, (texts, 150), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    for given in ({}, {"attention_mask": mask}):
+        found = []
+        for model in (plain, fast):
+            cache = transformers.DynamicCache(config=model.config)
+            with sparse_cache(model, 0.5), torch.no_grad():
+                model(ids[:, :70], past_key_values=cache, **{name: m[:, :70] for name, m in given.items()})
+                for at in range(70, 150):
+                    now = {name: m[:, : at + 1] for name, m in given.items()}
+                    found.append(model(ids[:, at : at + 1], past_key_values=cache, **now).logits)
+                found.append([(layer.past.tokens, layer.past.behind, layer.past.nbytes) for layer in cache.layers])
+        one, ours = found[:81], found[81:]
+        torch.testing.assert_close(torch.cat(ours[:80]), torch.cat(one[:80]), **CLOSE[dtype])
+        assert [each[:2] for each in ours[80]] == [each[:2] for each in one[80]] == [(150, 96)] * 2
+        assert counted == [True] * 80
+        counted.clear()
+
+
+def test_a_pruned_cache_that_listens_was_cropped_or_is_read_elsewhere(counted):
+    plain, fast = language_model()
+    ids = torch.randint(1, 50, (1, 80), generator=torch.Generator().manual_seed(3))
+    found = []
+    for model in (plain, fast):
+        with sparse_cache(model, 0.5, keys=OutputAware()), torch.no_grad():
+            cache = transformers.DynamicCache(config=model.config)
+            model(ids[:, :70], past_key_values=cache)
+            found.append(model(ids[:, 70:71], past_key_values=cache).logits)
+        with sparse_cache(model, 0.5), torch.no_grad():
+            cache = transformers.DynamicCache(config=model.config)
+            model(ids[:, :70], past_key_values=cache)
+            for at in (70, 71, 72):
+                model(ids[:, at : at + 1], past_key_values=cache)
+            cache.crop(-2)
+            found.append(model(ids[:, 73:74], past_key_values=cache).logits)
+    assert counted == [False, *[True] * 4]
+    torch.testing.assert_close(found[2], found[0], **CLOSE[torch.float32])
+    torch.testing.assert_close(found[3], found[1], **CLOSE[torch.float32])
+    with pytest.raises(ModelError, match="sees the newest tokens alone"), torch.no_grad():
+        fast(ids[:, 74:75], past_key_values=cache)
+
+
 def test_another_attention_is_the_one_that_computes(counted):
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -399,6 +446,15 @@ def test_what_else_is_asked_for_is_given(counted):
     for mine, other in zip((*ours.hidden_states, *ours.attentions), (*one.hidden_states, *one.attentions), strict=True):
         torch.testing.assert_close(mine, other)
     assert not any(counted)
+
+
+def test_tensors_that_blocks_are_given_besides(counted):
+    plain, fast = language_model()
+    ids = torch.tensor([[5]])
+    with torch.no_grad():
+        for given in ({"cache_position": torch.tensor([0, 1])}, {"cu_seq_lens_q": torch.tensor([0, 1])}):
+            torch.testing.assert_close(fast(ids, **given).logits, plain(ids, **given).logits)
+    assert counted == [True]
 
 
 def test_hooks_of_a_block_are_called(counted):

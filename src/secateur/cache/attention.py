@@ -22,7 +22,7 @@ def attend(query: Tensor, past: Past, mask: Tensor | None, scaling: float) -> Te
     itself.
     """
     if past.packed is not None and query.shape[2] == 1 and not (torch.is_grad_enabled() and query.requires_grad):
-        out = bitmap_kv.attend(past.packed, *past.tail, query, _bias(mask, past.tokens), scaling)
+        out = bitmap_kv.attend(past.packed, *past.tail, query, bitmap_kv.bias_of(mask, past.tokens), scaling)
         if out is not None:
             return out
     keys, values = past.dense()
@@ -82,16 +82,6 @@ def pruned_as_decoded(
         later = {power: heard[:, :, :until].flip(2).cumsum(2).flip(2) for power, heard in loud.items()}
         decide_(start, end, {power: heard[:, :, since] for power, heard in later.items()})
     return lean_keys, lean_values
-
-
-def _bias(mask: Tensor | None, tokens: int) -> Tensor | None:
-    """A mask [batch, 1, 1, tokens] as what is added to the scores of one token, [batch, tokens]."""
-    if mask is None:
-        return None
-    row = mask[:, 0, 0, :tokens]
-    if row.dtype != torch.bool:
-        return row
-    return torch.zeros_like(row, dtype=torch.float32).masked_fill_(~row, float("-inf"))
 
 
 def _grouped(query: Tensor, heads: int) -> Tensor:

@@ -1,6 +1,7 @@
 """The cache of transformers with a pruned past in it: what `generate` fills and attention reads."""
 
 import threading
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from secateur.cache.evicting import Eviction
-from secateur.cache.past import Pruning
+from secateur.cache.past import Past, Pruning
 from secateur.errors import ModelError
+from secateur.formats.decoder import Room
 
 ATTENTION = "secateur"  # the name under which transformers knows the attention below
 
@@ -56,10 +58,17 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         shown.past = self  # type: ignore[attr-defined]
         return shown, values
 
-    def attended(self, query: Tensor) -> None:
+    def in_one_call(self) -> "Packed | None":
+        """What blocks that run in one call read of it, with room for a token; None where it has to be asked."""
+        past = self.past
+        if not PASS.reads or self.waiting or type(past) is not Past or past.packed is None or past.listens:
+            return None
+        return Packed(past, Room.of(past))
+
+    def attended(self, query: Tensor | None) -> None:
         """The tokens handed out have been attended to."""
         self.waiting = False
-        self.past.settle_(query)
+        self.past.settle_(query)  # type: ignore[arg-type]  # one that needs a query is always given it
         self.keys, self.values = self.past.keys, self.past.values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -109,6 +118,38 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             )
         if gone:
             self.past.keep_(self.past.tokens - gone)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The past of a layer whose tokens are packed, but for the newest, which have room behind them."""
+
+    past: Past
+    room: Room
+
+    @property
+    def held(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of the newest."""
+        return self.past.tail
+
+    @property
+    def tokens(self) -> int:
+        """How many there are, packed or not."""
+        return self.past.tokens
+
+    def pointers(self) -> tuple[int, ...]:
+        """What `PAST` and `PACKED` of `formats.decoder` say of it."""
+        packed, tail = self.past.packed, self.room.tokens + 1
+        assert packed is not None, "or it would not be in one call"
+        sizes = packed.tiles, packed.key_bits.shape[2], packed.key_values.shape[3], packed.value_values.shape[3]
+        tensors = packed.key_bits, packed.key_values, packed.value_bits, packed.value_values
+        return *self.room.pointers(), *sizes, tail, self.room.keys.shape[2], *(t.data_ptr() for t in tensors)
+
+    def grown(self, layer: PrunedLayer) -> None:
+        """A token is added, as the kernel wrote it, and attended to."""
+        layer.is_initialized = True
+        self.room.grown(self.past)
+        layer.attended(None)
 
 
 def check_read(cache: Cache, model: nn.Module) -> None:

@@ -104,6 +104,16 @@ class Past:
         return 0 if self.packed is None else self.packed.tokens
 
     @property
+    def due(self) -> bool:
+        """Whether a chunk of tokens has left the window and is not packed yet."""
+        return self.tokens - self.behind >= self.pruning.window + self.pruning.chunk
+
+    @property
+    def listens(self) -> bool:
+        """Whether what stays depends on the queries that tokens are asked by."""
+        return bool(self.pruning.keys.listens or self.pruning.values.listens)
+
+    @property
     def tail(self) -> tuple[Tensor, Tensor]:
         """Keys and values of the tokens that are as they were; there is one at least once attention asks."""
         assert self.keys is not None and self.values is not None
@@ -134,21 +144,26 @@ class Past:
         self.keys = keys if self.keys is None else torch.cat([self.keys, keys], 2)
         self.values = values if self.values is None else torch.cat([self.values, values], 2)
 
-    def settle_(self, query: Tensor) -> None:
+    def settle_(self, query: Tensor | None) -> None:
         """After attention: what has left the window is pruned and packed, each token once.
 
-        `query` [batch, query heads, new, width] are the queries the tokens of this step were asked by.
+        `query` [batch, query heads, new, width] are the queries the tokens of this step were asked by; where nothing
+        listens, none are needed.
         """
+        if not self.listens and not self.due:
+            return
         (whole_keys, whole_values), rule = self.tail, self.pruning
-        first = self.packed is None and query.shape[2] == whole_keys.shape[2] and query.shape[2] > 1
+        first = query is not None and self.packed is None and 1 < query.shape[2] == whole_keys.shape[2]
         powers = {rule.keys.listens, rule.values.listens} - {0}
         for power in powers:
+            assert query is not None, "something listens"
             self._listen_(query, first, power)
         leaving = int(rule.behind(torch.tensor(self.tokens))) - self.behind
         if leaving > 0:
             asked = {}
             for power in powers:
                 # Of a prompt the last queries speak for all: the earlier ones ask about what is not kept for long.
+                assert query is not None, "something listens"
                 newest = heard_by(query[:, :, -max(1, rule.window) :], whole_keys.shape[1], power)
                 asked[power] = newest.sum(2, keepdim=True) if first else self._heard[power][:, :, :leaving]
             keys, values = whole_keys[:, :, :leaving], whole_values[:, :, :leaving]

@@ -33,7 +33,7 @@ class Struct(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("heads", "group", "width", "tiles", "room")),
-        *((name, ctypes.c_int64) for name in ("key_kept", "value_kept", "tail")),
+        *((name, ctypes.c_int64) for name in ("key_kept", "value_kept", "tail", "tail_room")),
         *((name, ctypes.c_void_p) for name in ("key_bits", "key_values", "value_bits", "value_values")),
         *((name, ctypes.c_void_p) for name in ("keys", "values", "query", "bias", "out")),
         ("scaling", ctypes.c_float),
@@ -131,7 +131,7 @@ def attend(
         packed.key_bits.shape[2],
         packed.key_values.shape[-1],
         packed.value_values.shape[-1],
-        tail,
+        *(tail, tail),
         *(pointer(t) for t in (*packed._tensors(), keys, values, query)),
         None if bias is None else pointer(bias),
         pointer(out),
@@ -139,6 +139,16 @@ def attend(
     )
     kernels.run(kernel, call, batch * heads)
     return out
+
+
+def bias_of(mask: Tensor | None, tokens: int) -> Tensor | None:
+    """A mask [batch, 1, 1, tokens], True attends, as what is added to the scores of one token, [batch, tokens]."""
+    if mask is None:
+        return None
+    row = mask[:, 0, 0, :tokens]
+    if row.dtype != torch.bool:
+        return row
+    return torch.zeros_like(row, dtype=torch.float32).masked_fill_(~row, float("-inf"))
 
 
 def pack(keys: Tensor, values: Tensor, keep_keys: Tensor, keep_values: Tensor) -> BitmapKV:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.formats.bitmap_kv import Struct as BitmapKV
+from secateur.formats.bitmap_kv import bias_of
 from secateur.formats.linear import SparseLinear
 from secateur.formats.linear_chain import LinearChain
 from secateur.formats.packed import VALUES
@@ -24,14 +26,17 @@ from secateur.formats.program import Program
 NAMES = "Llama", "Mistral", "Qwen2", "Qwen3"
 KNOWN = {f"transformers.models.{name.lower()}.modeling_{name.lower()}": name for name in NAMES}
 """By the module of their code, the name with which its classes begin."""
-ATTENTION = ("sdpa", "eager")
-"""What transformers calls the ways to compute attention that differ in nothing but the order of sums."""
+DENSE, PRUNED = ("sdpa", "eager"), ("secateur",)
+"""What transformers calls the attentions that are computed here, to a past as it is and to one that is pruned."""
+SAID = ("cache_position",)
+"""What blocks are told and do not use."""
 SAME = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 0.0}
 """Of the largest number, by which a sum in another order may differ behind the last block: a few roundings."""
 PAST = ("keys", "values", "tokens", "keys_text", "keys_head", "values_text", "values_head", "grows")
 """What an attention reads of a cache, as its struct has it."""
-
-
+_BITMAPS = ("key_bits", "key_values", "value_bits", "value_values")
+PACKED = ("tiles", "room", "key_kept", "value_kept", "tail", "tail_room", *_BITMAPS)
+"""What it reads besides of one that is packed but for the newest tokens."""
 ROOM, MORE = "_secateur_room", 64
 """Where a layer of a cache keeps its memory, and for how many more tokens there is some at the least."""
 
@@ -109,7 +114,8 @@ class Decoder(Planned["_Plan"]):
 
         Raises FormatError as the layers do.
         """
-        if not torch.compiler.is_compiling() and not any(value not in (None, False) for value in more.values()):
+        asked = [name for name, value in more.items() if value is not None and value is not False and name not in SAID]
+        if not asked and not torch.compiler.is_compiling():
             found = self._at_once(hidden_states, attention_mask, past_key_values, position_embeddings)
             if found is not None:
                 return found
@@ -161,7 +167,8 @@ class Decoder(Planned["_Plan"]):
         shapes = tuple(tuple(t.shape) for t in given)
         if shapes[1] != shapes[2] or len(shapes[1]) != 3 or shapes[1][0] not in (1, len(x)) or shapes[1][1] != 1:
             return None
-        key = (torch.get_num_threads(), x.dtype, mask is not None, *shapes)
+        pruned = any(hasattr(layer, "in_one_call") for layer in getattr(cache, "layers", [])[:1])
+        key = (torch.get_num_threads(), x.dtype, mask is not None, pruned, *shapes)
         plan = self.taken(key, lambda: _Plan(self, key, shapes))
         if plan is None:
             return None
@@ -205,7 +212,7 @@ class _Plan(Program):
 
     def __init__(self, decoder: Decoder, key: tuple[Any, ...], shapes: Sequence[tuple[int, ...]]) -> None:
         super().__init__(key, key[1], key[0])
-        self.texts, self._masked = shapes[0][0], bool(key[2])
+        self.texts, self._masked, self._pruned = shapes[0][0], bool(key[2]), bool(key[3])
         of_all = [module for module in decoder.modules() if module is not decoder]
         for module in of_all:
             if module._modules:
@@ -228,13 +235,13 @@ class _Plan(Program):
 
     def attended(self, given: Sequence[Tensor], mask: Tensor | None, cache: Any) -> Tensor | None:
         """All blocks, in order; None where their attention is another, or cannot be computed from such a cache."""
-        if self._config._attn_implementation not in ATTENTION:
+        if self._config._attn_implementation not in (PRUNED if self._pruned else DENSE):
             return None
-        rooms = [None] * len(self.parts) if cache is None else self._rooms(cache)
+        rooms: list[Any] | None = [None] * len(self.parts) if cache is None else self._rooms(cache)
         if rooms is None:
             return None
         past = [(0,) * len(PAST) if room is None else room.pointers() for room in rooms]
-        bias = None if mask is None else self._bias(mask, {each[2] for each in past})
+        bias = None if mask is None else self._bias(mask, {0 if room is None else room.tokens for room in rooms})
         if mask is not None and bias is None:
             return None
         x = given[0]
@@ -255,29 +262,35 @@ class _Plan(Program):
                     room.grown(cache.layers[parts.place])
         return found
 
-    def _rooms(self, cache: Any) -> list["_Room | None"] | None:
+    def _rooms(self, cache: Any) -> list[Any] | None:
         """Where each block's keys and values are, with room for more, if there are any; None for another cache."""
         if not _is(cache, "DynamicCache") or cache.offloading:
             return None
-        there = [cache.layers[parts.place] if parts.place < len(cache.layers) else None for parts in self.parts]
-        if any(layer is not None and not _is(layer, "DynamicLayer") for layer in there):
-            return None
-        found: list[_Room | None] = []
-        for layer in there:
-            if layer is None or not layer.is_initialized or not layer.keys.numel():
+        found: list[Any] = []
+        for parts in self.parts:
+            layer: Any = cache.layers[parts.place] if parts.place < len(cache.layers) else None
+            if self._pruned:
+                found.append(layer.in_one_call() if hasattr(layer, "in_one_call") else None)
+                if found[-1] is None or not self._takes(*found[-1].held):
+                    return None
+            elif layer is None or (_is(layer, "DynamicLayer") and (not layer.is_initialized or not layer.keys.numel())):
                 found.append(None)
-            elif self._takes(layer.keys) and self._takes(layer.values) and layer.keys.shape == layer.values.shape:
-                found.append(_Room.of(layer))
+            elif _is(layer, "DynamicLayer") and self._takes(layer.keys, layer.values):
+                found.append(Room.of(layer))
             else:
                 return None
         return found
 
-    def _takes(self, held: Tensor) -> bool:
-        """Whether keys or values are such as would be added to them."""
-        texts, heads, _, *width = self._fresh[1:]
-        fits = held.dim() == 4 and (*held.shape[:2], held.shape[3]) == (texts, heads, *width)
-        plain = held.dtype is self.dtype and held.is_cpu and not held.is_neg()
-        return fits and plain and not (held.requires_grad and torch.is_grad_enabled())
+    def _takes(self, keys: Tensor, values: Tensor) -> bool:
+        """Whether keys and values are such as would be added to them."""
+        texts, heads, _, width = self._fresh[1:]
+        shape = texts, heads, keys.shape[2] if keys.dim() == 4 else 0, width
+        for t in (keys, values):
+            if t.dtype is not self.dtype or not t.is_cpu or t.is_neg() or t.shape != shape:
+                return False
+            if t.requires_grad and torch.is_grad_enabled():
+                return False
+        return True
 
     def _bias(self, mask: Tensor, tokens: set[int]) -> Tensor | None:
         """What is added to the scores of each text, [texts, tokens and the new one]; None for another mask."""
@@ -285,9 +298,8 @@ class _Plan(Program):
             return None
         if len(mask) not in (1, self.texts) or not mask.is_cpu:
             return None
-        row = mask[:, 0, 0]
-        if row.dtype is torch.bool:
-            row = torch.zeros(row.shape).masked_fill_(~row, float("-inf"))
+        row = bias_of(mask, mask.shape[3])
+        assert row is not None, "there is a mask"
         return row.float().expand(self.texts, -1).contiguous() if row.is_floating_point() else None
 
     def _add_all(self, shapes: Sequence[tuple[int, ...]]) -> None:
@@ -302,13 +314,13 @@ class _Plan(Program):
                 self.take(layer)
             state, normed = self._add_norm(parts.first, state, more)
             each = [self.add_product(layer, normed) for layer in parts.linear[:3]]
-            of = [self.value(()) for _ in PAST]
-            found = self._add_attention(parts, each, angles, dict(zip((*PAST, "bias"), (*of, *bias), strict=False)))
+            of = {name: self.value(()) for name in (*PAST, *(PACKED if self._pruned else ()))}
+            found = self._add_attention(parts, each, angles, of, bias)
             state, normed = self._add_norm(parts.second, state, self.add_product(parts.linear[3], found))
             layers: Any = parts.gated.layers
             more = self.add_steps(parts.gated.steps, layers, [normed])[parts.gated.outputs[0]]
             fresh += each[1:]
-            past += of
+            past += of.values()
         state, _ = self._add_norm(None, state, more)
         first = self.parts[0]
         self._fresh = (len(fresh), self.texts, first.linear[1].packed.shape[0] // first.width, 1, first.width)
@@ -331,7 +343,7 @@ class _Plan(Program):
         return values.get("sum", state), normed
 
     def _add_attention(
-        self, parts: Parts, each: Sequence[int], angles: Sequence[int], beside: Mapping[str, int]
+        self, parts: Parts, each: Sequence[int], angles: Sequence[int], past: Mapping[str, int], bias: Sequence[int]
     ) -> int:
         """From queries, keys and values, turned by angles as they lie, to what they find."""
         heads = [self.shapes[value][-1] // parts.width for value in each]
@@ -345,10 +357,17 @@ class _Plan(Program):
             self.possible &= self.shapes[angles[0]][-1] == parts.width
             rotate = Rotate(heads=count, width=parts.width, apart=apart)
             self.step(f"rotate_{called}", rotate, self.texts, x=value, cos=angles[0], sin=angles[1])
-        attend = Attend(heads=heads[1], group=parts.group, width=parts.width, scaling=parts.scaling)
+        items = self.texts * heads[1]
+        sizes = {"heads": heads[1], "group": parts.group, "width": parts.width, "scaling": parts.scaling}
         found = self.value(self.shapes[each[0]])
-        values = {"query": each[0], "new_keys": each[1], "new_values": each[2], "out": found, **beside}
-        self.step(f"attend_{called}", attend, self.texts * heads[1], **values)
+        asked = {"query": each[0], "out": found, **({"bias": bias[0]} if bias else {})}
+        grows = {"new_keys": each[1], "new_values": each[2], **{name: past[name] for name in PAST}}
+        if self._pruned:
+            packed = {name: past[name] for name in ("keys", "values", *PACKED)}
+            self.step(f"append_{called}", Attend(**sizes), items, **grows)
+            self.step(f"bitmap_kv_attend_{called}", BitmapKV(**sizes), items, **asked, **packed)
+        else:
+            self.step(f"attend_{called}", Attend(**sizes), items, **asked, **grows)
         return found
 
     def _weigh(self, call: Normalize, norm: nn.Module) -> None:
@@ -361,8 +380,8 @@ class _Plan(Program):
 
 
 @dataclass
-class _Room:
-    """Keys and values of a layer of a cache, and memory behind them, so that they are not copied for each token.
+class Room:
+    """Keys and values that a layer of a cache has, and memory behind them, so that they are not copied for each token.
 
     What lies behind them is written once: who holds fewer of them, such as a cache that was cut back, gets a room of
     its own when it grows, since others may have what was there.
@@ -373,10 +392,10 @@ class _Room:
     tokens: int
 
     @classmethod
-    def of(cls, layer: Any) -> "_Room":
+    def of(cls, layer: Any) -> "Room":
         """The room of a layer, made where it has none, or no more."""
         keys, values, tokens = layer.keys, layer.values, layer.keys.shape[2]
-        found: _Room | None = getattr(layer, ROOM, None)
+        found: Room | None = getattr(layer, ROOM, None)
         if found is not None and found.tokens == tokens < found.keys.shape[2]:
             alike = (found.keys.data_ptr(), found.values.data_ptr()) == (keys.data_ptr(), values.data_ptr())
             if alike and found.keys.stride() == keys.stride() and found.values.stride() == values.stride():

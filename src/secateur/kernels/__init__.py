@@ -22,7 +22,7 @@ from torch import Tensor
 
 from secateur.errors import KernelError, SettingError, did_you_mean
 
-VERSION = 9
+VERSION = 10
 """What secateur_version() of the library must say: raised with every change to a struct that Python fills in, or to
 the levels, which are told by number."""
 

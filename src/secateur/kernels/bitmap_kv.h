@@ -12,12 +12,12 @@ struct BitmapKV {
   int64_t width;               // channels of a head
   int64_t tiles, room;         // in use, and there is room for
   int64_t key_kept, value_kept;  // elements of a tile
-  int64_t tail;                // the newest tokens, as they are
+  int64_t tail, tail_room;     // the newest tokens, as they are, and how many there is room for
   const uint32_t* key_bits;    // [items, room, width]
   const void* key_values;      // [items, room, key_kept], channel after channel
   const uint32_t* value_bits;  // [items, room, TILE, words], words = width / 32 rounded up
   const void* value_values;    // [items, room, value_kept], token after token
-  const void* keys;            // [items, tail, width]
+  const void* keys;            // [items, tail_room, width]
   const void* values;          // likewise
   const void* query;           // [items, group, width]
   const float* bias;           // [texts, tiles * TILE + tail], added to the scores; or null

@@ -18,7 +18,7 @@ void scores_of(const BitmapKV& call, int64_t item, const T* query, float* score)
         if (bits[tile * call.width + channel] >> token & 1)
           score[tile * TILE + token] += widen(*value++) * widen(query[channel]);
   }
-  const T* keys = static_cast<const T*>(call.keys) + item * call.tail * call.width;
+  const T* keys = static_cast<const T*>(call.keys) + item * call.tail_room * call.width;
   for (int64_t token = 0; token < call.tail; token++) {
     float sum = 0;
     for (int64_t channel = 0; channel < call.width; channel++)
@@ -37,7 +37,7 @@ void add_values(const BitmapKV& call, int64_t item, const float* weight, float* 
       for (int64_t channel = 0; channel < call.width; channel++)
         if (bits[token * words + channel / 32] >> (channel % 32) & 1) sum[channel] += weight[token] * widen(*value++);
   }
-  const T* values = static_cast<const T*>(call.values) + item * call.tail * call.width;
+  const T* values = static_cast<const T*>(call.values) + item * call.tail_room * call.width;
   for (int64_t token = 0; token < call.tail; token++)
     for (int64_t channel = 0; channel < call.width; channel++)
       sum[channel] += weight[packed + token] * widen(values[token * call.width + channel]);

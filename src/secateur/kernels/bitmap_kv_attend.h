@@ -198,7 +198,7 @@ struct Head {
   }
 
   void tail_scores(int64_t from, int64_t count) {
-    const T* key = static_cast<const T*>(call.keys) + (item * call.tail + from) * call.width;
+    const T* key = static_cast<const T*>(call.keys) + (item * call.tail_room + from) * call.width;
     for (int64_t token = 0; token < count; token++, key += call.width) {
       Pair s[G];
       for (int g = 0; g < G; g++) s[g] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
@@ -324,7 +324,7 @@ struct Head {
   }
 
   void tail_values(int64_t from, int64_t count) {
-    const T* value = static_cast<const T*>(call.values) + (item * call.tail + from) * call.width;
+    const T* value = static_cast<const T*>(call.values) + (item * call.tail_room + from) * call.width;
     for (int64_t token = 0; token < count; token++, value += call.width)
       for (int64_t word = 0; word < words; word++)
         add(word, dense(some(call.width - word * 32), value + word * 32), token, sum, 2 * words);

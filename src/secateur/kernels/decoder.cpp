@@ -88,6 +88,11 @@ void attend(const void* pointer, int64_t begin, int64_t end) {
   }
 }
 
+template <class T>
+void append_all(const void* pointer, int64_t begin, int64_t end) {
+  for (int64_t item = begin; item < end; item++) append<T>(*static_cast<const Attend*>(pointer), item);
+}
+
 }  // namespace
 
 extern "C" void normalize_f32_base(const void* call, int64_t begin, int64_t end) { normalize<float>(call, begin, end); }
@@ -96,3 +101,5 @@ extern "C" void rotate_f32_base(const void* call, int64_t begin, int64_t end) { 
 extern "C" void rotate_bf16_base(const void* call, int64_t begin, int64_t end) { rotate<bf16>(call, begin, end); }
 extern "C" void attend_f32_base(const void* call, int64_t begin, int64_t end) { attend<float>(call, begin, end); }
 extern "C" void attend_bf16_base(const void* call, int64_t begin, int64_t end) { attend<bf16>(call, begin, end); }
+extern "C" void append_f32_base(const void* call, int64_t begin, int64_t end) { append_all<float>(call, begin, end); }
+extern "C" void append_bf16_base(const void* call, int64_t begin, int64_t end) { append_all<bf16>(call, begin, end); }

@@ -38,7 +38,7 @@ struct Attend {
   float scaling;
 };
 
-// The new key and value of an item behind those before them.
+// The new key and value of an item behind those before them; by itself, `append`, where something else attends.
 template <class T>
 static inline void append(const Attend& call, int64_t item) {
   if (!call.grows) return;

@@ -100,7 +100,7 @@ Level detect() { return base; }
 
 // Raised when a struct that Python fills in changes, or the levels, of which Python gets numbers: a library of other
 // sources is then refused.
-SECATEUR_API int secateur_version() { return 9; }
+SECATEUR_API int secateur_version() { return 10; }
 
 extern "C" bool asks_ahead() {
   static const bool found = !looks_ahead();
