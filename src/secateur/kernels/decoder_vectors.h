@@ -17,6 +17,15 @@ inline float whole_of(Vector some) {
   return sum;
 }
 
+// Of each of as many vectors as one has lanes, the sum of its floats.
+inline Vector added_up(Vector (&some)[LANES]) {
+#pragma GCC unroll 4
+  for (int count = LANES / 2; count; count /= 2)
+#pragma GCC unroll 16
+    for (int i = 0; i < count; i++) some[i] = evens(some[2 * i], some[2 * i + 1]) + odds(some[2 * i], some[2 * i + 1]);
+  return some[0];
+}
+
 // The first numbers of a vector, with zeros behind them.
 template <class T>
 inline Vector load_first(const T* from, int64_t count) {
@@ -141,10 +150,7 @@ struct Head {
     }
 #pragma GCC unroll 4
     for (int g = 0; g < G; g++) {
-      turn(sums[g]);
-      Vector score = {};
-      for (int lane = 0; lane < LANES; lane++) score += sums[g][lane];
-      store(weight + g * apart + token, score);
+      store(weight + g * apart + token, added_up(sums[g]));
     }
   }
 
