@@ -22,6 +22,7 @@ from torch import Tensor
 
 from secateur import kernels
 from secateur.errors import PatternError
+from secateur.formats.eager import recorded, transformed
 from secateur.formats.packed import VALUES, pointer
 from secateur.formats.pages import empty, in_large_pages
 
@@ -117,7 +118,9 @@ def attend(
             return bitmap_kv_triton.attend(packed, keys, values, query, bias, scaling)
     kernel = kernels.find(f"bitmap_kv_attend_{VALUES.get(query.dtype)}")
     parts = (*packed._tensors(), keys, values, query)
-    if kernel is None or any(t.device.type != "cpu" for t in parts) or keys.dtype is not query.dtype:
+    if kernel is None or recorded() or transformed(keys, values, query, bias):
+        return None
+    if any(t.device.type != "cpu" for t in parts) or keys.dtype is not query.dtype:
         return None
     batch, heads, tail, width = keys.shape
     keys, values, query = (t.resolve_neg().contiguous() for t in (keys, values, query))

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from secateur import kernels
 from secateur.formats.conv import ANY, Call, Form, SparseConv2d, arranged, out_size, point
+from secateur.formats.eager import recorded, transformed
 from secateur.formats.group_cols import GroupCols
 from secateur.formats.packed import Packed
 from secateur.formats.pages import empty
@@ -67,7 +68,7 @@ class ConvChain(Planned["_Plan"]):
         """
         if named:
             inputs = self.in_order(inputs, named)
-        plan = None if torch.compiler.is_compiling() else self._plan(inputs)
+        plan = None if recorded() or transformed(*inputs) else self._plan(inputs)
         if plan is None:
             found = self._one_by_one(inputs)
         else:

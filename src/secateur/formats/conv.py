@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from secateur import kernels
 from secateur.errors import FormatError
 from secateur.formats.depth_taps import DepthTaps
+from secateur.formats.eager import recorded, transformed
 from secateur.formats.group_cols import GroupCols
-from secateur.formats.packed import Packed
+from secateur.formats.packed import Packed, learns
 from secateur.formats.state import loaded, made_of, now, register, weight_of
 
 ANY = (-math.inf, math.inf)
@@ -56,13 +57,33 @@ def convolve(
 ) -> Tensor:
     """The convolution of x [pictures, channels, high, wide] with a packed weight and its bias, held within bounds.
 
-    (0, inf) is ReLU and (0, 6) ReLU6. Where no kernel is compiled, or a gradient is asked for, it goes through the
-    dense weight, which is then kept. Raises FormatError for a weight that was packed from a matrix, for another dtype,
-    shape or device, and when the tensors were changed after packing.
+    (0, inf) is ReLU and (0, 6) ReLU6. Where no kernel is compiled, a gradient is asked for, or torch looks on
+    (`formats.eager`), it goes through the dense weight, which is then kept. Raises FormatError for a weight that was
+    packed from a matrix, for another dtype, shape or device, and when the tensors were changed after packing.
     """
+    return convolved(packed, x, stride, padding, dilation, between, plainly=recorded())
+
+
+def convolved(
+    packed: Packed,
+    x: Tensor,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    between: tuple[float, float],
+    plainly: bool = False,
+) -> Tensor:
+    """The same, for who has asked whether torch looks on: `plainly`, through the dense weight in any case."""
     # A small layer takes a few microseconds, so what is asked here is asked in the cheapest way.
     asked = x.shape, stride, padding, dilation, torch.get_num_threads()
     kernel = kernels.find(getattr(packed.format, "convolves", ""))
+    if plainly or kernel is None or transformed(x) or learns(x):
+        struct, shape = arranged(packed, x, stride, padding, dilation, torch.get_num_threads())
+        packed.unchanged()
+        form = _form(packed)
+        weight = packed.plain.view(shape[1], -1, struct.taps_high, struct.taps_wide)
+        y = F.conv2d(x, weight, packed.prepared.bias, stride, padding, dilation, form.groups(packed.shape))
+        return y if between == ANY else y.clamp(*between)
     cut = packed.cuts.get(asked) if x.dtype is torch.float32 and x.is_cpu else None
     if cut is None or cut[0] is not kernel:  # each lays x out in its own way
         struct, shape = arranged(packed, x, stride, padding, dilation, torch.get_num_threads())
@@ -73,11 +94,6 @@ def convolve(
         cut = packed.cuts[asked] = kernel, struct, shape, items
     _, struct, shape, items = cut
     packed.unchanged()
-    if kernel is None or (x.requires_grad and torch.is_grad_enabled()):
-        form = _form(packed)
-        weight = packed.plain.view(shape[1], -1, struct.taps_high, struct.taps_wide)
-        y = F.conv2d(x, weight, packed.prepared.bias, stride, padding, dilation, form.groups(packed.shape))
-        return y if between == ANY else y.clamp(*between)
     if not x.is_contiguous() or x.is_neg():  # a sign that torch keeps as a mark
         x = x.resolve_neg().contiguous()
     y = x.new_empty(shape)
@@ -207,7 +223,7 @@ class SparseConv2d(nn.Module):
 
         Raises FormatError for another dtype, shape or device.
         """
-        if torch.compiler.is_compiling():
+        if recorded() and (torch.compiler.is_compiling() or not learns(input)):
             tensors = [getattr(self, name) for name in self._packed.format.names]
             pairs = (*self.stride, *self.padding, *self.dilation)
             x = input if input.dim() == 4 else input.unsqueeze(0)
@@ -215,7 +231,7 @@ class SparseConv2d(nn.Module):
             return y if input.dim() == 4 else y.squeeze(0)
         if input.dim() == 3:
             return self(input.unsqueeze(0)).squeeze(0)
-        return convolve(self.packed, input, self.stride, self.padding, self.dilation, self.between)
+        return convolved(self.packed, input, self.stride, self.padding, self.dilation, self.between)
 
     def extra_repr(self) -> str:
         """Shape, geometry and format."""
@@ -300,7 +316,7 @@ def _convolved(
 ) -> Tensor:
     low, high = between
     slides = _pair(pairs[:2]), _pair(pairs[2:4]), _pair(pairs[4:])
-    return convolve(made_of(tensors, header), x, *slides, (low, high))
+    return convolved(made_of(tensors, header), x, *slides, (low, high))
 
 
 _OPERATORS.impl("packed_conv2d", _convolved, "CPU")

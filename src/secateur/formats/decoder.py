@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from secateur.formats.bitmap_kv import Struct as BitmapKV
 from secateur.formats.bitmap_kv import bias_of
+from secateur.formats.eager import recorded, transformed
 from secateur.formats.linear import SparseLinear
 from secateur.formats.linear_chain import LinearChain
 from secateur.formats.packed import VALUES
@@ -115,7 +116,7 @@ class Decoder(Planned["_Plan"]):
         Raises FormatError as the layers do.
         """
         asked = [name for name, value in more.items() if value is not None and value is not False and name not in SAID]
-        if not asked and not torch.compiler.is_compiling():
+        if not asked and not recorded() and not transformed(hidden_states, attention_mask):
             found = self._at_once(hidden_states, attention_mask, past_key_values, position_embeddings)
             if found is not None:
                 return found

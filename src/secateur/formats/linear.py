@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import FormatError
-from secateur.formats.packed import Format, Packed
+from secateur.formats.eager import recorded
+from secateur.formats.packed import Format, Packed, learns
 from secateur.formats.state import loaded, made_of, now, register, weight_of
 
 
@@ -54,14 +55,14 @@ class SparseLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """x W^T + bias. Raises FormatError for another dtype, shape or device."""
-        if torch.compiler.is_compiling():
+        if recorded() and (torch.compiler.is_compiling() or not learns(input, self.bias)):
             tensors = [getattr(self, name) for name in self._packed.format.names]
             return packed_linear(input, self.bias, tensors, self._header)
         held, buffers = self._packed, self._buffers  # not by attribute: a module takes a microsecond to find one
         for name, tensor in held.tensors.items():
             if buffers[name] is not tensor:
                 held = self.packed
-        return held.matmul(input, self._parameters["bias"])
+        return held.multiplied(input, self._parameters["bias"])
 
     def extra_repr(self) -> str:
         """Shape and format."""
@@ -149,7 +150,7 @@ def packed_linear(x: Tensor, bias: Tensor | None, tensors: Sequence[Tensor], hea
 
 
 def _multiplied(x: Tensor, bias: Tensor | None, tensors: Sequence[Tensor], header: Sequence[int]) -> Tensor:
-    return made_of(tensors, header).matmul(x, bias)
+    return made_of(tensors, header).multiplied(x, bias)
 
 
 _OPERATORS.impl("packed_linear", _multiplied, "CPU")

@@ -10,7 +10,9 @@ from torch.nn import functional as F
 
 from secateur.formats import FORMATS
 from secateur.formats.conv import ANY
+from secateur.formats.eager import recorded, traced, transformed
 from secateur.formats.linear import SparseLinear
+from secateur.formats.packed import learns
 from secateur.formats.planned import Planned, bounded
 from secateur.formats.program import Gate, Product, Program
 from secateur.formats.state import MOST, made_of
@@ -42,7 +44,9 @@ class LinearChain(Planned["_Plan"]):
         """
         if named:
             inputs = self.in_order(inputs, named)
-        if torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and traced():
+            return given_back(self._one_by_one(inputs))
+        if recorded() and (torch.compiler.is_compiling() or not self._learns(inputs)):
             return given_back(packed_chain(inputs, *self._as_given()))
         return given_back(self.run(inputs))
 
@@ -77,16 +81,16 @@ class LinearChain(Planned["_Plan"]):
                 values.append(y if step.times is None else y * values[step.times])
         return tuple(values[i] for i in self.outputs)
 
+    def _learns(self, inputs: Sequence[Tensor]) -> bool:
+        return torch.is_grad_enabled() and learns(*inputs, *(layer._parameters["bias"] for layer in self.layers))
+
     def _plan(self, inputs: Sequence[Tensor]) -> "_Plan | None":
         """What runs these inputs in one call, or None where a layer has to be asked by itself."""
-        learns = torch.is_grad_enabled()
-        for x in inputs:
-            if not (x.is_cpu and x.is_contiguous()) or (learns and x.requires_grad) or x.is_neg():
-                return None
-        if learns and any(
-            layer._parameters["bias"] is not None and layer._parameters["bias"].requires_grad for layer in self.layers
-        ):
+        if transformed(*inputs) or self._learns(inputs):
             return None
+        for x in inputs:
+            if not (x.is_cpu and x.is_contiguous()) or x.is_neg():
+                return None
         key = (torch.get_num_threads(), *(x.dtype for x in inputs), *(x.shape for x in inputs))
         return self.taken(key, lambda: _Plan(self, key, inputs))
 

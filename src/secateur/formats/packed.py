@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from secateur import kernels
 from secateur.errors import FormatError
+from secateur.formats.eager import recorded, transformed, unseen
 
 VALUES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 """The dtypes of weights that formats hold, and what kernels call them."""
@@ -110,9 +111,14 @@ class Packed:
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x W^T + bias, for x [..., inputs] of the weight's dtype.
 
-        Where no kernel is compiled, or a gradient is asked for, it goes through the dense weight, which is then kept.
-        Raises FormatError for another dtype, shape or device, and when the tensors were changed after packing.
+        Where no kernel is compiled, a gradient is asked for, or torch looks on (`formats.eager`), it goes through the
+        dense weight, which is then kept. Raises FormatError for another dtype, shape or device, and when the tensors
+        were changed after packing.
         """
+        return self.multiplied(x, bias, plainly=recorded())
+
+    def multiplied(self, x: Tensor, bias: Tensor | None = None, plainly: bool = False) -> Tensor:
+        """The same, for who has asked whether torch looks on: `plainly`, through the dense weight in any case."""
         # A small layer takes a few microseconds, so what is asked here is asked in the cheapest way.
         if x.dtype is not self._dtype or x.shape[-1:] != self._width or not x.is_cpu:
             raise FormatError(
@@ -129,7 +135,7 @@ class Packed:
         self.unchanged()
         call = self.prepared
         kernel = kernels.find(call.kernel)
-        if kernel is None or ((x.requires_grad or _learns(bias)) and torch.is_grad_enabled()):
+        if plainly or kernel is None or transformed(x, bias) or learns(x, bias):
             y = F.linear(x, self.plain, bias)
             return y if call.bias is None else y + call.bias
         expand = self.writes(x.numel())
@@ -170,7 +176,8 @@ class Packed:
     @cached_property
     def prepared(self) -> Call:
         """What its kernels are called with, made once."""
-        return self.format.call(self)
+        with unseen():
+            return self.format.call(self)
 
     @cached_property
     def beside(self) -> list["Packed"]:
@@ -190,7 +197,8 @@ class Packed:
     @cached_property
     def plain(self) -> Tensor:
         """The dense weight as a matrix, made once and kept."""
-        return self.dense().flatten(1)
+        with unseen():
+            return self.dense().flatten(1)
 
     @cached_property
     def _watched(self) -> tuple[tuple[Tensor, int], ...]:
@@ -210,8 +218,9 @@ class Packed:
         return f"a {self.format.name} weight {list(self.shape)}"
 
 
-def _learns(bias: Tensor | None) -> bool:
-    return bias is not None and bias.requires_grad
+def learns(*tensors: Tensor | None) -> bool:
+    """Whether a gradient is asked for."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def unsuited(weight: Tensor, mask: Tensor | None) -> str | None:
