@@ -220,7 +220,10 @@ class Packed:
 
 def learns(*tensors: Tensor | None) -> bool:
     """Whether a gradient is asked for."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    for tensor in tensors:
+        if tensor is not None and tensor.requires_grad:
+            return torch.is_grad_enabled()
+    return False
 
 
 def unsuited(weight: Tensor, mask: Tensor | None) -> str | None:
