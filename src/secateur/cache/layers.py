@@ -58,12 +58,12 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         shown.past = self  # type: ignore[attr-defined]
         return shown, values
 
-    def in_one_call(self) -> "Packed | None":
+    def in_one_call(self) -> "PackedPast | None":
         """What blocks that run in one call read of it, with room for a token; None where it has to be asked."""
         past = self.past
         if not PASS.reads or self.waiting or type(past) is not Past or past.packed is None or past.listens:
             return None
-        return Packed(past, Room.of(past))
+        return PackedPast(past, Room.of(past, past.pruning.window + past.pruning.chunk))
 
     def attended(self, query: Tensor | None) -> None:
         """The tokens handed out have been attended to."""
@@ -121,7 +121,7 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedPast:
     """The past of a layer whose tokens are packed, but for the newest, which have room behind them."""
 
     past: Past

@@ -121,9 +121,9 @@ class Past:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held."""
+        """Bytes held, room for tokens to come among them."""
         held = (self.keys, self.values, *self._heard.values())
-        tail = sum(t.numel() * t.element_size() for t in held if t is not None)
+        tail = sum(t.untyped_storage().nbytes() for t in held if t is not None)
         return tail + (0 if self.packed is None else self.packed.nbytes)
 
     def dense(self) -> tuple[Tensor, Tensor]:

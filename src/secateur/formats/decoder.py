@@ -393,15 +393,15 @@ class Room:
     tokens: int
 
     @classmethod
-    def of(cls, layer: Any) -> "Room":
-        """The room of a layer, made where it has none, or no more."""
+    def of(cls, layer: Any, most: int = 0) -> "Room":
+        """The room of a layer, made where it has none, or no more: for `most` tokens, or a quarter more than it has."""
         keys, values, tokens = layer.keys, layer.values, layer.keys.shape[2]
         found: Room | None = getattr(layer, ROOM, None)
         if found is not None and found.tokens == tokens < found.keys.shape[2]:
             alike = (found.keys.data_ptr(), found.values.data_ptr()) == (keys.data_ptr(), values.data_ptr())
             if alike and found.keys.stride() == keys.stride() and found.values.stride() == values.stride():
                 return found
-        shape = (*keys.shape[:2], tokens + max(MORE, tokens // 4), keys.shape[3])
+        shape = (*keys.shape[:2], max(most, tokens + 1) if most else tokens + max(MORE, tokens // 4), keys.shape[3])
         made = cls(empty(shape, keys), empty(shape, values), tokens)
         made.keys.narrow(2, 0, tokens).copy_(keys)
         made.values.narrow(2, 0, tokens).copy_(values)
