@@ -88,6 +88,8 @@ def test_batches_and_derivatives_of_torch_func(case):
     alike(step, found)
     alike(torch.func.grad(lambda a: layer(a).sum())(x), backward)
     alike(step.sum(), (backward * other).sum())
+    recorded = make_fx(lambda a, b: torch.func.jvp(layer, (a,), (b,))[1])(x, other)
+    alike(recorded(x, other), step)
 
 
 def test_what_has_no_numbers_is_not_read(case):

@@ -85,7 +85,7 @@ def pruned_as_decoded(
 
 
 def _grouped(query: Tensor, heads: int) -> Tensor:
-    return query.unflatten(1, (heads, -1))  # type: ignore[no-untyped-call]
+    return query.unflatten(1, (heads, -1))  # type: ignore[no-untyped-call]  # torch has none
 
 
 def _softmax(scores: Tensor, mask: Tensor | None, new: int) -> Tensor:

@@ -29,13 +29,13 @@ class Pass(threading.local):
 PASS = Pass()
 
 
-class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # transformers has no types
     """One layer of a cache, whose tokens are pruned or forgotten as they leave the window."""
 
     is_sliding = False
 
     def __init__(self, pruning: Pruning | Eviction) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # nor here
         self.past = pruning.begin()
         self.waiting = False  # what was handed out has not been attended to by the attention that can read it
 
@@ -55,7 +55,7 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.past.append_(key_states, value_states)
         self.keys, self.values = keys, values = self.past.tail
         shown = keys.view_as(keys)
-        shown.past = self  # type: ignore[attr-defined]
+        shown.past = self  # type: ignore[attr-defined]  # tensors take any
         return shown, values
 
     def in_one_call(self) -> "PackedPast | None":
@@ -65,10 +65,14 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             return None
         return PackedPast(past, Room.of(past, past.pruning.window + past.pruning.chunk))
 
-    def attended(self, query: Tensor | None) -> None:
+    def attended(self, query: Tensor) -> None:
         """The tokens handed out have been attended to."""
+        self.past.settle_(query)
+        self.settled()
+
+    def settled(self) -> None:
+        """The past is as it stays until the next token."""
         self.waiting = False
-        self.past.settle_(query)  # type: ignore[arg-type]  # one that needs a query is always given it
         self.keys, self.values = self.past.keys, self.past.values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -149,7 +153,8 @@ class PackedPast:
         """A token is added, as the kernel wrote it, and attended to."""
         layer.is_initialized = True
         self.room.grown(self.past)
-        layer.attended(None)
+        self.past.settle_(None)
+        layer.settled()
 
 
 def check_read(cache: Cache, model: nn.Module) -> None:
@@ -188,7 +193,7 @@ def prune_(cache: Cache, pruning: Pruning | Eviction) -> None:
         )
     cache.layers = [PrunedLayer(pruning) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     if cache.layer_class_to_replicate is DynamicLayer:
-        cache.layer_class_to_replicate = lambda: PrunedLayer(pruning)  # type: ignore[assignment]
+        cache.layer_class_to_replicate = lambda: PrunedLayer(pruning)  # type: ignore[assignment]  # declared as a class
 
 
 def attention(

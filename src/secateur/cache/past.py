@@ -215,4 +215,5 @@ def heard_by(query: Tensor, heads: int, power: int) -> Tensor:
 
     [batch, heads, tokens, width]
     """
-    return query.detach().float().abs().pow(power).unflatten(1, (heads, -1)).sum(2)  # type: ignore[no-untyped-call]
+    loud = query.detach().float().abs().pow(power)
+    return loud.unflatten(1, (heads, -1)).sum(2)  # type: ignore[no-untyped-call]  # torch has no types for it

@@ -14,7 +14,7 @@ from secateur import kernels
 from secateur.formats.conv import ANY, Call, Form, SparseConv2d, arranged, out_size, point
 from secateur.formats.eager import recorded, transformed
 from secateur.formats.group_cols import GroupCols
-from secateur.formats.packed import Packed
+from secateur.formats.packed import Packed, learns
 from secateur.formats.pages import empty
 from secateur.formats.planned import Plan, Planned, bounded
 from secateur.formats.stretches import STRETCH, Layer, Leg, Stretch, at_once, in_turn
@@ -97,15 +97,12 @@ class ConvChain(Planned["_Plan"]):
 
     def _plan(self, inputs: Sequence[Tensor]) -> "_Plan | None":
         """What runs these inputs in one call, or None where a layer has to be asked by itself."""
-        learns = torch.is_grad_enabled()
         for x in inputs:
             if x.dtype is not torch.float32 or not x.is_cpu or x.dim() != 4 or not x.is_contiguous():
                 return None
-            if (learns and x.requires_grad) or x.is_neg():
+            if learns(x) or x.is_neg():
                 return None
-        head = self.head is not None
-        if learns and self.head is not None:
-            head = not any(p.requires_grad for p in self.head.parameters())
+        head = self.head is not None and not learns(*self.head.parameters())
         key = (torch.get_num_threads(), head, *(x.shape for x in inputs))
         return self.taken(key, lambda: _Plan(self, key, inputs))
 

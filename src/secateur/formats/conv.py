@@ -223,7 +223,7 @@ class SparseConv2d(nn.Module):
 
         Raises FormatError for another dtype, shape or device.
         """
-        if recorded() and (torch.compiler.is_compiling() or not learns(input)):
+        if recorded() and (torch.compiler.is_compiling() or not (transformed() or learns(input))):
             tensors = [getattr(self, name) for name in self._packed.format.names]
             pairs = (*self.stride, *self.padding, *self.dilation)
             x = input if input.dim() == 4 else input.unsqueeze(0)

@@ -19,7 +19,7 @@ from secateur.formats.bitmap_kv import bias_of
 from secateur.formats.eager import recorded, transformed
 from secateur.formats.linear import SparseLinear
 from secateur.formats.linear_chain import LinearChain
-from secateur.formats.packed import VALUES
+from secateur.formats.packed import VALUES, learns
 from secateur.formats.pages import empty
 from secateur.formats.planned import Planned
 from secateur.formats.program import Program
@@ -157,8 +157,7 @@ class Decoder(Planned["_Plan"]):
 
     def _at_once(self, x: Tensor, mask: Tensor | None, cache: Any, angles: Any) -> Tensor | None:
         """What one call gives, or None where the blocks have to be asked."""
-        learns = torch.is_grad_enabled()
-        if x.dim() != 3 or x.shape[1] != 1 or not x.numel() or self.training or (learns and x.requires_grad):
+        if x.dim() != 3 or x.shape[1] != 1 or not x.numel() or self.training or learns(x):
             return None
         if not isinstance(angles, tuple) or len(angles) != 2:
             return None
@@ -174,7 +173,7 @@ class Decoder(Planned["_Plan"]):
         if plan is None:
             return None
         try:
-            return None if any(plan.hooks) or (learns and plan.learns()) else plan.attended(given, mask, cache)
+            return None if any(plan.hooks) or learns(*plan.parameters) else plan.attended(given, mask, cache)
         finally:
             self.keep(plan)
 
@@ -219,7 +218,7 @@ class _Plan(Program):
             if module._modules:
                 self.within(module._modules)
         self.hooks = [each for at in of_all for each in (at._forward_hooks, at._forward_pre_hooks)]
-        self._parameters = list(decoder.parameters())
+        self.parameters = list(decoder.parameters())
         found = [parts_of(block) for block in decoder.blocks]
         self.parts = [parts for parts in found if parts is not None]
         attentions: list[Any] = [getattr(block, "self_attn", None) for block in decoder.blocks]
@@ -229,10 +228,6 @@ class _Plan(Program):
         self.possible &= alike and len({parts.place for parts in self.parts}) == len(self.parts)
         if self.possible:
             self._add_all(shapes)
-
-    def learns(self) -> bool:
-        """Whether a parameter asks for its gradient."""
-        return any(p.requires_grad for p in self._parameters)
 
     def attended(self, given: Sequence[Tensor], mask: Tensor | None, cache: Any) -> Tensor | None:
         """All blocks, in order; None where their attention is another, or cannot be computed from such a cache."""
@@ -289,9 +284,7 @@ class _Plan(Program):
         for t in (keys, values):
             if t.dtype is not self.dtype or not t.is_cpu or t.is_neg() or t.shape != shape:
                 return False
-            if t.requires_grad and torch.is_grad_enabled():
-                return False
-        return True
+        return not learns(keys, values)
 
     def _bias(self, mask: Tensor, tokens: set[int]) -> Tensor | None:
         """What is added to the scores of each text, [texts, tokens and the new one]; None for another mask."""

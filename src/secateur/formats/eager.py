@@ -33,7 +33,10 @@ def traced() -> bool:
 
 
 def transformed(*tensors: Tensor | None) -> bool:
-    """Whether there is more to tensors than their numbers: torch.func, forward-mode derivatives, or another class."""
+    """Whether there is more to tensors than their numbers: torch.func, forward-mode derivatives, or another class.
+
+    Of no tensors: whether torch.func or a forward-mode derivative is at work at all.
+    """
     for tensor in tensors:
         if tensor is not None and type(tensor) is not Tensor and type(tensor) is not _Parameter:
             return True

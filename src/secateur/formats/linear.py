@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import FormatError
-from secateur.formats.eager import recorded
+from secateur.formats.eager import recorded, transformed
 from secateur.formats.packed import Format, Packed, learns
 from secateur.formats.state import loaded, made_of, now, register, weight_of
 
@@ -55,7 +55,7 @@ class SparseLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """x W^T + bias. Raises FormatError for another dtype, shape or device."""
-        if recorded() and (torch.compiler.is_compiling() or not learns(input, self.bias)):
+        if recorded() and (torch.compiler.is_compiling() or not (transformed() or learns(input, self.bias))):
             tensors = [getattr(self, name) for name in self._packed.format.names]
             return packed_linear(input, self.bias, tensors, self._header)
         held, buffers = self._packed, self._buffers  # not by attribute: a module takes a microsecond to find one

@@ -46,7 +46,7 @@ class LinearChain(Planned["_Plan"]):
             inputs = self.in_order(inputs, named)
         if not torch.compiler.is_compiling() and traced():
             return given_back(self._one_by_one(inputs))
-        if recorded() and (torch.compiler.is_compiling() or not self._learns(inputs)):
+        if recorded() and (torch.compiler.is_compiling() or not (transformed() or self._learns(inputs))):
             return given_back(packed_chain(inputs, *self._as_given()))
         return given_back(self.run(inputs))
 
