@@ -14,6 +14,26 @@
 
 namespace {
 
+// The masks of two steps of 16-bit values that follow one another, read as one word: on Zen 5 a move to a mask register and
+// a shift there take less than two moves, from memory or from registers. (Of floats, whose masks are half as long, it is no
+// faster.) The compiler is kept from reading memory again for any of it.
+struct Two {
+  uint64_t both;
+  __mmask64 mask;
+
+  explicit Two(const uint32_t* masks) {
+    __builtin_memcpy(&both, masks, sizeof(both));
+    __asm__("" : "+r"(both));
+    mask = both;
+    __asm__("" : "+Yk"(mask));
+  }
+
+  uint32_t first() const { return uint32_t(mask); }
+  uint32_t second() const { return uint32_t(_kshiftri_mask64(mask, 32)); }
+  int64_t before() const { return __builtin_popcountll(both & 0xffffffff); }  // the second
+  int64_t count() const { return __builtin_popcountll(both); }
+};
+
 template <class By>
 struct Rows {
   typedef typename By::Value Value;
@@ -61,8 +81,9 @@ struct Rows {
 
   // One step of each panel. Weights and values are taken by reference, and stay in registers when inlined.
   template <int PANELS, int N, int CHAINS, bool WHOLE>
-  static inline void one(const Word* masks, int64_t next, const Kept* (&values)[PANELS], const Input* in, int64_t each,
-                         __m512 (&sum)[PANELS][2][N], int chain) {
+  static inline __attribute__((always_inline)) void one(const Word* masks, int64_t next, const Kept* (&values)[PANELS],
+                                                        const Input* in, int64_t each, __m512 (&sum)[PANELS][2][N],
+                                                        int chain) {
     typename By::Weights weights[PANELS];
 #pragma GCC unroll 4
     for (int p = 0; p < PANELS; p++) {
@@ -85,18 +106,44 @@ struct Rows {
     }
   }
 
+  // Two steps of each panel, for one row.
+  template <int PANELS, int CHAINS>
+  static inline __attribute__((always_inline)) void two(const Word* masks, int64_t next, const Kept* (&values)[PANELS],
+                                                        const Input* in, __m512 (&sum)[PANELS][2][1]) {
+    typename By::Weights first[PANELS], second[PANELS];
+#pragma GCC unroll 4
+    for (int p = 0; p < PANELS; p++) {
+      const Two both(masks + p * next);
+      first[p] = By::weights(expanded(both.first(), values[p]));
+      second[p] = By::weights(expanded(both.second(), values[p] + both.before()));
+      values[p] += both.count();
+    }
+    const typename By::Inputs here = By::inputs(in), after = By::inputs(in + DEPTH);
+#pragma GCC unroll 4
+    for (int p = 0; p < PANELS; p++) By::add(sum[p][0][0], sum[p][CHAINS - 1][0], first[p], here);
+#pragma GCC unroll 4
+    for (int p = 0; p < PANELS; p++) By::add(sum[p][CHAINS - 1][0], sum[p][CHAINS - 1][0], second[p], after);
+  }
+
   // N rows of x times some panels at once, `apart` from one to the next; of few rows a panel has two sums in turn.
   template <int PANELS, int N>
   void some(int64_t panel, int64_t apart, int64_t row) const {
-    if (whole(weight, DEPTH, PANELS, panel, apart))
-      these<PANELS, N, true>(panel, apart, row);
+    if (N > 1 || call.rows > 1 || asks_ahead())
+      asking<PANELS, N, true>(panel, apart, row);
     else
-      these<PANELS, N, false>(panel, apart, row);
+      asking<PANELS, N, N != 1>(panel, apart, row);
   }
 
-  template <int PANELS, int N, bool WHOLE>
+  template <int PANELS, int N, bool ASKS>
+  void asking(int64_t panel, int64_t apart, int64_t row) const {
+    if (whole(weight, DEPTH, PANELS, panel, apart))
+      these<PANELS, N, ASKS, true>(panel, apart, row);
+    else
+      these<PANELS, N, ASKS, false>(panel, apart, row);
+  }
+
+  template <int PANELS, int N, bool ASKS, bool WHOLE>
   void these(int64_t panel, int64_t apart, int64_t row) const {
-    const bool asks = call.rows > 1 || asks_ahead();
     enum { CHAINS = N <= 2 && PANELS <= By::TWICE ? 2 : 1 };
     const int64_t steps = (weight.inputs + DEPTH - 1) / DEPTH, next = apart * steps;
     const Word* masks = reinterpret_cast<const Word*>(weight.masks) + panel * steps;
@@ -113,9 +160,13 @@ struct Rows {
     int64_t step = 0;
     for (; step + 2 <= steps; step += 2, in += 2 * ahead, masks += 2) {
 #pragma GCC unroll 4
-      for (int p = 0; p < PANELS && asks; p++) prefetch(values[p], masks + p * next);
-      one<PANELS, N, CHAINS, WHOLE>(masks, next, values, in, each, sum, 0);
-      one<PANELS, N, CHAINS, WHOLE>(masks + 1, next, values, in + ahead, each, sum, 1);
+      for (int p = 0; p < PANELS && ASKS; p++) prefetch(values[p], masks + p * next);
+      if constexpr (N == 1 && !WHOLE && sizeof(Word) == 4) {
+        two<PANELS, CHAINS>(masks, next, values, in, sum);
+      } else {
+        one<PANELS, N, CHAINS, WHOLE>(masks, next, values, in, each, sum, 0);
+        one<PANELS, N, CHAINS, WHOLE>(masks + 1, next, values, in + ahead, each, sum, 1);
+      }
     }
     if (step < steps) one<PANELS, N, CHAINS, WHOLE>(masks, next, values, in, each, sum, 0);
     finish<PANELS, N, CHAINS>(sum, panel, apart, row);
@@ -123,7 +174,8 @@ struct Rows {
 
   // The sums of some rows and panels, with scales and biases, become y.
   template <int PANELS, int N, int CHAINS>
-  inline void finish(const __m512 (&sum)[PANELS][2][N], int64_t panel, int64_t apart, int64_t row) const {
+  inline __attribute__((always_inline)) void finish(const __m512 (&sum)[PANELS][2][N], int64_t panel, int64_t apart,
+                                                    int64_t row) const {
 #pragma GCC unroll 4
     for (int p = 0; p < PANELS; p++) {
       const int64_t at = (panel + p * apart) * LANES;
