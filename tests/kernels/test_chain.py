@@ -16,7 +16,7 @@ from secateur.formats import DepthTaps, GroupCols, stretches
 from secateur.formats import chain as chain_module
 from secateur.formats.chain import ConvChain, Link, _around, _zeros
 from secateur.formats.conv import ANY, SHAPES, SparseConv2d
-from secateur.formats.planned import RELU
+from secateur.formats.planned import RELU, Plan
 from secateur.models.resnet import resnet20
 
 
@@ -556,6 +556,38 @@ class Between(nn.Module):
         y = self.one(x)
         other = self.three(x)
         return self.two(torch.sin(y)) + other, y
+
+
+def test_a_head_that_was_exchanged_is_the_one_that_computes():
+    model = Ends(HEADS["mean"]).eval().requires_grad_(False)
+    x = pictures(3, 6, 6)
+    found = chained(packed_(copy.deepcopy(model)))
+    found(x)
+    found.head = model.head = nn.Linear(9, 4).requires_grad_(False)
+    torch.testing.assert_close(found(x), model(x))
+
+
+@pytest.mark.parametrize("other", [torch.ones(1), torch.ones(3), torch.ones(0), None, nn.Identity()])
+@pytest.mark.parametrize("name", ["one", "more", "none", "nothing", "module"])
+def test_a_plan_holds_for_what_modules_have_and_nothing_else(name, other):
+    held = {
+        "one": torch.ones(1),
+        "more": torch.ones(3),
+        "none": torch.ones(0),
+        "nothing": None,
+        "module": nn.Identity(),
+    }
+    plan = Plan(())
+    plan.within({"first": torch.ones(2)})
+    plan.within(held)
+    assert plan.holds()
+    before = held[name]
+    held[name] = other
+    assert plan.holds() == (other is before)
+    held[name] = before
+    assert plan.holds()
+    held["another"] = None
+    assert not plan.holds()
 
 
 def test_what_needs_a_chain_from_outside_ends_it():

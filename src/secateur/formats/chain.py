@@ -74,7 +74,7 @@ class ConvChain(Planned["_Plan"]):
         else:
             found = plan.run(inputs)
             self.keep(plan)
-            if self.head is not None and plan.head is None:
+            if plan.head is None and self.head is not None:
                 found = self._headed(list(found))
         return found if len(found) > 1 else found[0]
 
@@ -102,8 +102,9 @@ class ConvChain(Planned["_Plan"]):
                 return None
             if learns(x) or x.is_neg():
                 return None
-        head = self.head is not None and not learns(*self.head.parameters())
-        key = (torch.get_num_threads(), head, *(x.shape for x in inputs))
+        head = self._modules.get("head")  # not by attribute: a module takes a microsecond to find one
+        headed = head is not None and not (torch.is_grad_enabled() and learns(*head._parameters.values()))
+        key = (torch.get_num_threads(), headed, *(x.shape for x in inputs))
         return self.taken(key, lambda: _Plan(self, key, inputs))
 
 
@@ -115,6 +116,7 @@ class _Plan(Plan):
         threads, self.head = key[0], chain.head if key[1] else None
         layers: list[SparseConv2d] = list(chain.layers)  # type: ignore[arg-type]  # a ModuleList says Module
         held = [layer.packed for layer in layers]
+        self.within(chain._modules)
         self.within(chain.layers._modules)
         for layer, packed in zip(layers, held, strict=True):
             packed.unchanged()
@@ -212,7 +214,7 @@ class _Plan(Plan):
 
     def run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """All convolutions, in order."""
-        found = tuple(inputs[0].new_empty(shape) for shape in self._shapes)
+        found = tuple([inputs[0].new_empty(shape) for shape in self._shapes])
         self._steps.run([t.data_ptr() for t in (*inputs, *found)], self.key[0])
         return found
 

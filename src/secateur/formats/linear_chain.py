@@ -190,6 +190,7 @@ class _Plan(Program):
 
     def __init__(self, chain: LinearChain, key: tuple[Any, ...], inputs: Sequence[Tensor]) -> None:
         super().__init__(key, inputs[0].dtype, key[0])
+        self.within(chain._modules)
         self.within(chain.layers._modules)
         layers: list[SparseLinear] = list(chain.layers)  # type: ignore[arg-type]  # a ModuleList says Module
         for layer in layers:

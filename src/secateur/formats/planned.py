@@ -4,9 +4,7 @@ A small layer takes microseconds, and so does a call of it from Python, ten time
 gone through the caches: what a network would spend between its layers is spent once for all of them here.
 """
 
-import operator
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
@@ -27,7 +25,8 @@ class Plan:
         self.possible = True
         self.kernels: dict[str, kernels.Kernel | None] = {}
         self._held: list[dict[str, Any]] = []  # what modules have,
-        self._there: list[Any] = []  # and all of it, one after another
+        self._there: list[dict[str, Any]] = []  # and what they had
+        self._single: list[tuple[dict[str, Any], str, Tensor]] = []  # tensors of one number, by where they are
         self._packed: list[Tensor] = []
         self._versions: list[int] = []
         self._pointed: list[Tensor] = []
@@ -36,7 +35,8 @@ class Plan:
     def within(self, held: dict[str, Any]) -> None:
         """What a module has, of its own or others: if it comes to have anything else, this holds no more."""
         self._held.append(held)
-        self._there += held.values()
+        self._there.append(dict(held))
+        self._single += [(held, k, v) for k, v in held.items() if isinstance(v, Tensor) and v.numel() == 1]
 
     def watch(self, buffers: dict[str, Tensor | None], names: Sequence[str]) -> None:
         """Tensors of a packed weight, by their names where a module holds them."""
@@ -61,10 +61,14 @@ class Plan:
 
     def holds(self) -> bool:
         """Whether the tensors are those it was made for, as they were."""
-        # Loops in C: a large weight has mostly just gone through the caches, and each look is one at memory.
-        if sum(map(len, self._held)) != len(self._there):
+        # Loops in C: a large weight has mostly just gone through the caches, and each look is one at memory. To
+        # dictionaries the same object is equal; whether another tensor is, torch says of one number alone.
+        try:
+            if self._held != self._there:
+                return False
+        except RuntimeError:
             return False
-        if not all(map(operator.is_, chain.from_iterable(map(dict.values, self._held)), self._there)):
+        if any(held[name] is not tensor for held, name, tensor in self._single):
             return False
         if [tensor._version for tensor in self._packed] != self._versions:
             return False
