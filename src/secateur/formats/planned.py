@@ -4,6 +4,7 @@ A small layer takes microseconds, and so does a call of it from Python, ten time
 gone through the caches: what a network would spend between its layers is spent once for all of them here.
 """
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -14,6 +15,7 @@ from secateur import kernels
 from secateur.formats.conv import ANY, SHAPES
 
 RELU = (0.0, float("inf"))
+_version = operator.attrgetter("_version")
 
 
 class Plan:
@@ -68,13 +70,14 @@ class Plan:
                 return False
         except RuntimeError:
             return False
-        if any(held[name] is not tensor for held, name, tensor in self._single):
-            return False
-        if [tensor._version for tensor in self._packed] != self._versions:
+        for held, name, tensor in self._single:
+            if held[name] is not tensor:
+                return False
+        if list(map(_version, self._packed)) != self._versions:
             return False
         if [tensor.data_ptr() for tensor in self._pointed] != self._pointers:
             return False
-        return all(kernels.find(name) is kernel for name, kernel in self.kernels.items())
+        return list(map(kernels.find, self.kernels)) == list(self.kernels.values())
 
 
 P = TypeVar("P", bound=Plan)
@@ -111,7 +114,11 @@ class Planned(nn.Module, Generic[P]):
 
     def keep(self, plan: P) -> None:
         """A plan that was taken."""
-        if plan.key not in self._plans and len(self._plans) >= SHAPES:
+        same = self._plans.get(plan.key)
+        if same is not None:
+            same.append(plan)
+            return
+        if len(self._plans) >= SHAPES:
             self._plans.clear()
         self._plans.setdefault(plan.key, []).append(plan)
 
