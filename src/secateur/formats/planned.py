@@ -77,7 +77,7 @@ class Plan:
             return False
         if [tensor.data_ptr() for tensor in self._pointed] != self._pointers:
             return False
-        return list(map(kernels.find, self.kernels)) == list(self.kernels.values())
+        return all(map(operator.is_, map(kernels.find, self.kernels), self.kernels.values()))
 
 
 P = TypeVar("P", bound=Plan)
