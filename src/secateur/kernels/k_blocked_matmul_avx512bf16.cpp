@@ -46,8 +46,9 @@ struct Met<1> {
   }
 };
 
-// What bunches [begin, end) of a block add to the sums of a tile, for V vectors of rows.
-template <int V>
+// What bunches [begin, end) of a block add to the sums of a tile, for V vectors of rows. With FOURS the weights of a step are
+// one load (`moves_lanes`), and an output has two sums: with less to load, an instruction would wait for the sum it adds to.
+template <int V, bool FOURS = false>
 void add_pairs(const KBlocked& weight, int64_t block, int64_t begin, int64_t end, const bf16* panel, const Tile& tile) {
   enum { WIDE = V * LANES, STEP = ABREAST * 2 };
   const int64_t bunches = weight.padded / ABREAST;
@@ -69,7 +70,14 @@ void add_pairs(const KBlocked& weight, int64_t block, int64_t begin, int64_t end
   // Two weights times x, added to the sums of their output.
   const auto add = [&](int i, const Met<V>& x, __m512(&sum)[V]) __attribute__((always_inline)) {
     const Two* const two = reinterpret_cast<const Two*>(values + 2 * i);
-    if constexpr (V == 1) {  // compilers load them by an instruction of its own
+    if constexpr (FOURS) {
+      const __m512i four = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));
+      const __m512i both = i == 0   ? _mm512_shuffle_epi32(four, _MM_PERM_AAAA)
+                           : i == 1 ? _mm512_shuffle_epi32(four, _MM_PERM_BBBB)
+                           : i == 2 ? _mm512_shuffle_epi32(four, _MM_PERM_CCCC)
+                                    : _mm512_shuffle_epi32(four, _MM_PERM_DDDD);
+      sum[0] = _mm512_dpbf16_ps(sum[0], x.pairs[0], Pairs(both));
+    } else if constexpr (V == 1) {  // compilers load them by an instruction of its own
       __m512 found = sum[0];
       __asm__("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(found) : "v"(x.pairs[0]), "m"(*two));
       sum[0] = found;
@@ -105,10 +113,10 @@ void add_pairs(const KBlocked& weight, int64_t block, int64_t begin, int64_t end
       columns += STEP;
       values += STEP;
     };
-    const auto step = [&]() __attribute__((always_inline)) {
+    const auto step = [&](__m512(&to)[ABREAST][V]) __attribute__((always_inline)) {
       const uint64_t all = Side<uint8_t, STEP>(columns).all;
 #pragma GCC unroll 4
-      for (int i = 0; i < ABREAST; i++) add(i, met(all, i), sum[i]);
+      for (int i = 0; i < ABREAST; i++) add(i, met(all, i), to[i]);
       columns += STEP;
       values += STEP;
     };
@@ -119,8 +127,10 @@ void add_pairs(const KBlocked& weight, int64_t block, int64_t begin, int64_t end
         __builtin_prefetch(columns + SOON);
       };
       left += together % 4;
-      if (together >= 4) {
-        __m512 more[ABREAST][V] = {};  // an instruction waits six cycles for the sum it adds to
+      __m512 more[ABREAST][V] = {};  // an instruction waits six cycles for the sum it adds to
+      __m512(&other)[ABREAST][V] = FOURS ? more : sum;
+      const bool two_sums = FOURS || together >= 4;
+      if (together >= 4)
         for (together /= 4; together > 0; together--) {
           ask();
           shared_step(sum);
@@ -128,24 +138,24 @@ void add_pairs(const KBlocked& weight, int64_t block, int64_t begin, int64_t end
           shared_step(sum);
           shared_step(more);
         }
-#pragma GCC unroll 4
-        for (int i = 0; i < ABREAST; i++) sum[i][0] = _mm512_add_ps(sum[i][0], more[i][0]);
-      }
       for (; left >= 4; left -= 4) {
         ask();
-        step();
-        step();
-        step();
-        step();
+        step(sum);
+        step(other);
+        step(sum);
+        step(other);
       }
       if (left & 2) {
-        step();
-        step();
+        step(sum);
+        step(other);
       }
-      if (left & 1) step();
+      if (left & 1) step(sum);
+      if (two_sums)
+#pragma GCC unroll 4
+        for (int i = 0; i < ABREAST; i++) sum[i][0] = _mm512_add_ps(sum[i][0], more[i][0]);
     } else {
       for (; together > 0; together--) shared_step(sum);
-      for (; left > 0; left--) step();
+      for (; left > 0; left--) step(sum);
     }
 #pragma GCC unroll 4
     for (int i = 0; i < ABREAST; i++)
@@ -199,7 +209,12 @@ struct InPairs {
   static void add(const KBlocked& weight, int64_t block, int64_t begin, int64_t end, const bf16* panel, int64_t,
                   const Tile& tile) {
     switch (wide(tile.count) / LANES) {
-      case 1: add_pairs<1>(weight, block, begin, end, panel, tile); break;
+      case 1:
+        if (moves_lanes())
+          add_pairs<1, true>(weight, block, begin, end, panel, tile);
+        else
+          add_pairs<1>(weight, block, begin, end, panel, tile);
+        break;
       case 2: add_pairs<2>(weight, block, begin, end, panel, tile); break;
       default: add_pairs<4>(weight, block, begin, end, panel, tile);
     }

@@ -49,11 +49,11 @@ const bool in_software = false;
 #endif
 
 #ifdef SECATEUR_X86
-// AMD's family 0x19, Zen 3 and 4, measured on Zen 4; of Zen 5 and of Intel's processors it is not so.
-bool looks_ahead() {
+// The family of a processor of AMD's: 0x19 are Zen 3 and 4, 0x1a is Zen 5. 0 of others.
+unsigned family_of_amd() {
   unsigned a, b, c, d;
-  if (!__get_cpuid(0, &a, &b, &c, &d) || b != signature_AMD_ebx || !__get_cpuid(1, &a, &b, &c, &d)) return false;
-  return ((a >> 8) & 0xf) + ((a >> 20) & 0xff) == 0x19;
+  if (!__get_cpuid(0, &a, &b, &c, &d) || b != signature_AMD_ebx || !__get_cpuid(1, &a, &b, &c, &d)) return 0;
+  return ((a >> 8) & 0xf) + ((a >> 20) & 0xff);
 }
 
 bool bit(unsigned word, int at) { return (word >> at) & 1; }
@@ -89,10 +89,10 @@ Level detect() {
   return there || in_software ? amx : avx512bf16;
 }
 #elif defined(__aarch64__)
-bool looks_ahead() { return false; }
+unsigned family_of_amd() { return 0; }
 Level detect() { return neon; }  // no such processor is without
 #else
-bool looks_ahead() { return false; }
+unsigned family_of_amd() { return 0; }
 Level detect() { return base; }
 #endif
 
@@ -103,7 +103,12 @@ Level detect() { return base; }
 SECATEUR_API int secateur_version() { return 10; }
 
 extern "C" bool asks_ahead() {
-  static const bool found = !looks_ahead();
+  static const bool found = family_of_amd() != 0x19;  // measured on Zen 4; of Zen 5 and of Intel's it is not so
+  return found;
+}
+
+extern "C" bool moves_lanes() {
+  static const bool found = family_of_amd() == 0x1a;
   return found;
 }
 
