@@ -35,6 +35,11 @@ class Call:
     expand: str | None = None  # the kernel that writes the weight out, for a dense product
     many: Mapping[str, int] = field(default_factory=dict)  # rows from which that is faster, at levels where it can be
 
+    @cached_property
+    def address(self) -> int:
+        """Where the struct is."""
+        return ctypes.addressof(self.weight)
+
 
 class Format(Protocol):
     """A way to keep what survives of a weight matrix. A frozen dataclass: its fields are its settings."""
@@ -119,8 +124,10 @@ class Packed:
 
     def multiplied(self, x: Tensor, bias: Tensor | None = None, plainly: bool = False) -> Tensor:
         """The same, for who has asked whether torch looks on: `plainly`, through the dense weight in any case."""
-        # A small layer takes a few microseconds, so what is asked here is asked in the cheapest way.
-        if x.dtype is not self._dtype or x.shape[-1:] != self._width or not x.is_cpu:
+        # A small layer takes a few microseconds, so what is asked here is asked in the cheapest way, and once: where a
+        # large weight has just gone through the caches, each look takes several itself.
+        dims = [*x.shape]
+        if x.dtype is not self._dtype or dims[-1:] != self._width or not x.is_cpu:
             raise FormatError(
                 f"{self._said} was to multiply {x.dtype} {list(x.shape)} on {x.device}",
                 f"it takes {self.dtype} [..., {self.shape[1]}] on the CPU",
@@ -138,14 +145,17 @@ class Packed:
         if plainly or kernel is None or transformed(x, bias) or learns(x, bias):
             y = F.linear(x, self.plain, bias)
             return y if call.bias is None else y + call.bias
-        expand = self.writes(x.numel())
+        numbers = x.numel()
+        expand = self.writes(numbers)
         if expand is not None:
             return F.linear(x, self.written(expand, torch.empty(self.shape, dtype=self.dtype)), bias)
         # As many rows as there are, whatever its axes; of a conjugate's imaginary part torch keeps the sign as a mark.
         x = x.resolve_neg().contiguous()
         bias = None if bias is None else bias.resolve_neg()
-        y = x.new_empty(*x.shape[:-1], self.shape[0])
-        kernels.matmul(kernel, call.weight, x, y, bias, call.items)
+        inputs = dims[-1]
+        dims[-1] = self.shape[0]
+        y = x.new_empty(*dims)
+        kernels.matmul(kernel, call.address, x, y, bias, numbers // inputs, call.items)
         return y
 
     def writes(self, numbers: int) -> kernels.Kernel | None:
@@ -210,8 +220,8 @@ class Packed:
         return self.dtype
 
     @cached_property
-    def _width(self) -> tuple[int]:
-        return (self.shape[1],)
+    def _width(self) -> list[int]:
+        return [self.shape[1]]
 
     @property
     def _said(self) -> str:

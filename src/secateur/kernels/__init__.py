@@ -198,19 +198,19 @@ def find(name: str) -> Kernel | None:
     return _found(name)
 
 
-def matmul(kernel: Kernel, weight: ctypes.Structure, x: Tensor, y: Tensor, bias: Tensor | None, items: int) -> None:
+def matmul(kernel: Kernel, weight: int, x: Tensor, y: Tensor, bias: Tensor | None, rows: int, items: int) -> None:
     """Compute y = x W^T + bias with a kernel: x [rows, inputs] and y [rows, outputs] contiguous and of one dtype.
 
-    `weight` is the format's own struct, `items` the number of pieces its kernels cut the work into. The threads are
-    those of torch.
+    `weight` is where the format's own struct is, `items` the number of pieces its kernels cut the work into. The
+    threads are those of torch.
     """
     kernel.library.matmul(
         kernel.pointer,
-        ctypes.addressof(weight),
+        weight,
         x.data_ptr(),
         y.data_ptr(),
         None if bias is None else bias.data_ptr(),
-        x.numel() // x.shape[-1],
+        rows,
         items,
         torch.get_num_threads(),
     )
