@@ -567,8 +567,18 @@ def test_a_head_that_was_exchanged_is_the_one_that_computes():
     torch.testing.assert_close(found(x), model(x))
 
 
-@pytest.mark.parametrize("other", [torch.ones(1), torch.ones(3), torch.ones(0), None, nn.Identity()])
-@pytest.mark.parametrize("name", ["one", "more", "none", "nothing", "module"])
+class Alike(nn.Identity):
+    """A module that is equal to all of its kind."""
+
+    def __eq__(self, other):
+        return isinstance(other, Alike)
+
+    def __hash__(self):
+        return 1
+
+
+@pytest.mark.parametrize("other", [torch.ones(1), torch.ones(3), torch.ones(0), None, nn.Identity(), Alike()])
+@pytest.mark.parametrize("name", ["one", "more", "none", "nothing", "module", "alike"])
 def test_a_plan_holds_for_what_modules_have_and_nothing_else(name, other):
     held = {
         "one": torch.ones(1),
@@ -576,6 +586,7 @@ def test_a_plan_holds_for_what_modules_have_and_nothing_else(name, other):
         "none": torch.ones(0),
         "nothing": None,
         "module": nn.Identity(),
+        "alike": Alike(),
     }
     plan = Plan(())
     plan.within({"first": torch.ones(2)})

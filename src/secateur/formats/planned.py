@@ -28,7 +28,7 @@ class Plan:
         self.kernels: dict[str, kernels.Kernel | None] = {}
         self._held: list[dict[str, Any]] = []  # what modules have,
         self._there: list[dict[str, Any]] = []  # and what they had
-        self._single: list[tuple[dict[str, Any], str, Tensor]] = []  # tensors of one number, by where they are
+        self._likened: list[tuple[dict[str, Any], str, Any]] = []  # what could be equal to another, by where it is
         self._packed: list[Tensor] = []
         self._versions: list[int] = []
         self._pointed: list[Tensor] = []
@@ -38,7 +38,7 @@ class Plan:
         """What a module has, of its own or others: if it comes to have anything else, this holds no more."""
         self._held.append(held)
         self._there.append(dict(held))
-        self._single += [(held, k, v) for k, v in held.items() if isinstance(v, Tensor) and v.numel() == 1]
+        self._likened += [(held, name, value) for name, value in held.items() if _likens(value)]
 
     def watch(self, buffers: dict[str, Tensor | None], names: Sequence[str]) -> None:
         """Tensors of a packed weight, by their names where a module holds them."""
@@ -64,20 +64,28 @@ class Plan:
     def holds(self) -> bool:
         """Whether the tensors are those it was made for, as they were."""
         # Loops in C: a large weight has mostly just gone through the caches, and each look is one at memory. To
-        # dictionaries the same object is equal; whether another tensor is, torch says of one number alone.
+        # dictionaries the same object is equal; whether another tensor is, torch refuses to say.
         try:
             if self._held != self._there:
                 return False
         except RuntimeError:
             return False
-        for held, name, tensor in self._single:
-            if held[name] is not tensor:
+        for held, name, value in self._likened:
+            if held[name] is not value:
                 return False
         if list(map(_version, self._packed)) != self._versions:
             return False
         if [tensor.data_ptr() for tensor in self._pointed] != self._pointers:
             return False
         return all(map(operator.is_, map(kernels.find, self.kernels), self.kernels.values()))
+
+
+def _likens(value: Any) -> bool:
+    """Whether another object may be equal to this one: to a tensor of one number, and to what says so itself."""
+    if type(value) is Tensor or type(value) is nn.Parameter:
+        return value.numel() == 1
+    equal: Any = type(value).__eq__
+    return equal is not object.__eq__
 
 
 P = TypeVar("P", bound=Plan)
