@@ -293,7 +293,16 @@ def test_empty_text_is_refused(text, tmp_path):
 def test_too_few_samples_are_refused(tmp_path):
     found = run("prune", *TEXT[:4], "--samples", "100000", "--out", tmp_path / "out", code=BAD_INPUT)
     assert "Ask for fewer" in said(found)
+    assert "before" not in said(found)  # nothing was measured
     assert not (tmp_path / "out").exists()
+
+
+def test_a_text_with_fewer_windows_than_a_method_takes_by_itself_calibrates_on_all_of_them(tmp_path):
+    model = (*TEXT[:4], "--task.window", "64", "--sparsity", "0.5")
+    for verb in (("plan", *model), ("prune", *model, "--no-eval", "--out", tmp_path / "out")):
+        shown = " ".join(run(*verb).output.split())
+        assert "wanda is calibrated on 32 windows of 64 tokens instead of 128: toy-text has no more." in shown
+    assert yaml.safe_load((tmp_path / "out/recipe.yaml").read_text())["steps"][0]["samples"] == 32
 
 
 def test_a_folder_that_is_not_ours_is_left_alone(tmp_path):

@@ -205,6 +205,35 @@ def served_recipe(recipe: Recipe, serve: str | None, model: torch.nn.Module) -> 
     return replace(recipe, steps=tuple(step for step, _ in found)), [said for _, given in found for said in given]
 
 
+def calibrated_recipe(
+    recipe: Recipe, method: str, given: Mapping[str, Any], overrides: Sequence[str], task: Task
+) -> tuple[Recipe, list[str]]:
+    """A recipe calibrated on all windows of a text that has fewer than a method takes by itself, and a note of that.
+
+    Raises TaskError, before anything is measured, where so many were asked for.
+    """
+    from secateur.tasks.text import Text
+
+    if not isinstance(task, Text):
+        return recipe, []
+    asked = {*given, *(text.partition("=")[0].strip() for text in overrides)}
+    steps, notes = list(recipe.steps), list[str]()
+    for i, step in enumerate(steps):
+        wanted = getattr(step, "samples", None)
+        if "calibration" not in step.card.needs or not isinstance(wanted, int):
+            continue
+        there = task.count("calibration")
+        if there < wanted and not is_recipe(method) and not (i == 0 and "samples" in asked):
+            steps[i] = replace(step, samples=there)  # type: ignore[type-var]
+            notes.append(
+                f"{step.name} is calibrated on {there:,} windows of {task.window:,} tokens instead of {wanted:,}: "
+                f"{task.name} has no more."
+            )
+        else:
+            next(task.batches("calibration", wanted))
+    return replace(recipe, steps=tuple(steps)), notes
+
+
 def _first(method: str, given: Mapping[str, Any], overrides: Sequence[str]) -> Recipe:
     changes = [*(f"{key}={value}" for key, value in given.items()), *overrides]
     if is_recipe(method):
@@ -221,6 +250,7 @@ def _first(method: str, given: Mapping[str, Any], overrides: Sequence[str]) -> R
 
 __all__ = [
     "Moved",
+    "calibrated_recipe",
     "device_named",
     "model_from",
     "recipe_from",

@@ -43,7 +43,15 @@ def command(
     """
     from dataclasses import replace
 
-    from secateur.cli.opening import model_from, recipe_from, scalars, served_recipe, set_threads, task_from
+    from secateur.cli.opening import (
+        calibrated_recipe,
+        model_from,
+        recipe_from,
+        scalars,
+        served_recipe,
+        set_threads,
+        task_from,
+    )
     from secateur.plan import plan
 
     speaker = terminal(spoken)
@@ -55,9 +63,10 @@ def command(
         recipe, given_up = served_recipe(recipe, serve, opened.model)
         settings = {**(recipe.task_settings if task in (None, recipe.task) else {}), **scalars(ctx.meta[TASK])}
         chosen = task_from(opened, task or recipe.task, settings, seed if seed is not None else recipe.seed or 0)
+    recipe, fewer = calibrated_recipe(recipe, method, ctx.meta[SETTINGS], overrides, chosen)
     with speaker.busy("looking at every site, and trying one block on a copy"):
         found = plan(recipe.method, opened.model, chosen, trial=not no_trial)
-    found = replace(found, notes=[*found.notes, *(f"serve {serve}: {said}" for said in given_up)])
+    found = replace(found, notes=[*found.notes, *fewer, *(f"serve {serve}: {said}" for said in given_up)])
     speaker.emit(asdict(found) | {"model": model, "task": chosen.name, "serve": serve, "given_up": given_up})
     if not speaker.as_json:
         _show(speaker, found, opened.name, chosen.name)

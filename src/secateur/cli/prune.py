@@ -129,7 +129,15 @@ def _command(
     offload: bool,
 ) -> int:
     """What every process does; the first one alone speaks, measures and writes."""
-    from secateur.cli.opening import model_from, recipe_from, scalars, served_recipe, set_threads, task_from
+    from secateur.cli.opening import (
+        calibrated_recipe,
+        model_from,
+        recipe_from,
+        scalars,
+        served_recipe,
+        set_threads,
+        task_from,
+    )
     from secateur.outcome import refuse_place
 
     _refuse_journal(ours, resume)
@@ -148,6 +156,7 @@ def _command(
         recipe, given_up = served_recipe(recipe, serve, opened.model)
         given = {**(recipe.task_settings if task in (None, recipe.task) else {}), **scalars(ctx.meta[TASK])}
         chosen = task_from(opened, task or recipe.task, given, seed if seed is not None else recipe.seed or 0)
+    recipe, fewer = calibrated_recipe(recipe, method, ctx.meta[SETTINGS], overrides, chosen)
     recipe = replace(
         recipe,
         model=str(Path(model).resolve()) if Path(model).exists() else model,
@@ -159,6 +168,8 @@ def _command(
     )
     _refuse_kind(target, opened)
     planned = _announce(speaker, recipe.method, opened, chosen)
+    for text in fewer:
+        speaker.say(f"note        {text}", "dim")
     if ours.first:
         speaker.log_to(target.with_name(target.name + ".log"), command_line(ctx))
     if not ours.alone:
