@@ -305,6 +305,13 @@ def test_a_text_with_fewer_windows_than_a_method_takes_by_itself_calibrates_on_a
     assert yaml.safe_load((tmp_path / "out/recipe.yaml").read_text())["steps"][0]["samples"] == 32
 
 
+def test_what_reads_no_examples_runs_on_a_recipe_that_says_more_than_there_are(tmp_path):
+    asked = ("oneshot", "--criterion", "magnitude", "--sparsity", "0.5", "--task", "tiny:toy_text", "--no-eval")
+    run("prune", "tiny:decoder", *asked, "--out", tmp_path / "a")
+    written = tmp_path / "a/recipe.yaml"
+    run("prune", written, "--set", "samples=100000", "--no-eval", "--out", tmp_path / "b")
+
+
 def test_a_folder_that_is_not_ours_is_left_alone(tmp_path):
     (tmp_path / "mine.txt").write_text("dear diary")
     assert "secateur did not write it" in said(run("prune", *TEXT, "--out", tmp_path, code=BAD_INPUT))

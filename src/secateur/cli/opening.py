@@ -210,27 +210,28 @@ def calibrated_recipe(
 ) -> tuple[Recipe, list[str]]:
     """A recipe calibrated on all windows of a text that has fewer than a method takes by itself, and a note of that.
 
-    Raises TaskError, before anything is measured, where so many were asked for.
+    What a recipe file says stays as it is. Raises TaskError, before anything is measured, where the command line asks
+    for more.
     """
     from secateur.tasks.text import Text
 
-    if not isinstance(task, Text):
+    if not isinstance(task, Text) or is_recipe(method):
         return recipe, []
     asked = {*given, *(text.partition("=")[0].strip() for text in overrides)}
+    there = len(task.ids.get("calibration", ())) // task.window
     steps, notes = list(recipe.steps), list[str]()
     for i, step in enumerate(steps):
         wanted = getattr(step, "samples", None)
         if "calibration" not in step.card.needs or not isinstance(wanted, int):
             continue
-        there = task.count("calibration")
-        if there < wanted and not is_recipe(method) and not (i == 0 and "samples" in asked):
-            steps[i] = replace(step, samples=there)  # type: ignore[type-var]
+        if i == 0 and "samples" in asked:
+            next(task.batches("calibration", wanted))
+        elif 0 < there < wanted:
+            steps[i] = replace(step, samples=there)  # type: ignore[type-var]  # Method does not say it is a dataclass
             notes.append(
                 f"{step.name} is calibrated on {there:,} windows of {task.window:,} tokens instead of {wanted:,}: "
                 f"{task.name} has no more."
             )
-        else:
-            next(task.batches("calibration", wanted))
     return replace(recipe, steps=tuple(steps)), notes
 
 

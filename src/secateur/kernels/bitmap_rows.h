@@ -128,7 +128,7 @@ struct Rows {
   // N rows of x times some panels at once, `apart` from one to the next; of few rows a panel has two sums in turn.
   template <int PANELS, int N>
   void some(int64_t panel, int64_t apart, int64_t row) const {
-    if (N > 1 || call.rows > 1 || asks_ahead())
+    if (N > 1 || call.rows > 1 || asks_ahead())  // of several rows it always pays
       asking<PANELS, N, true>(panel, apart, row);
     else
       asking<PANELS, N, N != 1>(panel, apart, row);

@@ -55,10 +55,6 @@ class Text:
         split = next(iter(self.ids))
         return Batch((self._stream(split)[: min(self.window, EXAMPLE)].unsqueeze(0),))
 
-    def count(self, split: str) -> int:
-        """How many windows a split holds; raises TaskError when there is not one."""
-        return len(self._stream(split)) // self.window
-
     def batches(self, split: str, n: int | None = None, epoch: int = 0) -> Iterator[Batch]:
         """Batches of token ids [batch, window]; raises TaskError when there are fewer than n windows."""
         stream = self._stream(split)
